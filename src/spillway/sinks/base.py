@@ -1,0 +1,105 @@
+"""The contract of a sink.
+
+A sink turns a batch into one request (or one write) and says what became of each message. Everything else lives
+outside, once: batching, retry, back-off, the breaker, halving of rejected batches, order, metrics, logging. A sink
+holds no queue, starts no task, retries nothing and sleeps never.
+
+Life: ``open()`` before the first ``send`` (lazily, again after a failure: it must be repeatable), ``close()`` once.
+``send`` runs under a deadline and may be cancelled at any await: what it did until then may or may not have been
+applied, and the batch comes again.
+
+``semantics`` says what a batch means:
+
+- ``ordered``: applied in order; it stops at the first failure. One batch in flight, two of a key may share a batch.
+- ``atomic``: all or nothing, in order. One batch in flight, two of a key may share a batch.
+- ``state``: independent results, the last write per key wins. Several batches in flight, never two of a key at once;
+  earlier messages of a key are left out of a batch when a later whole image or delete is in it.
+- ``events``: independent results, every message counts. Several batches in flight, never two of a key at once.
+
+``send`` returns one `Result` per message, in the order of the batch, or one `Result` alone when the answer concerned
+the batch as a whole. A whole-batch ``reject`` (400, 413) is halved by the caller until the culprit is alone.
+It raises nothing for what a server or a network does: a refused connection is ``sink_down``.
+
+- ``ok``: acknowledged durably, or superseded there (a version conflict with a version this sink can have written).
+- ``retry``: this message may go through later (429 of one item, 503 of one shard); counts as an attempt on it.
+- ``reject``: this message will not go through as it is (a mapping error). Its key is parked.
+- ``sink_down``: says nothing of the message, all of the sink (refused, 401, 429, 503, time-out). Opens the breaker; no
+  attempt is counted. ``retry_after_seconds`` where the server said when.
+
+``reason`` is a short, stable name of few values (``strict_dynamic_mapping_exception``, ``http_422``, ``timeout``,
+``connection_refused``): it becomes a metric's label and what ``--reason`` selects. ``detail`` is free text for people,
+at most 1,000 characters, and never holds secrets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import orjson
+
+from spillway.change import Message
+
+Semantics = Literal["ordered", "atomic", "state", "events"]
+Outcome = Literal["ok", "retry", "reject", "sink_down"]
+
+DETAIL_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    retry_after_seconds: float | None = None
+
+
+OK = Result("ok")
+
+
+def retry(reason: str, detail: str = "") -> Result:
+    return Result("retry", reason, detail[:DETAIL_CHARACTERS])
+
+
+def reject(reason: str, detail: str = "") -> Result:
+    return Result("reject", reason, detail[:DETAIL_CHARACTERS])
+
+
+def sink_down(reason: str, detail: str = "", retry_after_seconds: float | None = None) -> Result:
+    return Result("sink_down", reason, detail[:DETAIL_CHARACTERS], retry_after_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class SinkContext:
+    """What a sink is told of the world when it is built."""
+
+    name: str
+    suffix: bytes  # closes a body into this sink's message, see spillway.change
+    base_dir: Path  # the configuration file's folder: relative paths start here
+    epoch: int  # for versions, see spillway.position.version
+    started_lsn: int  # no version of this sink's own in this epoch is below this position's
+
+
+class Sink(Protocol):
+    semantics: Semantics
+    max_in_flight: int  # batches at once; 1 for ordered and atomic
+
+    async def open(self) -> None:
+        """Connect or open files. Raises SpillwayError for what no retry mends; a server that is down is no error."""
+
+    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result: ...
+
+    async def close(self) -> None: ...
+
+
+def message_json(message: Message, suffix: bytes) -> bytes:
+    """The message in Sequin's format, as this sink gets it: one line of JSON."""
+    return message.change.body + suffix
+
+
+def message_suffix(sink_id: str, name: str, annotations: dict[str, object]) -> bytes:
+    """What closes a body into the message of one sink (see spillway.change)."""
+    consumer = orjson.dumps({"id": sink_id, "name": name, "annotations": annotations})
+    return b',"enrichment":null,"consumer":' + consumer + b"}}"

@@ -1,0 +1,224 @@
+"""The contract of a store: where messages wait that memory does not hold.
+
+Per sink: waiting messages in position order; the parked keys, with attempts, due time and last reason of their head;
+dead letters; the position; counters. Plus, per slot, the identity of the history all this belongs to (I9).
+
+**Two homes, one truth.** A message is *waiting* in the store from the commit of its ``Write`` until the commit that
+resolves it. Waiting messages are in one of two places:
+
+- the *queue*: unheld, in position order, read in pages from a cursor;
+- the *lane* of a parked key: held. Only the head of a lane may be sent, when it is due, and only if it is the head of
+  every lane it is in (an event that changes its key is in two). The others follow one at a time, in position order.
+
+A row never goes from a lane back to the queue. When a key is parked, its rows leave the queue; when the head of its
+lane is resolved, the next row becomes the head, due at once, with no attempts; an empty lane is no longer parked.
+
+**The position of a sink covers its rows.** Every ``Write`` that puts messages for a sink puts *every* unresolved
+message of that sink up to ``position`` that is not in the store yet, in position order. So rows are only ever
+appended, rows above the position do not exist, and a restart that reads the slot again skips what is at or below it:
+nothing is stored twice, nothing that was resolved from the store is sent again by the slot. Row numbers rise with
+position within a sink.
+
+**Commits.** ``write`` may be called many times without waiting; writes commit in the order of the calls (group
+commit: all that is queued goes into one transaction), each whole or not at all. A future resolves after the commit is
+on disk (fsync returned). Therefore what is on disk is always a prefix of what was asked. A write that fails for any
+reason but a full disk ends the process (`StoreFailed` through ``failed``): after a failed fsync nothing is known.
+
+**Held is decided at the write**, by the committed state as the writing transaction sees it, never by the caller: a
+newcomer is put into the lane if any of its keys is parked then (its other keys become parked behind it), else into
+the queue. The caller learns which.
+
+**Reads** never see uncommitted rows, run beside writes, and read at most the rows they return plus a constant number
+(I5). No read loads a body that does not fit ``max_bytes`` — except the first of a page, so that progress is possible;
+the caller takes its credit from ``bytes_at_head`` first.
+
+**Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
+touching them (a row's due time carries the number of the run that wrote it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from spillway.change import Message
+from spillway.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose history the state belongs to (I9). ``mark``: no position above it was ever confirmed."""
+
+    system_id: str
+    timeline: int
+    slot: str
+    epoch: int
+    mark: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of one sink, exact at every commit. Waiting: everything durable and unresolved, in the queue or in lanes."""
+
+    messages: int = 0
+    bytes: int = 0
+    queued: int = 0  # of messages: in the queue, not in a lane
+    parked_keys: int = 0
+    dead_letters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SinkState:
+    """What ``open_sink`` finds. ``position`` is None for a sink the store has never seen."""
+
+    position: Position | None
+    paused: bool | None  # what `sinks pause|resume` said last; None: nothing yet
+    gap: Gap | None
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What a sink missed: everything after ``first_lsn`` up to ``last_lsn`` (None: still growing)."""
+
+    first_lsn: int
+    last_lsn: int | None
+    since: float  # wall seconds
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """The head of a lane failed: its key (all its keys) is parked until ``due_seconds`` from now.
+
+    ``message`` is either put by the same Write, in the queue already, or the head of a lane (a failed retry).
+    """
+
+    message: Message
+    reason: str
+    detail: str
+    due_seconds: float
+    counts_attempt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One atomic change of one sink's state. Applied in the order of the fields."""
+
+    sink: str
+    put: Sequence[Message] = ()  # in position order; each gets its ``row`` on commit
+    position: Position | None = None  # never below the stored one; required with put
+    park: Sequence[Park] = ()
+    bury: Sequence[Park] = ()  # -> dead letters; lanes advance
+    resolved: Sequence[Message] = ()  # rows (row > 0) to remove; lanes advance
+    revive: Sequence[tuple[int, Message]] = ()  # dead letter (its row) -> head of a lane, due at once, as this message
+    drop_table_below: tuple[str, Position] | None = None  # TRUNCATE: table_prefix, position: remove waiting below it
+    paused: bool | None = None
+    gap: Gap | None = None
+    clear_gap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a Write did, after its commit. ``counters`` are the sink's as of this commit."""
+
+    held: frozenset[int]  # rows of ``put`` that went into a lane
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class LaneHead:
+    """A parked key whose head may be sent: the message with its body, and how often it has been tried."""
+
+    message: Message
+    attempts: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits under one key, for people."""
+
+    key: str
+    reason: str  # "" while it was never tried
+    detail: str
+    attempts: int
+    first_seen: float  # wall seconds
+    bytes: int
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Which keys (waiting) or letters (dead) a command means. Exactly one of the three."""
+
+    key: str | None = None
+    reason: str | None = None
+    all: bool = False
+
+
+class Store(Protocol):
+    reads: int  # how many read queries were made, for I5
+    failed: Future[None]  # gets StoreFailed when a commit failed
+
+    def close(self) -> None:
+        """Commit what is queued, checkpoint, unlock. Idempotent."""
+
+    # -- start ------------------------------------------------------------------------------------------------------
+    def identity(self, slot: str) -> Identity | None: ...
+
+    def write_identity(self, identity: Identity) -> Future[None]:
+        """Durable when the future resolves. ``mark`` never goes back within an epoch."""
+
+    def open_sink(self, sink: str, slot: str) -> SinkState: ...
+
+    # -- the stream -------------------------------------------------------------------------------------------------
+    def write(self, write: Write) -> Future[Written]: ...
+
+    def parked(self, sink: str, keys: Sequence[str]) -> set[str]:
+        """Which of these keys are parked, by the committed state."""
+
+    def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Message]:
+        """The next of the queue in position order, behind the cursor."""
+
+    def bytes_at_head(self, sink: str, after_row: int) -> int | None:
+        """The bytes of the next message of the queue behind the cursor; None: there is none."""
+
+    def newest(self, sink: str) -> Message | None:
+        """The newest message of the queue that is the head of all its keys' rows, for probes; None: there is none."""
+
+    def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
+        """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times."""
+
+    def next_due_seconds(self, sink: str) -> float | None:
+        """Seconds until the next head of a lane is due (<= 0: now); None: no key is parked."""
+
+    def oldest(self, sink: str) -> float | None:
+        """Commit time of the oldest waiting message, wall seconds."""
+
+    # -- for people -------------------------------------------------------------------------------------------------
+    def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
+        """What waits, by key, in key order behind ``after_key``."""
+
+    def show(self, sink: str, key: str, limit: int) -> list[Message]: ...
+
+    def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]: ...
+
+    def show_dead(self, sink: str, key: str, limit: int) -> list[Message]: ...
+
+    def retry_now(self, sink: str, select: Select) -> Future[int]:
+        """Make parked keys due at once. Returns how many."""
+
+    def discard(self, sink: str, select: Select, limit: int, spare: frozenset[int]) -> Future[int]:
+        """Remove waiting messages for good, at most ``limit`` of them a call (a bounded transaction), never those
+        whose row is in ``spare`` (in memory or in flight). By reason: the whole lane of such keys. Returns how many."""
+
+    def read_dead(self, sink: str, select: Select, after_row: int, limit: int) -> list[Message]:
+        """Dead letters with their bodies, ``row`` being their number as `Write.revive` and exports want it."""
+
+    def discard_dead(self, sink: str, select: Select, limit: int) -> Future[int]: ...
+
+    def free_bytes(self) -> int:
+        """Free space of the disk the state lives on."""
