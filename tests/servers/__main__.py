@@ -12,12 +12,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from servers import postgres
+from servers import opensearch, postgres
 from servers.cache import InstallFailed, cache_folder
 from servers.process import ServerFailed
 
 INSTALLERS: dict[str, Callable[[], Path]] = {
     **{f"postgres-{version}": partial(postgres.install, version) for version in postgres.VERSIONS},
+    opensearch.NAME: opensearch.install,
 }
 
 

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-INSTALL_COMMAND = "scripts/servers install"
+INSTALL_COMMAND = "make servers"
 
 
 class MissingServer(Exception):
     """A server that a test needs is not in the cache; the text holds the command that gets it."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is not in {cache_folder()}: get it with `{INSTALL_COMMAND} {name}`")
+        super().__init__(f"{name} is not in {cache_folder()}: get it with `{INSTALL_COMMAND}`")
 
 
 class InstallFailed(Exception):

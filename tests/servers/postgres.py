@@ -28,7 +28,7 @@ from typing import Literal, Self
 import psycopg
 from psycopg import sql
 
-from servers.cache import ensure, installed, locked, run
+from servers.cache import INSTALL_COMMAND, ensure, installed, locked, run
 from servers.ports import free_port
 from servers.process import POLL_SECONDS, Server, ServerFailed
 
@@ -107,7 +107,7 @@ def _server_user(*, create: bool = False) -> str | None:
             pwd.getpwnam(RUN_AS)
         except KeyError:
             if not create:
-                raise ServerFailed(f"there is no user {RUN_AS}: create it with `scripts/servers install`") from None
+                raise ServerFailed(f"there is no user {RUN_AS}: create it with `{INSTALL_COMMAND}`") from None
             run("useradd", "--system", "--user-group", "--no-create-home", RUN_AS, cwd=Path("/"))
     return RUN_AS
 

@@ -58,22 +58,6 @@ def wait_until(done: Callable[[], bool], what: str, *, seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # it ended while we read
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [pid]
-    for parent in found:
-        found.extend(children.get(parent, []))
-    return found
-
-
 class Server(ABC):
     """One server process with a run folder that ``close`` removes."""
 
@@ -147,7 +131,7 @@ class Server(ABC):
         if self._process is None:
             return
         self._process.send_signal(number)
-        self._process.send_signal(signal.SIGCONT)  # a suspended process would not see the signal
+        self.resume()  # a suspended process would not see the signal
         try:
             self._wait_ended(seconds=seconds)
         except subprocess.TimeoutExpired as error:
@@ -167,12 +151,9 @@ class Server(ABC):
             return
         # Stopped first, so that the parent can neither start another child nor bid those it has goodbye.
         self._process.send_signal(signal.SIGSTOP)
-        members = {pid: reaper.started_at(pid) for pid in family(self._process.pid)}
+        members = {pid: reaper.started_at(pid) for pid in reaper.family(self._process.pid)}
         for pid in members:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            reaper.send(pid, signal.SIGKILL)
         self._wait_ended(seconds=30)
 
         def gone() -> bool:
@@ -182,12 +163,12 @@ class Server(ABC):
 
     def suspend(self) -> None:
         """Stops every process of the server where it stands: connections stay open and nothing answers."""
-        for pid in family(self.pid):
-            os.kill(pid, signal.SIGSTOP)
+        for pid in reaper.family(self.pid):
+            reaper.send(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        for pid in family(self.pid):
-            os.kill(pid, signal.SIGCONT)
+        for pid in reaper.family(self.pid):
+            reaper.send(pid, signal.SIGCONT)
 
     def close(self) -> None:
         """Ends the server, whatever its state, and removes its folder."""

@@ -6,8 +6,9 @@ One small process per test run, in a session of its own. It reads from a pipe wh
     forget PID                  it has ended
     folder PATH                 a folder to remove; ``keep PATH`` takes that back
 
-The pipe ends when the run does, however it dies. Then each process still watched gets its signal, and SIGKILL five
-seconds later, and the folders go. ``PR_SET_PDEATHSIG`` will not do: it follows the *thread* that started a server.
+The pipe ends when the run does, however it dies. Then each process still watched gets its signal and five seconds
+later SIGKILL, with all its descendants, and the folders go. ``PR_SET_PDEATHSIG`` will not do: it follows the *thread*
+that started a server.
 
 Run as a script, with nothing but the standard library, so that it starts in the time of a bare interpreter.
 """
@@ -19,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 GRACE_SECONDS = 5.0
@@ -31,6 +33,28 @@ def started_at(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] == "Z" else fields[19]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended while we read
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = [pid]
+    for parent in found:
+        found.extend(children.get(parent, []))
+    return found
+
+
+def send(pid: int, number: int) -> None:
+    """Signals a process that may have ended meanwhile."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def main() -> None:
@@ -56,17 +80,21 @@ def main() -> None:
 
 
 def _end(watched: dict[int, tuple[str, int]]) -> None:
-    def alive() -> list[int]:
-        return [pid for pid, (started, _) in watched.items() if started_at(pid) == started]
+    servers = [pid for pid, (started, _) in watched.items() if started_at(pid) == started]
+    members = {member: started_at(member) for pid in servers for member in family(pid)}
 
-    for pid in alive():
-        os.kill(pid, watched[pid][1])
-        os.kill(pid, signal.SIGCONT)  # a stopped process would not see the signal
+    def alive() -> list[int]:
+        return [pid for pid, started in members.items() if started is not None and started_at(pid) == started]
+
+    for pid in servers:
+        send(pid, watched[pid][1])
+    for pid in members:
+        send(pid, signal.SIGCONT)  # a suspended process would not see the signal, nor the end of its parent
     deadline = time.monotonic() + GRACE_SECONDS
     while alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in alive():
-        os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
