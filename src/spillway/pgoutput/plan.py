@@ -1,0 +1,252 @@
+"""What is compiled once per relation so that a row costs little: renderers, templates, where the key's columns are.
+
+A row is taken apart into a list with one entry per column: its text, None for null, `UNCHANGED` for a TOAST column
+that the server did not send. One ``%`` of a prepared template then makes the whole body, so a large value is copied
+once.
+
+Primary key: under replica identity default the columns that pgoutput flags are the primary key as it was when the row
+was written; that is right even when the catalogue, asked later, has another. Else the catalogue's is taken, and a
+table whose rows do not carry all of it has no key.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import orjson
+
+from spillway.change import BODY_START, Action, make_key, table_prefix
+from spillway.pgoutput.messages import ProtocolError
+from spillway.pgoutput.relation import Relation, TableInfo
+from spillway.pgoutput.scalars import to_text
+from spillway.pgoutput.types import PLAIN_OIDS, renderer_for
+
+# Stands for the value of an unchanged TOAST column. Compared by identity: a value may read the same.
+UNCHANGED = b"<unchanged toast>"
+
+Row = list[bytes | None]
+
+# A value of a configured group column above this enters the key as a digest: keys are held in memory, shown and typed.
+GROUP_VALUE_BYTES = 1024
+
+_NULL, _UNCHANGED, _TEXT = b"nut"
+_count_at = struct.Struct(">H").unpack_from
+_length_at = struct.Struct(">I").unpack_from
+
+# Everything but the control characters that JSON writes with six bytes (\u0001).
+_SHORT_IN_JSON = bytes(set(range(256)) - set(range(32)) | set(b"\b\t\n\f\r"))
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseMeta:
+    """The database entity as messages name it (``metadata.database``)."""
+
+    id: str
+    name: str
+    annotations: Mapping[str, object]
+    database: str
+    hostname: str
+
+    def as_json(self) -> bytes:
+        return orjson.dumps(
+            {
+                "id": self.id,
+                "name": self.name,
+                "annotations": dict(self.annotations),
+                "database": self.database,
+                "hostname": self.hostname,
+            }
+        )
+
+
+def primary_key(relation: Relation, info: TableInfo) -> tuple[str, ...]:
+    """The primary key's columns, in column order of the table; none if the rows do not carry them all."""
+    if relation.replica_identity == "d":
+        flagged = tuple(column.name for column in relation.columns if column.in_identity)
+        if flagged:
+            return flagged
+    names = {column.name for column in relation.columns}
+    return info.primary_key if names.issuperset(info.primary_key) else ()
+
+
+class TablePlan:
+    """Immutable after its creation.
+
+    ``groups`` are sets of group columns; a column that the relation does not have counts as null.
+    """
+
+    def __init__(self, relation: Relation, info: TableInfo, groups: Sequence[Sequence[str]]) -> None:
+        self.own_name = (relation.schema, relation.table)
+        self.name = self.schema, self.table = info.root or self.own_name
+        index_of = {column.name: index for index, column in enumerate(relation.columns)}
+        self._pk = [index_of[name] for name in primary_key(relation, info)]
+        self._groups = [[index_of.get(name) for name in columns] for columns in groups]
+        self._key_indexes = sorted({*self._pk, *(i for group in self._groups for i in group if i is not None)})
+        self._in_identity = [column.in_identity for column in relation.columns]
+        self._column_count = len(relation.columns)
+
+        self._prefix = table_prefix(self.schema, self.table)
+        # A key of one plain value needs no look for characters to escape.
+        self._plain_pk = len(self._pk) == 1 and relation.columns[self._pk[0]].type_oid in PLAIN_OIDS
+        self._renderers = [renderer_for(column.type_oid, info.types) for column in relation.columns]
+        self._names_json = [orjson.dumps(column.name) + b":" for column in relation.columns]
+        slots = [_escape_percent(name) + b"%b" for name in self._names_json]
+        self._template = BODY_START + b"{" + b",".join(slots) + b"}%b"
+        self.tails: dict[Action, bytes] = {
+            "insert": _tail("insert", *self.name),
+            "update": _tail("update", *self.name),
+            "delete": _tail("delete", *self.name),
+            "truncate": _tail("truncate", *self.own_name),
+        }
+
+    # Taking a row apart.
+
+    def split(self, payload: bytes, position: int) -> tuple[Row, int, bool]:
+        """TupleData at ``position``: the row, where it ends, and whether a column of it is `UNCHANGED`."""
+        row: Row = []
+        append = row.append
+        unchanged = False
+        position = self._start(payload, position)
+        for _ in range(self._column_count):
+            kind = payload[position]
+            if kind == _TEXT:
+                start = position + 5
+                position = start + _length_at(payload, position + 1)[0]
+                append(payload[start:position])
+            elif kind == _NULL:
+                append(None)
+                position += 1
+            elif kind == _UNCHANGED:
+                append(UNCHANGED)
+                unchanged = True
+                position += 1
+            else:
+                raise ProtocolError(f"a column of kind {kind:#04x} in a row of {self.own_name}")
+        return row, position, unchanged
+
+    def split_key(self, payload: memoryview, position: int) -> tuple[Row, int]:
+        """As `split` for a row that is too large: of other columns than the key's nothing is copied (None)."""
+        row: Row = [None] * self._column_count
+        position = self._start(payload, position)
+        for index in range(self._column_count):
+            kind = payload[position]
+            position += 1
+            if kind == _TEXT:
+                start = position + 4
+                position = start + _length_at(payload, position)[0]
+                if index in self._key_indexes:
+                    row[index] = bytes(payload[start:position])
+            elif kind == _UNCHANGED:
+                row[index] = UNCHANGED
+        return row, position
+
+    def _start(self, payload: bytes | memoryview, position: int) -> int:
+        (count,) = _count_at(payload, position)
+        if count != self._column_count:
+            raise ProtocolError(f"a row of {count} columns where {self.own_name} has {self._column_count}")
+        return position + 2
+
+    # What the row says of its key.
+
+    def pks(self, row: Row) -> tuple[str, ...]:
+        """Values of the primary key; none where the row does not have them all."""
+        values = [row[index] for index in self._pk]
+        return tuple([to_text(value) for value in values if value is not None]) if None not in values else ()
+
+    def key(self, pks: tuple[str, ...]) -> str | None:
+        if not pks:
+            return None
+        return self._prefix + pks[0] if self._plain_pk else make_key(self.schema, self.table, pks)
+
+    def groups(self, row: Row) -> tuple[str, ...]:
+        if not self._groups:
+            return ()
+        return tuple(
+            make_key(self.schema, self.table, tuple(None if i is None else _group_value(row[i]) for i in group))
+            for group in self._groups
+        )
+
+    def old_key_row(self, old: Row, new: Row) -> Row:
+        """The old row as far as its replica identity tells: what is not part of that is taken as unchanged."""
+        return [was if known else now for was, now, known in zip(old, new, self._in_identity, strict=True)]
+
+    # Rendering.
+
+    def body(self, row: Row, tail: bytes) -> bytes:
+        """The body of a row without `UNCHANGED` columns."""
+        values = [
+            b"null" if value is None else value if renderer is None else renderer(value)
+            for value, renderer in zip(row, self._renderers, strict=True)
+        ]
+        return self._template % (*values, tail)
+
+    def partial_body(self, row: Row, tail: bytes) -> bytes:
+        """The body without the columns that are `UNCHANGED`."""
+        return BODY_START + self.columns(row, range(self._column_count)) + tail
+
+    def key_body(self, row: Row, tail: bytes) -> bytes:
+        """The body of a row that is too large: the key's columns alone, long group values left out."""
+        short = [i for i in self._key_indexes if i in self._pk or len(row[i] or b"") <= GROUP_VALUE_BYTES]
+        return BODY_START + self.columns(row, short) + tail
+
+    def columns(self, row: Row, indexes: Sequence[int]) -> bytes:
+        """A JSON object of some columns, without those that are `UNCHANGED`."""
+        members = [
+            self._names_json[index] + self._value(value, index)
+            for index in indexes
+            if (value := row[index]) is not UNCHANGED
+        ]
+        return b"{" + b",".join(members) + b"}"
+
+    def _value(self, value: bytes | None, index: int) -> bytes:
+        if value is None:
+            return b"null"
+        renderer = self._renderers[index]
+        return value if renderer is None else renderer(value)
+
+
+def differing(old: Row, new: Row) -> list[int]:
+    """Columns whose text is another: 1.0 and 1.00 differ."""
+    return [index for index, (was, now) in enumerate(zip(old, new, strict=True)) if was != now]
+
+
+def filled(row: Row, old: Row) -> Row:
+    """The row with the values of `UNCHANGED` columns that the old row has."""
+    return [was if now is UNCHANGED and was is not None else now for was, now in zip(old, row, strict=True)]
+
+
+def known(row: Row) -> Row:
+    """The row with null for what is `UNCHANGED`: for keys alone, never for a record."""
+    return [None if value is UNCHANGED else value for value in row]
+
+
+def growth_bytes(row: Row) -> int:
+    """How much larger than itself the row's JSON is at least, by characters that take six bytes."""
+    return 5 * sum(len(value.translate(None, _SHORT_IN_JSON)) for value in row if value is not None)
+
+
+def _tail(action: Action, schema: str, table: str) -> bytes:
+    """What stands behind the record. To fill in: changes, idempotency key, what the transaction says with commit_idx
+    in the middle, primary key."""
+    return (
+        b',"changes":%b,"action":"'
+        + action.encode()
+        + b'","metadata":{"table_schema":'
+        + _escape_percent(orjson.dumps(schema))
+        + b',"table_name":'
+        + _escape_percent(orjson.dumps(table))
+        + b',"idempotency_key":"%b","commit_timestamp":%b,"commit_idx":%d,"database_name":%b,"record_pks":%b'
+    )
+
+
+def _group_value(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    return to_text(value) if len(value) <= GROUP_VALUE_BYTES else f"sha256-{sha256(value).hexdigest()}"
+
+
+def _escape_percent(text: bytes) -> bytes:
+    return text.replace(b"%", b"%%")
