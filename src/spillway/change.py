@@ -65,6 +65,10 @@ class Change:
         return self.body[RECORD_START : RECORD_START + self.record_bytes]
 
 
+NOT_STORED = 0
+PENDING = -1  # on its way to the store
+
+
 @dataclass(slots=True, eq=False)
 class Message:
     """A change as one sink gets it. Made by the router or read back from the store; its home is the sink's window.
@@ -76,8 +80,10 @@ class Message:
     change: Change
     keys: tuple[str, ...]
     sub: int = 0
-    row: int = 0
-    arrived: float = 0.0  # monotonic seconds at which the window took it
+    row: int = 0  # NOT_STORED, PENDING, or the number of its row
+    attempts: int = 0  # failed ones, of the head of a lane
+    arrived: float = 0.0  # monotonic seconds at which the flow took it
+    credit: int = 0  # bytes taken from the delivery pool for it; 0: the window pool covers it
     waits: int = 0  # at how many of its keys it is not the head
     done: bool = False  # resolved, or durable: the watermark may pass it
     superseded: list[Message] | None = None  # earlier messages of its key that are resolved with it

@@ -192,6 +192,9 @@ class Store(Protocol):
     def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
         """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times."""
 
+    def bytes_due(self, sink: str, regardless: bool = False) -> int | None:
+        """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
+
     def next_due_seconds(self, sink: str) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no key is parked."""
 

@@ -1,0 +1,90 @@
+"""One attempt of one batch: ask the sink, under a deadline, and get one `Result` per message whatever it answers.
+
+A rejection of a whole batch is halved until the culprit is alone. For sinks that apply a batch in order, what follows
+a culprit under one of its keys is not sent: its result is `BLOCKED`, and it shares the culprit's fate to wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from spillway.change import Message
+from spillway.errors import SpillwayError
+from spillway.sinks.base import Result, Sink, sink_down
+
+BLOCKED = Result("retry", "blocked")
+UNCHANGED_TOAST = Result(
+    "reject", "unchanged_toast", "the update does not carry a large column; ALTER TABLE ... REPLICA IDENTITY FULL"
+)
+
+_log = structlog.get_logger()
+
+
+class Attempt:
+    """Asks one sink. Opens it when needed; forgets that it is open after a failure of the sink."""
+
+    def __init__(self, name: str, sink: Sink, timeout_seconds: float, toast_fails: bool) -> None:
+        self._name = name
+        self._sink = sink
+        self._timeout_seconds = timeout_seconds
+        self._toast_fails = toast_fails
+        self._opened = False
+        self._opening = asyncio.Lock()
+        self._applies_in_order = sink.semantics in ("ordered", "atomic")
+
+    async def __call__(self, batch: Sequence[Message]) -> list[Result]:
+        """One result per message, in the order of the batch."""
+        if self._toast_fails and any(_lacks_toast(m) for m in batch):
+            return await self._around([_lacks_toast(m) for m in batch], batch)
+        answer = await self._ask(batch)
+        if not isinstance(answer, Result):
+            return list(answer)
+        if answer.outcome != "reject" or len(batch) == 1:
+            return [answer] * len(batch)
+        half = len(batch) // 2
+        results = await self(batch[:half])
+        rest = batch[half:]
+        if results[-1].outcome == "sink_down":
+            return results + [results[-1]] * len(rest)
+        if not self._applies_in_order:
+            return results + await self(rest)
+        blocked = {k for m, r in zip(batch, results, strict=False) if r.outcome != "ok" for k in m.keys}
+        return results + await self._around([not blocked.isdisjoint(m.keys) for m in rest], rest, BLOCKED)
+
+    async def _around(
+        self, left_out: Sequence[bool], batch: Sequence[Message], answer: Result = UNCHANGED_TOAST
+    ) -> list[Result]:
+        """Send the batch without those left out, which get the answer."""
+        sent = [m for m, out in zip(batch, left_out, strict=True) if not out]
+        results = iter(await self(sent) if sent else ())
+        return [answer if out else next(results) for out in left_out]
+
+    async def _ask(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                if not self._opened:
+                    async with self._opening:
+                        if not self._opened:
+                            await self._sink.open()
+                            self._opened = True
+                answer = await self._sink.send(batch)
+        except TimeoutError:
+            answer = sink_down("timeout", f"no answer within {self._timeout_seconds:g} s")
+        except SpillwayError as error:
+            answer = sink_down(error.code, str(error))
+        except Exception as error:  # noqa: BLE001 - isolation (I6): a defect in one sink's code must not stop the others
+            _log.exception("sink failed unexpectedly", sink=self._name)
+            answer = sink_down("internal_error", f"{type(error).__name__}: {error}")
+        if isinstance(answer, Result):
+            if answer.outcome == "sink_down":
+                self._opened = False
+        elif len(answer) != len(batch):
+            return sink_down("internal_error", f"{len(answer)} results for {len(batch)} messages")
+        return answer
+
+
+def _lacks_toast(message: Message) -> bool:
+    return not message.change.whole and message.change.action == "update"

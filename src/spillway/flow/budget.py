@@ -1,0 +1,174 @@
+"""Memory: every payload byte is covered by a credit taken before it is held (I4).
+
+One `Budget` per process, in three pools whose limits add up to the process limit. They are taken in this order and
+never backwards, so that no circle of waiters can form: *capture* (frames, decoded changes, what waits for its commit
+in the store), *window* (unresolved changes in memory), *delivery* (batches: pages read back, encoded bodies, answers).
+
+- The capture pool is waited for: when it is empty, reading the slot stops.
+- The window pool is never waited for: what does not fit goes to the store.
+- The delivery pool is divided: a quarter is split into one guaranteed `Share` per sink, so that a sink with a batch in
+  flight can never be starved by the others; the rest is common, first come, first served.
+
+Shared bytes are charged once: a change held by several windows is charged to the window pool when the first takes it
+and given back by the last (``Change.holders``). A sink's own ceiling (``max_memory_mb``) counts them in full; it lives
+in the sink's window.
+
+A pool grants requests in the order they were made: a large request at the head of the line is not overtaken by small
+ones, so that a jumbo message gets its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from spillway.change import Change
+
+CAPTURE_EIGHTHS = 3
+WINDOW_EIGHTHS = 2
+DELIVERY_EIGHTHS = 3
+
+
+class Pool:
+    """Bytes that can be taken and given back. Single-threaded: belongs to the loop."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.name = name
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def try_take(self, size_bytes: int) -> bool:
+        """Take now, or not at all; not past those who wait."""
+        if self._line or self.held_bytes + size_bytes > self.limit_bytes:
+            return False
+        self.held_bytes += size_bytes
+        return True
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait in line. Raises ValueError for what can never be granted. Cancellable: nothing is held then."""
+        if size_bytes > self.limit_bytes:
+            raise ValueError(f"{size_bytes} bytes can never be granted by the {self.name} pool of {self.limit_bytes}")
+        if self.try_take(size_bytes):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.append((size_bytes, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give(size_bytes)
+            else:
+                self._line.remove((size_bytes, turn))
+                self._grant()
+            raise
+
+    def give(self, size_bytes: int) -> None:
+        self.held_bytes -= size_bytes
+        assert self.held_bytes >= 0, f"the {self.name} pool was given more than was taken"
+        if self._line:
+            self._grant()
+
+    @property
+    def waited_for(self) -> bool:
+        return bool(self._line)
+
+    def _grant(self) -> None:
+        while self._line and self.held_bytes + self._line[0][0] <= self.limit_bytes:
+            size_bytes, turn = self._line.popleft()
+            if not turn.done():
+                self.held_bytes += size_bytes
+                turn.set_result(None)
+
+
+class Share:
+    """A sink's part of the delivery pool: its guarantee, then what the common part has."""
+
+    def __init__(self, common: Pool, guaranteed_bytes: int, freed: Callable[[], None]) -> None:
+        self._common = common
+        self.guaranteed_bytes = guaranteed_bytes
+        self.held_bytes = 0
+        self._freed = freed
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest request that can ever be granted."""
+        return self.guaranteed_bytes + self._common.limit_bytes
+
+    def try_take(self, size_bytes: int) -> bool:
+        beyond = self._beyond(self.held_bytes + size_bytes) - self._beyond(self.held_bytes)
+        if beyond and not self._common.try_take(beyond):
+            return False
+        self.held_bytes += size_bytes
+        return True
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait in line for the common part. Raises ValueError for more than ``most_bytes``."""
+        beyond = self._beyond(self.held_bytes + size_bytes) - self._beyond(self.held_bytes)
+        self.held_bytes += size_bytes
+        if not beyond:
+            return
+        try:
+            await self._common.take(beyond)
+        except BaseException:  # cancelled or impossible: nothing was granted
+            self.held_bytes -= size_bytes
+            raise
+
+    def available_bytes(self) -> int:
+        """What ``try_take`` would grant just now."""
+        common = 0 if self._common.waited_for else self._common.limit_bytes - self._common.held_bytes
+        return max(0, self.guaranteed_bytes - self.held_bytes) + max(0, common)
+
+    def give(self, size_bytes: int) -> None:
+        beyond = self._beyond(self.held_bytes) - self._beyond(self.held_bytes - size_bytes)
+        self.held_bytes -= size_bytes
+        if beyond:
+            self._common.give(beyond)
+            self._freed()
+
+    def _beyond(self, held_bytes: int) -> int:
+        return max(0, held_bytes - self.guaranteed_bytes)
+
+
+class Budget:
+    """The process limit, divided. ``held_bytes`` never exceeds ``limit_bytes``."""
+
+    def __init__(self, limit_bytes: int, sinks: int) -> None:
+        self.limit_bytes = limit_bytes
+        eighth = limit_bytes // 8
+        self.capture = Pool("capture", CAPTURE_EIGHTHS * eighth)
+        self.window = Pool("window", WINDOW_EIGHTHS * eighth)
+        delivery = DELIVERY_EIGHTHS * eighth
+        self._guaranteed_bytes = delivery // 4 // max(1, sinks)
+        self.common = Pool("delivery", delivery - delivery // 4)
+        self._shares: list[Share] = []
+        self._thirsty: list[Callable[[], None]] = []
+
+    @property
+    def held_bytes(self) -> int:
+        delivery = sum(share.held_bytes for share in self._shares)
+        return self.capture.held_bytes + self.window.held_bytes + delivery
+
+    def share(self, wake: Callable[[], None]) -> Share:
+        """A sink's share of the delivery pool; ``wake`` is called when common bytes are freed by anyone."""
+        share = Share(self.common, self._guaranteed_bytes, self._freed)
+        self._shares.append(share)
+        self._thirsty.append(wake)
+        return share
+
+    def _freed(self) -> None:
+        for wake in self._thirsty:
+            wake()
+
+    def hold(self, change: Change) -> bool:
+        """Take a window's credit for a change, unless another window already holds it. False: no room."""
+        if change.holders == 0 and not self.window.try_take(change.cost):
+            return False
+        change.holders += 1
+        return True
+
+    def drop(self, change: Change) -> None:
+        change.holders -= 1
+        if change.holders == 0:
+            self.window.give(change.cost)

@@ -1,0 +1,322 @@
+"""From the slot to the sinks: reads frames, decodes them into chunks, hands each chunk to the sinks that want it, and
+tells Postgres what may be dropped.
+
+A *chunk* is what one go at the socket gave, up to a number of messages and bytes: flow works on chunks, so that there
+is no await, task or lock per message. A chunk is handed over when it is full, or at once when nothing more is
+buffered: at low load one change is one chunk.
+
+Credit (I4). Credit for a chunk is taken from the capture pool before its frames are decoded, for each frame by its
+size: three times (libpq holds it twice while it is received), and what rendering adds. It is given back when every
+sink has taken the chunk: windows charge their own pool, the store's part is kept until its commit. Bytes that libpq's
+buffer keeps until the next connect are charged as long; after a large frame the connection is renewed at a commit.
+
+Reading stops only for want of credit, or while a sink's full backlog blocks the slot (I7); ``why_waiting`` says which.
+The reply to Postgres goes out on a timer of its own (`_feed_back`), whatever else is blocked.
+
+After a reconnect the server repeats what was not confirmed; sinks know their tail and take only what is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import structlog
+
+from spillway.change import Change
+from spillway.clock import Clock
+from spillway.errors import Finding, SourceUnavailable
+from spillway.flow.budget import Budget
+from spillway.flow.delivery import Delivery
+from spillway.flow.retry import backoff_seconds
+from spillway.flow.route import Router
+from spillway.flow.watermark import Watermark
+from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput.messages import Begin, Commit, Truncation
+from spillway.pgoutput.relation import Relation, TableInfo
+from spillway.source.stream import Keepalive, Stream
+
+CHUNK_MESSAGES = 500
+CHUNK_BYTES = 2 << 20
+FRAME_OVERHEAD_BYTES = 2048  # what a row's metadata and objects add to its bytes
+RENEW_FRAME_BYTES = 8 << 20
+FEEDBACK_SECONDS = 0.2
+STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
+RECONNECT_CAP_SECONDS = 15.0
+
+_log = structlog.get_logger()
+
+
+class Connection(Protocol):
+    """An open source: the stream, and the catalogue beside it."""
+
+    stream: Stream
+
+    async def describe(self, relation: Relation) -> TableInfo: ...
+
+    def unkeyable(
+        self, relation: Relation, info: TableInfo, columns: tuple[str, ...] | None, needs_key: bool
+    ) -> Finding | None: ...
+
+    async def close(self) -> None: ...
+
+
+class Capture:
+    def __init__(
+        self,
+        database: str,
+        connect: Callable[[], Awaitable[Connection]],
+        new_decoder: Callable[[], Decoder],
+        router: Router,
+        deliveries: Sequence[Delivery],
+        budget: Budget,
+        reserve_mark: Callable[[int], Awaitable[None]],
+        clock: Clock,
+    ) -> None:
+        self.database = database
+        self._connect = connect
+        self._new_decoder = new_decoder
+        self._router = router
+        self._deliveries = deliveries
+        self._pool = budget.capture
+        self._reserve_mark = reserve_mark  # returns when a durable mark covers the position (I9)
+        self._clock = clock
+        self.watermark = Watermark(0)
+        self.received_lsn = 0
+        self.connected = False
+        self.why_waiting = "connecting"  # "": reading
+        self.waiting_since = clock.monotonic()
+        self.last_error: str | None = None
+        self.truncates = 0
+        self._room = asyncio.Event()  # a blocking backlog may have room
+        self._feedback_now = asyncio.Event()
+        self._chunk: list[Change] = []
+        self._commits: list[Commit] = []
+        self._credit = 0
+        self._used = 0
+        self._routed_lsn = 0
+        self._libpq_bytes = 0
+        self._overhead: dict[bytes, int] = {}  # by relation OID as it stands in a row's frame
+        self._owing: set[asyncio.Task[None]] = set()
+
+    def moved(self) -> None:
+        """A sink's watermark may have moved, or its backlog has room."""
+        self._room.set()
+
+    # -- life -------------------------------------------------------------------------------------------------------
+    async def run(self, stop: asyncio.Event) -> None:
+        """Read until `stop`, reconnecting with back-off. SpillwayError other than SourceUnavailable is fatal."""
+        failures = 0
+        while not stop.is_set():
+            try:
+                self._wait("connecting")
+                connection = await self._connect()
+                try:
+                    failures = 0
+                    self.connected = True
+                    self.last_error = None
+                    await self._session(connection, stop)
+                finally:
+                    self.connected = False
+                    await connection.close()
+            except SourceUnavailable as error:
+                self.last_error = str(error)
+                self._wait(f"source: {error}")
+                delay = backoff_seconds(failures, 0.25, RECONNECT_CAP_SECONDS)
+                failures += 1
+                _log.warning("source unavailable", database=self.database, error=str(error), retry_seconds=round(delay, 2))
+                await _first_of(stop.wait(), self._clock.sleep(delay))
+            finally:
+                self._drop_chunk()
+
+    async def _session(self, connection: Connection, stop: asyncio.Event) -> None:
+        """One connection, until `stop`, the loss of the connection, or a wish to renew it."""
+        stream = connection.stream
+        feedback = asyncio.create_task(self._feed_back(stream), name=f"feedback {self.database}")
+        reading = asyncio.create_task(self._read(connection), name=f"capture {self.database}")
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({feedback, reading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (feedback, reading):
+                if task.done():
+                    await task  # raises what ended it
+        finally:
+            for task in (feedback, reading, stopped):
+                task.cancel()
+            await asyncio.gather(feedback, reading, stopped, return_exceptions=True)
+
+    async def last_feedback(self) -> None:
+        """At the end of a clean stop, when everything is settled: connect once more and confirm."""
+        connection = await self._connect()
+        try:
+            lsn = await self._confirmable()
+            connection.stream.send_feedback(lsn, lsn)
+            await connection.stream.flush()
+        finally:
+            await connection.close()
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+    async def _read(self, connection: Connection) -> None:
+        stream = connection.stream
+        decoder = self._new_decoder()
+        self._overhead.clear()
+        in_transaction = False
+        large = min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6)
+        while True:
+            frame = stream.next()
+            if frame is None:
+                await self._hand_over()
+                self._wait("")
+                await stream.more()
+                continue
+            if isinstance(frame, Keepalive):
+                if not in_transaction:
+                    await self._hand_over()
+                    self.watermark.keepalive(frame.wal_end)
+                    self.received_lsn = max(self.received_lsn, frame.wal_end)
+                if frame.reply_requested:
+                    self._feedback_now.set()
+                continue
+            payload = frame.payload
+            size = 3 * len(payload) + FRAME_OVERHEAD_BYTES + self._overhead.get(bytes(payload[1:5]), 0)
+            if self._used + size > self._credit or len(self._chunk) >= CHUNK_MESSAGES:
+                await self._hand_over()
+                await self._take_credit(size, stream.largest_frame_bytes)
+            event = decoder.feed(payload)
+            del payload, frame
+            self._used += size
+            if isinstance(event, Change):
+                self._chunk.append(event)
+            elif isinstance(event, Begin):
+                in_transaction = True
+            elif isinstance(event, Commit):
+                in_transaction = False
+                self._commits.append(event)
+                if stream.largest_frame_bytes > large:
+                    await self._hand_over()
+                    return  # renew the connection: libpq keeps its buffer until then
+            elif isinstance(event, Relation):
+                await self._learn(connection, decoder, event)
+            elif isinstance(event, Truncation):
+                self.truncates += 1
+                self._chunk.extend(event.changes)
+
+    async def _learn(self, connection: Connection, decoder: Decoder, relation: Relation) -> None:
+        info = await connection.describe(relation)
+        schema, table = info.root or (relation.schema, relation.table)
+        self._overhead[relation.oid.to_bytes(4, "big")] = sum(2 * len(c.name) + 8 for c in relation.columns)
+        await self._hand_over()  # what was decoded by the old shape goes by the old routes
+        self._router.learn(
+            schema, table, lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key)
+        )
+        decoder.learn(relation, info)
+
+    async def _take_credit(self, size: int, largest_frame_bytes: int) -> None:
+        """Credit for the next chunk, the next frame included, and for what libpq's buffer has grown to."""
+        wanted = min(max(size, min(CHUNK_BYTES, self._pool.limit_bytes // 8)), self._pool.limit_bytes)
+        grown = min(2 * largest_frame_bytes, self._pool.limit_bytes // 3) - self._libpq_bytes
+        if not self._pool.try_take(wanted):
+            self._wait("memory: everything read is held by sinks or on its way to disk")
+            await self._pool.take(wanted)
+            self._wait("")
+        self._credit = wanted
+        if grown > 0 and self._pool.try_take(grown):
+            self._libpq_bytes += grown
+
+    async def _hand_over(self) -> None:
+        """Give the chunk to the sinks. When this returns, every sink answers for its part of it."""
+        if not self._chunk and not self._commits:
+            return
+        changes, self._chunk = self._chunk, []
+        commits, self._commits = self._commits, []
+        routed = self._router.route(changes)
+        asked = [d for d in routed if d.needs_look_up]
+        answers = await asyncio.gather(*(d.parked_among(routed[d]) for d in asked))
+        parked = dict(zip(asked, answers, strict=True))
+        stored = []
+        for delivery, messages in routed.items():
+            self._routed_lsn = max(self._routed_lsn, messages[-1].change.commit_lsn)
+            written = delivery.intake(messages, parked.get(delivery))
+            if written is not None:
+                stored.append(written)
+        lsns = {m.change.commit_lsn for messages in routed.values() for m in messages}
+        for commit in commits:
+            self.received_lsn = commit.end_lsn
+            routed_any = commit.commit_lsn in lsns or commit.commit_lsn == self._routed_lsn
+            self.watermark.commit(commit.commit_lsn, commit.end_lsn, routed=routed_any)
+        kept = min(self._credit, sum(c.cost for c in changes)) if stored else 0
+        self._pool.give(self._credit - kept)
+        self._credit = self._used = 0
+        if kept:
+            task = asyncio.create_task(self._give_when_durable(kept, stored))
+            self._owing.add(task)
+            task.add_done_callback(self._owing.discard)
+        await self._gate()
+        await asyncio.sleep(0)  # let deliveries run between two chunks
+
+    async def _give_when_durable(self, size: int, stored: Sequence[asyncio.Future[object]]) -> None:
+        try:
+            await asyncio.wait(stored)
+        finally:
+            self._pool.give(size)
+
+    async def _gate(self) -> None:
+        """Wait while a full backlog blocks the slot."""
+        while True:
+            blocking = [d for d in self._deliveries if d.blocks]
+            if not blocking:
+                return
+            self._wait("blocked: " + "; ".join(f"the backlog of {d.name} is full ({d.full})" for d in blocking))
+            self._room.clear()
+            await self._room.wait()
+            self._wait("")
+
+    def _drop_chunk(self) -> None:
+        """The connection is gone: what was not handed over is read again."""
+        self._chunk.clear()
+        self._commits.clear()
+        self._pool.give(self._credit + self._libpq_bytes)
+        self._credit = self._used = self._libpq_bytes = 0
+
+    # -- confirming -------------------------------------------------------------------------------------------------
+    async def _feed_back(self, stream: Stream) -> None:
+        sent, sent_at, heard = 0, 0.0, -1
+        while True:
+            self._feedback_now.clear()
+            lsn = await self._confirmable()
+            now = self._clock.monotonic()
+            quiet = heard == self.received_lsn
+            if lsn != sent or self._feedback_due or now - sent_at >= (FEEDBACK_SECONDS * 5 if quiet else STATUS_SECONDS):
+                # PostgreSQL 12 sends no keepalive to a client that is quiet: ask for one.
+                stream.send_feedback(lsn, lsn, quiet)
+                await stream.flush()
+                sent, sent_at, heard = lsn, now, self.received_lsn
+            self._feedback_due = False
+            await _first_of(self._feedback_now.wait(), self._clock.sleep(FEEDBACK_SECONDS))
+            self._feedback_due = self._feedback_now.is_set()
+
+    _feedback_due = True
+
+    async def _confirmable(self) -> int:
+        """The LSN that may be confirmed now (I1), covered by a durable mark (I9)."""
+        lsns = [lsn for d in self._deliveries if (lsn := d.open_lsn) is not None]
+        lsn = self.watermark.advance(min(lsns) if lsns else None)
+        await self._reserve_mark(lsn)
+        return lsn
+
+    def _wait(self, why: str) -> None:
+        if why != self.why_waiting:
+            self.why_waiting = why
+            self.waiting_since = self._clock.monotonic()
+
+
+async def _first_of(*waits: Awaitable[object]) -> None:
+    """Wait for the first; cancel and await the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

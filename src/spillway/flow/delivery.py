@@ -1,0 +1,775 @@
+"""One sink's flow: from the router's hands to the acknowledgement, through memory or over the spillway.
+
+`Delivery` owns everything about its sink: the window, the tail (what was routed last), whether it is *direct* or
+*stored*, the breaker, the throttles. One task runs it; each batch in flight, each read of the store and each settling
+is a child task of that one. State changes happen on the loop between awaits, never in a thread.
+
+**Direct**: newcomers go into the window; nothing is written. **Stored**: newcomers go to the tail of the store, and
+pages are read back as there is credit. Direct becomes stored (`_spill`) when the oldest open message is older than
+the spill age, or the window has no credit: everything unwritten is put into the store, what is not in flight leaves
+memory. Stored becomes direct again when a page has shown that nothing unread waits and nothing was put meanwhile.
+
+**Every put covers the tail** (see spillway.store.base): whatever is written for a sink, all its unwritten messages are
+written with it, in position order, and the position becomes the tail. So the store never holds anything above the
+position, and a restart skips exactly what is at or below it.
+
+**Parked keys.** In direct mode newcomers of a parked key must go to the store. Which keys are parked is asked of the
+store by look-up (`parked_among`), per chunk and only while there are such keys. Between the decision to park and the
+first look-up that is sure to see it, the keys are in ``_diverted``.
+
+**Settling.** What was resolved in memory alone is released at once. What has a row is released when the removal of
+the row has committed: only then may a later message of its key go out. What failed is parked or buried by a write
+that covers the tail, and leaves "in flight" when that has committed.
+
+Priorities of the loop, in this order: 1. stop, 2. what the sink said (settling runs as it comes), 3. spill, 4. due
+retries, 5. new work, 6. reading ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import structlog
+
+from spillway.change import NOT_STORED, PENDING, Message, table_prefix
+from spillway.clock import Clock
+from spillway.flow.attempt import BLOCKED, Attempt
+from spillway.flow.budget import Budget
+from spillway.flow.limits import Limits
+from spillway.flow.retry import PARKED_ROUNDS, Breaker, Throttle, backoff_seconds
+from spillway.flow.window import Window
+from spillway.metrics import Metrics
+from spillway.position import ZERO, Position
+from spillway.sinks.base import Result, Sink
+from spillway.store.base import Gap, Park, Select, SinkState, Store, Write, Written
+
+SPILL_AGE_SECONDS = 0.25
+# What a message read back costs beyond its bytes, twice: its objects, and its place in request and answer.
+STORED_OVERHEAD_BYTES = 1536
+ENCODED_OVERHEAD_BYTES = 512  # a message's place in a request and its answer
+READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
+PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
+DISCARD_MESSAGES = 5000  # removed per transaction
+IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class SinkSpec:
+    """What the flow must know of a sink's configuration."""
+
+    name: str
+    batch_size: int
+    max_memory_bytes: int
+    max_messages: int
+    timeout_seconds: float
+    max_retry_count: int | None = None
+    on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
+    toast_fails: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+class Delivery:
+    def __init__(
+        self,
+        spec: SinkSpec,
+        sink: Sink,
+        store: Store,
+        state: SinkState,
+        budget: Budget,
+        clock: Clock,
+        metrics: Metrics,
+        moved: Callable[[], None],
+    ) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self._sink = sink
+        self._store = store
+        self._budget = budget
+        self._share = budget.share(self.wake)
+        self._clock = clock
+        self._metrics = metrics
+        self._moved = moved  # called when the watermark may have moved or a full backlog has room
+        self._attempt = Attempt(spec.name, sink, spec.timeout_seconds, spec.toast_fails)
+        self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
+        self.counters = state.counters
+        self.tail: Position = state.position or ZERO
+        self.paused = False
+        self.gap = state.gap
+        self.stored = state.counters.queued > 0
+        self.breaker = Breaker()
+        narrow = 6 if state.counters.parked_keys >= PARKED_AT_START else 0
+        self.queue_throttle = Throttle(narrow)
+        self.lane_throttle = Throttle(narrow)
+        self.full: str | None = None  # why the backlog is at its cap
+        self.oldest_seconds = 0.0  # age of the oldest waiting message, as of the last `check_limits`
+        self._gap_lsn: int | None = None  # a gap begins here that is not durable yet
+        self.last_error: str | None = None
+        self.last_failure_at = 0.0
+        self.last_progress_at = clock.monotonic()
+        self.delivered = 0
+        self.truncates_ignored = 0
+        self.memory_bytes = 0
+        self.memory_messages = 0
+        self._cursor = 0  # rows of the queue up to here are in memory, in `_skip`, or gone
+        self._skip: set[int] = set()  # rows beyond the cursor that are in flight: a page must not bring them again
+        self._diverted: dict[str, int] = {}  # keys of parks and diversions that have not committed
+        self._lingering: set[str] = set()  # the same, committed since the last look-up began
+        self._puts = 0  # uncommitted puts of messages that are in the window
+        self._put_count = 0  # all puts ever, to see whether a page read was overtaken by one
+        self._puts_done = 0  # and how many of them have committed
+        self._turns = 0  # counts what makes a page that is being read unusable: parks, evictions, discards
+        self._evict_rows: list[int] | None = None  # an eviction is due when the last put has committed
+        self._last_put: asyncio.Future[Written] | None = None
+        self._reading = False
+        self._retrying = False
+        self._in_flight = 0  # batches being sent or settled
+        self._lanes_turn = True  # with one slot, queue and lanes take turns
+        self._lane_at = 0.0  # when the lanes are worth a look
+        self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
+        self._probe_newest = False
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def open_lsn(self) -> int | None:
+        """Commit LSN of the oldest message that forbids confirming (I1); None: there is none."""
+        first = self.window.first_open()
+        if self._gap_lsn is not None:
+            return self._gap_lsn if first is None else min(self._gap_lsn, first.change.commit_lsn)
+        return None if first is None else first.change.commit_lsn
+
+    # -- intake: called by capture, synchronous ---------------------------------------------------------------------
+    @property
+    def participates(self) -> bool:
+        """False while a gap is growing: the sink takes no part in the slot."""
+        return self.gap is None or self.gap.last_lsn is not None
+
+    @property
+    def needs_look_up(self) -> bool:
+        if not self.counters.parked_keys and not self._diverted:
+            self._lingering.clear()
+            return False
+        return not self.stored
+
+    async def parked_among(self, messages: Sequence[Message]) -> set[str]:
+        """Which keys of these messages are parked. To be called right before `intake`, when `needs_look_up`."""
+        self._lingering.clear()  # what has committed by now is seen by the look-up that begins now
+        keys = {key for message in messages for key in message.keys}
+        return await asyncio.to_thread(self._store.parked, self.name, list(keys)) if keys else set()
+
+    def intake(self, messages: list[Message], parked: set[str] | None) -> asyncio.Future[Written] | None:
+        """Take messages in position order. Returns the commit to wait for before their capture credit is given back,
+        None if the window covers them. ``parked`` is None when no look-up was made."""
+        if messages[0].position <= self.tail:  # read again after a reconnect or a restart: known already
+            messages = [m for m in messages if m.position > self.tail]
+        if not messages or not self.participates:
+            return None
+        now = self._clock.monotonic()
+        for message in messages:
+            message.arrived = now
+        self._wake.set()
+        if not self.stored:
+            if parked is None and self.needs_look_up:
+                self._spill()  # became direct, with parked keys, since capture asked
+            elif self._take_credit(messages):
+                return self._divert(messages, parked or set())
+            else:
+                self._spill()
+        self.tail = Position(*messages[-1].position)
+        self.window.track(messages)
+        return self._put(messages)
+
+    def _take_credit(self, messages: list[Message]) -> bool:
+        """Credit for all of them, or for none."""
+        cost = sum(m.change.cost for m in messages)
+        if (
+            self.memory_bytes + cost > self.spec.max_memory_bytes
+            or self.memory_messages + len(messages) > self.spec.max_messages
+        ):
+            return False
+        for index, message in enumerate(messages):
+            if not self._budget.hold(message.change):
+                for held in messages[:index]:
+                    self._budget.drop(held.change)
+                return False
+        self.memory_bytes += cost
+        self.memory_messages += len(messages)
+        return True
+
+    def _divert(self, messages: list[Message], parked: set[str]) -> asyncio.Future[Written] | None:
+        """Into the window; but what has a parked key, or is too large, goes to the store and takes all else along."""
+        self.tail = Position(*messages[-1].position)
+        self.window.track(messages)
+        held = parked.union(self._diverted, self._lingering)
+        aside: list[Message] = []
+        for message in messages:
+            if message.change.too_large_bytes:
+                aside.append(message)
+            elif held and not held.isdisjoint(message.keys):
+                aside.append(message)
+                held.update(message.keys)  # what follows under the other key of an event stands behind it
+            else:
+                self.window.admit(message)
+        if not aside:
+            return None
+        return self._write_unwritten(aside=aside)
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+    def _put(self, messages: list[Message]) -> asyncio.Future[Written]:
+        """Newcomers of a stored sink, to the tail; none of them stays in memory."""
+        for message in messages:
+            message.row = PENDING
+        large = [_too_large(m) for m in messages if m.change.too_large_bytes]
+        done = self._commit(Write(self.name, put=messages, position=self.tail, bury=large))
+        done.add_done_callback(lambda _: self._mark_durable(messages))
+        return done
+
+    def _write_unwritten(
+        self,
+        *,
+        aside: Sequence[Message] = (),
+        park: Sequence[Park] = (),
+        bury: Sequence[Park] = (),
+        resolved: Sequence[Message] = (),
+    ) -> asyncio.Future[Written]:
+        """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in
+        memory but among the unwritten; its credit is given back when the commit is done."""
+        put = self.window.unwritten()
+        for message in put:
+            message.row = PENDING
+        keys = {key for m in aside for key in m.keys}
+        if park:
+            keys |= self.window.behind([p.message for p in park])[0]
+            self._turns += 1
+        for key in keys:
+            self._diverted[key] = self._diverted.get(key, 0) + 1
+        large = [_too_large(m) for m in put if m.change.too_large_bytes]
+        self._puts += 1
+        done = self._commit(
+            Write(
+                self.name,
+                put=put,
+                position=self.tail if put else None,
+                park=park,
+                bury=[*large, *bury],
+                resolved=resolved,
+            )
+        )
+        self._last_put = done
+
+        def committed(written: asyncio.Future[Written]) -> None:
+            self._puts -= 1
+            self._mark_durable(put)
+            for key in keys:
+                if self._diverted[key] == 1:
+                    del self._diverted[key]
+                    self._lingering.add(key)
+                else:
+                    self._diverted[key] -= 1
+            for message in aside:
+                self._forget(message)
+            if park:
+                self._turns += 1
+                self._lane_at = min(self._lane_at, self._clock.monotonic() + min(p.due_seconds for p in park))
+            if aside and not written.cancelled() and written.exception() is None:
+                held = written.result().held
+                freed = [m.row for m in aside if m.row not in held and not m.change.too_large_bytes]
+                if freed:
+                    self._spill(freed)  # their key was freed meanwhile: they wait in the queue and must be read
+            if self._evict_rows is not None and not self._puts:
+                self._evict()
+
+        done.add_done_callback(committed)
+        return done
+
+    def _commit(self, write: Write) -> asyncio.Future[Written]:
+        """Queue a write. The future is done on the loop, after the commit; the counters are up to date then."""
+        if write.put:
+            self._put_count += 1
+        done = asyncio.wrap_future(self._store.write(write))
+
+        def committed(written: asyncio.Future[Written]) -> None:
+            if not written.cancelled() and written.exception() is None:
+                self.counters = written.result().counters
+                self._puts_done += bool(write.put)
+            self._wake.set()
+
+        done.add_done_callback(committed)
+        return done
+
+    def _mark_durable(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            message.done = message.row > 0
+        self._moved()
+
+    def _spill(self, unread: Sequence[int] = ()) -> None:
+        """Become stored: put what is unwritten; when that has committed, all that is not in flight leaves memory."""
+        self.stored = True
+        self._evict_rows = [*(self._evict_rows or ()), *unread]
+        self._write_unwritten()
+
+    def _evict(self) -> None:
+        """Drop what is not in flight from memory; all of it has rows. Pages bring it back from the cursor on."""
+        rows = self._evict_rows or []
+        self._evict_rows = None
+        dropped = self.window.evict()
+        rows.extend(m.row for m in dropped)
+        for message in dropped:
+            self._forget(message)
+        if rows:
+            self._cursor = min(self._cursor, min(rows) - 1)
+        self._skip = {row for row in self.window.flying_rows() if row > self._cursor}
+        self._turns += 1
+
+    def drop_cache(self) -> None:
+        """What was read back and is not in flight leaves memory: it is not going to be sent soon."""
+        if self.stored and not self._puts and self._evict_rows is None and self.window.waiting:
+            self._evict()
+
+    # -- credit -----------------------------------------------------------------------------------------------------
+    def _forget(self, message: Message) -> None:
+        """A message leaves memory."""
+        if message.credit:
+            self._share.give(message.credit)
+            self.memory_bytes -= message.credit
+            message.credit = 0
+        else:
+            self._budget.drop(message.change)
+            self.memory_bytes -= message.change.cost
+        self.memory_messages -= 1
+
+    def _remember(self, message: Message) -> None:
+        """A message read back is in memory; its credit was taken from the share."""
+        message.credit = _stored_cost(message)
+        self.memory_bytes += message.credit
+        self.memory_messages += 1
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Deliver until `stop`. Any exception that leaves here is fatal for the process."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while not self._stopping:
+                    self._wake.clear()
+                    wait_seconds = self._work(tasks)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(wait_seconds):
+                            await self._wake.wait()
+        finally:
+            await self._sink.close()
+
+    def stop(self) -> None:
+        """Start nothing new; `run` returns when what is in flight is settled."""
+        self._stopping = True
+        self._wake.set()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def _work(self, tasks: asyncio.TaskGroup) -> float:
+        """Start whatever can be started; return after how many seconds to look again."""
+        now = self._clock.monotonic()
+        wait_seconds = IDLE_SECONDS
+        first = self.window.first_open()
+        if not self.stored and first is not None and first.row == NOT_STORED:
+            left = first.arrived + SPILL_AGE_SECONDS - now
+            if left <= 0:
+                self._spill()
+            else:
+                wait_seconds = left
+        if self.paused or not self.participates:
+            self.drop_cache()
+            return wait_seconds
+        not_before = self.breaker.probe_at if self.breaker.open else 0.0
+        if now < not_before:
+            return min(wait_seconds, not_before - now)
+        if self.breaker.open and self._in_flight:
+            return wait_seconds  # one probe at a time
+        lanes_wait = self._start_retry(tasks, now)
+        queue_wait = self._start_batches(tasks, now)
+        return max(0.0, min(wait_seconds, lanes_wait, queue_wait))
+
+    def _start_retry(self, tasks: asyncio.TaskGroup, now: float) -> float:
+        if not self.counters.parked_keys or self._retrying:
+            return IDLE_SECONDS
+        at = max(self._lane_at, self.lane_throttle.not_before)
+        if now < at:
+            return at - now
+        others_turn = not self._lanes_turn and self.window.ready and now >= self.queue_throttle.not_before
+        if self._free_slots > 0 and not others_turn:
+            self._retrying = True
+            self._in_flight += 1
+            tasks.create_task(self._retry())
+        return IDLE_SECONDS
+
+    def _start_batches(self, tasks: asyncio.TaskGroup, now: float) -> float:
+        at = self.queue_throttle.not_before
+        if now < at:
+            self.drop_cache()
+            return at - now
+        allowance = 1 if self.breaker.open else self.queue_throttle.allowance(self.spec.batch_size)
+        one_at_a_time = self.breaker.open or self.queue_throttle.narrow
+        if one_at_a_time and self._probe_newest and self.stored and not self._in_flight:
+            self._probe_newest = False
+            self._in_flight += 1
+            tasks.create_task(self._try_newest())
+        while self.window.ready and self._free_slots > 0 and not (one_at_a_time and self._in_flight):
+            batch, encode_bytes = self._take(allowance)
+            if not batch:
+                break
+            self._lanes_turn = True
+            self._probe_newest = True
+            self._in_flight += 1
+            tasks.create_task(self._deliver(batch, encode_bytes))
+        wanted = allowance if one_at_a_time else 2 * allowance * self._sink.max_in_flight
+        if self._may_read and self.window.ready_count < max(1, wanted // 2):
+            self._reading = True
+            tasks.create_task(self._read(wanted))
+        return IDLE_SECONDS
+
+    @property
+    def _free_slots(self) -> int:
+        return self._sink.max_in_flight - self._in_flight
+
+    @property
+    def _may_read(self) -> bool:
+        """Not while something in memory is on its way to the store: a page could bring it a second time."""
+        return (
+            self.stored
+            and not (self._reading or self._puts or self._evict_rows is not None)
+            and self.memory_messages < self.spec.max_messages
+        )
+
+    # -- the backlog's cap, and what people ask for -----------------------------------------------------------------
+    @property
+    def blocks(self) -> bool:
+        """The backlog is full, and the slot must not be read until there is room."""
+        return self.full is not None and self.spec.limits.on_full == "block"
+
+    async def check_limits(self) -> None:
+        """To be called every second or so: the backlog against its cap."""
+        oldest = await asyncio.to_thread(self._store.oldest, self.name) if self.counters.messages else None
+        self.oldest_seconds = 0.0 if oldest is None else max(0.0, self._clock.wall() - oldest)
+        was_full = self.full is not None
+        self.full = self.spec.limits.full(
+            self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
+        )
+        if self.full is not None and not was_full:
+            _log.warning("backlog is full", sink=self.name, why=self.full, on_full=self.spec.limits.on_full)
+            if self.spec.limits.on_full == "pause" and self.participates:
+                await self._open_gap(self.full)
+        if was_full and self.full is None:
+            self._moved()
+
+    async def _open_gap(self, reason: str) -> None:
+        """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""
+        self._gap_lsn = self.tail.commit_lsn
+        gap = Gap(self.tail.commit_lsn, None, self._clock.wall(), reason)
+        self.gap = gap
+        self._spill()
+        await self._commit(Write(self.name, gap=gap))
+        self._gap_lsn = None
+        self._moved()
+
+    async def pause(self) -> None:
+        await self._commit(Write(self.name, paused=True))
+        self.paused = True
+
+    async def resume(self, now_at_lsn: int) -> None:
+        """Deliver again. With a growing gap: take part again, the gap ends here; with a closed one: it is acknowledged."""
+        if self.gap is not None and self.gap.last_lsn is None:
+            gap = replace(self.gap, last_lsn=now_at_lsn)
+            await self._commit(Write(self.name, paused=False, gap=gap))
+            self.gap = gap
+        elif self.gap is not None:
+            await self._commit(Write(self.name, paused=False, clear_gap=True))
+            self.gap = None
+        else:
+            await self._commit(Write(self.name, paused=False))
+        self.paused = False
+        self.try_now()
+
+    def try_now(self) -> None:
+        """Forget back-off: whatever waits is tried at once."""
+        self.breaker.probe_at = 0.0
+        self.queue_throttle.not_before = self.lane_throttle.not_before = self._lane_at = 0.0
+        self._wake.set()
+
+    async def retry(self, select: Select) -> int:
+        count = await asyncio.wrap_future(self._store.retry_now(self.name, select))
+        self.try_now()
+        return count
+
+    async def discard(self, select: Select) -> int:
+        """Remove what waits, but for what is in flight. Returns how many messages."""
+        total = 0
+        while True:
+            self._turns += 1
+            self.drop_cache()
+            spare = frozenset(self.window.rows())
+            count = await asyncio.wrap_future(self._store.discard(self.name, select, DISCARD_MESSAGES, spare))
+            self._turns += 1
+            total += count
+            if count == 0:
+                break
+        await self._commit(Write(self.name))  # for the counters
+        return total
+
+    # -- sending ----------------------------------------------------------------------------------------------------
+    def _take(self, allowance: int) -> tuple[list[Message], int]:
+        """A batch, and the credit for its encoded form that was taken for it; what was read back has its own."""
+        available = min(self._share.available_bytes(), 4 * READ_BYTES)
+        first = self.window.peek()
+        if not first.credit and len(first.change.body) + ENCODED_OVERHEAD_BYTES > available:
+            return [], 0
+        most = max(1, available // (2 * ENCODED_OVERHEAD_BYTES))
+        batch = self.window.take(min(allowance, most), max(1, available // 2))
+        encode_bytes = sum(len(m.change.body) + ENCODED_OVERHEAD_BYTES for m in batch if not m.credit)
+        if not self._share.try_take(encode_bytes):
+            self.window.put_back(batch)
+            return [], 0
+        return batch, encode_bytes
+
+    async def _deliver(self, batch: list[Message], encode_bytes: int) -> None:
+        try:
+            results = await self._attempt(batch)
+        finally:
+            self._share.give(encode_bytes)
+        await self._settle(batch, results, self.queue_throttle)
+        self._in_flight -= 1
+        self._wake.set()
+
+    async def _settle(self, batch: list[Message], results: list[Result], throttle: Throttle) -> None:
+        """Make what the sink said durable, then let go of the messages (see the module's text)."""
+        now = self._clock.monotonic()
+        lane = throttle is self.lane_throttle
+        ok = [m for m, r in zip(batch, results, strict=True) if r.outcome == "ok"]
+        failed = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome in ("retry", "reject")]
+        down = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome == "sink_down"]
+        if down:
+            result = down[0][1]
+            self.breaker.failed(now, result.reason, result.detail, result.retry_after_seconds)
+            self._note(result.reason, result.detail, now)
+        elif self.breaker.open:
+            self.breaker.succeeded()
+        if ok:
+            throttle.succeeded()
+            self.last_progress_at = now
+        elif failed and not down:
+            throttle.failed(now)
+        for message, _ in down:
+            if lane:  # it stays the head of its lane
+                self.window.release(message)
+                self._forget(message)
+        if not lane:
+            self.window.put_back([m for m, _ in down])
+        if down:
+            self.drop_cache()
+        if any(m.row == PENDING for m in _with_superseded([*ok, *(m for m, _ in failed)])) and self._last_put:
+            await asyncio.shield(self._last_put)
+        await self._settle_ok(ok)
+        if failed:
+            await self._settle_failed(failed, now)
+        self._moved()
+
+    async def _settle_ok(self, ok: list[Message]) -> None:
+        stored = [m for m in ok if m.row > 0 or any(s.row > 0 for s in m.superseded or ())]
+        rows = [m for m in _with_superseded(stored) if m.row > 0]
+        with_rows = set(map(id, stored)) if stored else frozenset()
+        for message in _with_superseded(ok):
+            message.done = True
+        self._let_go([m for m in ok if id(m) not in with_rows])
+        self._count(ok)
+        for message in ok:
+            if message.change.action == "truncate":  # what was parked of that table before it is gone with it
+                below = (table_prefix(message.change.schema, message.change.table), Position(*message.position))
+                self._turns += 1
+                await self._commit(Write(self.name, drop_table_below=below))
+        if rows:
+            await self._commit(Write(self.name, resolved=rows))
+            self._let_go(stored)
+
+    async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float) -> None:
+        park: list[Park] = []
+        bury: list[Park] = []
+        blocked: list[Message] = []
+        for message, result in failed:
+            if result is BLOCKED:
+                blocked.append(message)
+                continue
+            self._metrics.rejected(self.name, result.reason, 1)
+            self._note(result.reason, result.detail, now)
+            attempts = message.attempts + 1
+            limit = self.spec.max_retry_count
+            if message.superseded:
+                # Not sent themselves yet: they go first, one by one, from the lane.
+                park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
+            elif (limit is not None and attempts > limit) or (
+                self.spec.on_reject == "dead_letter" and result.outcome == "reject"
+            ):
+                bury.append(Park(message, result.reason, result.detail, 0.0))
+            else:
+                park.append(Park(message, result.reason, result.detail, backoff_seconds(attempts - 1)))
+        await self._write_unwritten(park=park, bury=bury)
+        parked = [p.message for p in park]
+        keys = self.window.behind(parked)[0]
+        for message in self.window.drop_behind(parked):
+            self._forget(message)
+        self._let_go([m for m, r in failed if r is not BLOCKED])
+        self._let_go([m for m in blocked if not keys.isdisjoint(m.keys)])
+        self.window.put_back([m for m in blocked if keys.isdisjoint(m.keys)])
+
+    def _let_go(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self.window.release(message)
+            for one in _with_superseded([message]):
+                self._forget(one)
+
+    def _count(self, ok: list[Message]) -> None:
+        if not ok:
+            return
+        resolved = len(ok) + sum(len(m.superseded) for m in ok if m.superseded)
+        self.delivered += resolved
+        self._metrics.delivered(self.name, resolved)
+        wall = self._clock.wall()
+        for commit_time, same in itertools.groupby(ok, key=lambda m: m.change.commit_time):
+            self._metrics.delivery_seconds(self.name, max(0.0, wall - commit_time), sum(1 for _ in same))
+
+    def _note(self, reason: str, detail: str, now: float) -> None:
+        self.last_error = f"{reason}: {detail}" if detail else reason
+        self.last_failure_at = now
+
+    # -- reading back -----------------------------------------------------------------------------------------------
+    async def _read(self, wanted: int) -> None:
+        """The next page of the queue into the window; becomes direct when there is none."""
+        try:
+            turns, puts = self._turns, self._put_count
+            all_committed = self._puts_done == puts
+            head_bytes = await asyncio.to_thread(self._store.bytes_at_head, self.name, self._cursor)
+            if head_bytes is None:
+                if turns == self._turns and all_committed and puts == self._put_count:
+                    self.stored = False
+                return
+            grant = min(self._share.available_bytes(), 4 * READ_BYTES)
+            least = 2 * head_bytes + STORED_OVERHEAD_BYTES
+            if grant < least:
+                grant = least
+                await self._share.take(grant)
+            elif not self._share.try_take(grant):
+                return
+            left = grant
+            try:
+                most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
+                page = await asyncio.to_thread(
+                    self._store.page, self.name, self._cursor, most, max(head_bytes, grant // 4)
+                )
+                if turns != self._turns or self._puts:
+                    return  # overtaken by a park or an eviction: read again
+                for message in page:
+                    self._cursor = message.row
+                    if message.row not in self._skip:
+                        self._remember(message)
+                        left -= message.credit
+                        self.window.admit(message)
+                self._skip = {row for row in self._skip if row > self._cursor}
+            finally:
+                self._share.give(left)
+        finally:
+            self._reading = False
+            self._wake.set()
+
+    async def _retry(self) -> None:
+        """Try the heads of some lanes again."""
+        try:
+            parked = self.counters.parked_keys
+            most = max(
+                self.lane_throttle.allowance(self.spec.batch_size),
+                min(self.spec.batch_size, -(-parked // PARKED_ROUNDS)),
+            )
+            heads = await self._read_heads(1 if self.breaker.open else most)
+            if heads:
+                results = await self._attempt(heads)
+                await self._settle(heads, results, self.lane_throttle)
+                mended = [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
+                self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
+            else:
+                self._lane_mended = False
+            due = await asyncio.to_thread(self._store.next_due_seconds, self.name)
+            now = self._clock.monotonic()
+            self._lane_at = (
+                now if self._lane_mended else now + min(IDLE_SECONDS, due if due is not None else IDLE_SECONDS)
+            )
+        finally:
+            self._retrying = False
+            self._lanes_turn = False
+            self._in_flight -= 1
+            self._wake.set()
+
+    async def _read_heads(self, most: int) -> list[Message]:
+        """Heads of lanes into flight, with their credit taken."""
+        grant = min(self._share.available_bytes(), 4 * READ_BYTES)
+        most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
+        head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, self._lane_mended)
+        if head_bytes is None:
+            return []
+        grant = max(grant, 2 * head_bytes + STORED_OVERHEAD_BYTES)
+        await self._share.take(grant)
+        left = grant
+        try:
+            heads = await asyncio.to_thread(
+                self._store.due, self.name, most, max(head_bytes, grant // 4), self._lane_mended
+            )
+            flying: list[Message] = []
+            for head in heads:
+                message = head.message
+                if self.window.busy(message.keys):
+                    continue  # an earlier message of it is still on its way out of the queue
+                message.attempts = head.attempts
+                self._remember(message)
+                left -= message.credit
+                self.window.fly(message)
+                flying.append(message)
+            return flying
+        finally:
+            self._share.give(left)
+
+    async def _try_newest(self) -> None:
+        """While the stream is down to single probes: the newest message, whose kind may be mended already."""
+        try:
+            turns = self._turns
+            message = await asyncio.to_thread(self._store.newest, self.name)
+            if message is None or turns != self._turns or self._puts or self.window.busy(message.keys):
+                return
+            if message.row <= self._cursor or message.row in self._skip:
+                return
+            await self._share.take(_stored_cost(message))
+            self._remember(message)
+            self._skip.add(message.row)
+            self.window.fly(message)
+            results = await self._attempt([message])
+            await self._settle([message], results, self.queue_throttle)
+        finally:
+            self._in_flight -= 1
+            self._wake.set()
+
+
+def _stored_cost(message: Message) -> int:
+    """Credit for a message read back: its body twice, as read and as encoded, and the objects around."""
+    return 2 * len(message.change.body) + STORED_OVERHEAD_BYTES
+
+
+def _with_superseded(messages: Iterable[Message]) -> list[Message]:
+    """The messages, each behind those it supersedes."""
+    return [one for m in messages for one in (*(m.superseded or ()), m)]
+
+
+def _too_large(message: Message) -> Park:
+    size = message.change.too_large_bytes
+    return Park(message, "too_large", f"the row is {size} bytes, above max_message_bytes", 0.0)
