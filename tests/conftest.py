@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,13 @@ for _name in list(os.environ):
     if _name == "DATABASE_URL" or (_name.startswith(("SPILLWAY_", "PG")) and _name != "SPILLWAY_TEST_CACHE"):
         del os.environ[_name]
 
+_UNIT_TESTS = Path(__file__).parent / "unit"
 _database_numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A broken unit is known before the first server starts."""
+    items.sort(key=lambda item: not item.path.is_relative_to(_UNIT_TESTS))
 
 
 @pytest.fixture(scope="session")

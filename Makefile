@@ -1,0 +1,52 @@
+# `make demo` shows the main job, `make test` runs everything. Both do all the set-up that they need.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run lint unit servers test
+
+help:
+	@echo "make demo     the main job on an embedded PostgreSQL, in two minutes"
+	@echo "make run      the same on your own database: DATABASE_URL=postgresql://... make run"
+	@echo "make test     lint, servers, every test"
+	@echo "make unit     the tests that need no server, in under a minute"
+	@echo "make lint     ruff, mypy, import rules"
+	@echo "make servers  downloads the servers of the tests"
+	@echo "make setup    the Python environment in $(VENV)"
+
+setup: $(INSTALLED)
+
+# Made anew when dependencies or entry points change. pip knows dependency groups since 25.1.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' --group dev
+	@touch $@
+
+demo: setup
+	$(BIN)/spillway demo
+
+run: setup
+	@if [ -z "$$DATABASE_URL" ]; then \
+		echo "set DATABASE_URL, for example DATABASE_URL=postgresql://user:password@host/database make run" >&2; exit 2; \
+	fi
+	$(BIN)/spillway run examples/own-database.yml
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/pytest tests/unit
+
+servers: setup
+	scripts/servers install
+
+# One run for all; conftest.py puts those without servers first.
+test: lint servers
+	$(BIN)/pytest --durations=25 --durations-min=1
