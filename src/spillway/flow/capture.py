@@ -125,7 +125,9 @@ class Capture:
                 self._wait(f"source: {error}")
                 delay = backoff_seconds(failures, 0.25, RECONNECT_CAP_SECONDS)
                 failures += 1
-                _log.warning("source unavailable", database=self.database, error=str(error), retry_seconds=round(delay, 2))
+                _log.warning(
+                    "source unavailable", database=self.database, error=str(error), retry_seconds=round(delay, 2)
+                )
                 await _first_of(stop.wait(), self._clock.sleep(delay))
             finally:
                 self._drop_chunk()
@@ -287,7 +289,11 @@ class Capture:
             lsn = await self._confirmable()
             now = self._clock.monotonic()
             quiet = heard == self.received_lsn
-            if lsn != sent or self._feedback_due or now - sent_at >= (FEEDBACK_SECONDS * 5 if quiet else STATUS_SECONDS):
+            if (
+                lsn != sent
+                or self._feedback_due
+                or now - sent_at >= (FEEDBACK_SECONDS * 5 if quiet else STATUS_SECONDS)
+            ):
                 # PostgreSQL 12 sends no keepalive to a client that is quiet: ask for one.
                 stream.send_feedback(lsn, lsn, quiet)
                 await stream.flush()

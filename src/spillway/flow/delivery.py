@@ -113,6 +113,7 @@ class Delivery:
         self.last_error: str | None = None
         self.last_failure_at = 0.0
         self.last_progress_at = clock.monotonic()
+        self.last_intake_at = float("-inf")
         self.delivered = 0
         self.truncates_ignored = 0
         self.memory_bytes = 0
@@ -172,6 +173,7 @@ class Delivery:
         if not messages or not self.participates:
             return None
         now = self._clock.monotonic()
+        self.last_intake_at = now
         for message in messages:
             message.arrived = now
         self._wake.set()
@@ -483,7 +485,7 @@ class Delivery:
         self.paused = True
 
     async def resume(self, now_at_lsn: int) -> None:
-        """Deliver again. With a growing gap: take part again, the gap ends here; with a closed one: it is acknowledged."""
+        """Deliver again. A growing gap ends here and the sink takes part again; a closed one is acknowledged."""
         if self.gap is not None and self.gap.last_lsn is None:
             gap = replace(self.gap, last_lsn=now_at_lsn)
             await self._commit(Write(self.name, paused=False, gap=gap))

@@ -1,0 +1,107 @@
+"""Health follows progress, not connectivity (I8): what state a sink is in, why, since when, and what to do.
+
+Pure: a function of what the delivery knows. Exactly one state at a time; the first that applies, in this order:
+
+========== ============================================================================================
+paused     somebody paused it; it takes in, and delivers nothing
+gap        it missed changes, knowingly and on record; nothing but a reload of its tables repairs that
+full       its backlog is at its cap
+down       the sink as a whole does not answer or refuses us; the breaker probes it
+retrying   all that is sent fails; the stream is narrowed to probes
+parked     some keys wait for their retry, the others flow
+stalled    there is work, nothing forbids it, and nothing has moved for a minute
+behind     it works off a backlog, or its oldest open message is older than five seconds
+caught_up  everything is delivered
+idle       everything is delivered, and nothing has come for a minute
+========== ============================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spillway.errors import Finding
+from spillway.flow.delivery import Delivery
+from spillway.position import format_lsn
+
+STALLED_SECONDS = 60.0
+IDLE_SECONDS = 60.0
+BEHIND_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Health:
+    """The state of one sink, and since when (wall seconds)."""
+
+    state: str = "idle"
+    reason: str = ""
+    remedy: str = ""
+    since: float = 0.0
+    refused: list[Finding] = field(default_factory=list)
+
+    def update(self, delivery: Delivery, now: float, wall: float) -> None:
+        state, self.reason, self.remedy = judge(delivery, now)
+        if self.refused:
+            self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in self.refused)]))
+            self.remedy = "; ".join(filter(None, [self.remedy, *(f.remedy for f in self.refused)]))
+        if state != self.state or not self.since:
+            self.state, self.since = state, wall
+
+
+def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
+    """State, reason, remedy."""
+    name, counters = delivery.name, delivery.counters
+    if delivery.paused:
+        return "paused", "paused by command or configuration", f"spillway sinks resume {name}"
+    if delivery.gap is not None:
+        return _gap(delivery)
+    if delivery.full is not None:
+        block = delivery.blocks
+        return (
+            "full",
+            delivery.full + ("; the slot is not read until there is room" if block else ""),
+            f"mend the sink, raise backlog limits, or discard: spillway backlog discard {name}",
+        )
+    if delivery.breaker.open:
+        reason = f"{delivery.breaker.reason}: {delivery.breaker.detail}".rstrip(": ")
+        return "down", reason, "bring the sink back; it is probed at least every 30 s and catches up by itself"
+    if delivery.queue_throttle.narrow or (delivery.lane_throttle.narrow and counters.queued):
+        return (
+            "retrying",
+            f"every message is rejected, last: {delivery.last_error}",
+            f"mend what the sink rejects, then: spillway backlog retry {name} --all",
+        )
+    if counters.parked_keys:
+        return (
+            "parked",
+            f"{counters.parked_keys} keys wait for their retry, last: {delivery.last_error or 'before the restart'}",
+            f"see: spillway backlog list {name}; then retry or discard",
+        )
+    return _progress(delivery, now)
+
+
+def _gap(delivery: Delivery) -> tuple[str, str, str]:
+    gap, name = delivery.gap, delivery.name
+    assert gap is not None
+    if gap.last_lsn is None:
+        reason = f"takes no part since {format_lsn(gap.first_lsn)}: {gap.reason}; what it misses is not kept"
+        return "gap", reason, f"spillway sinks resume {name}, then reload its tables in the sink"
+    reason = f"missed the changes after {format_lsn(gap.first_lsn)} up to {format_lsn(gap.last_lsn)}: {gap.reason}"
+    return "gap", reason, f"reload its tables in the sink, then acknowledge: spillway sinks resume {name}"
+
+
+def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:
+    counters = delivery.counters
+    first = delivery.window.first_open()
+    open_seconds = now - first.arrived if first is not None else 0.0
+    waiting = counters.messages + delivery.memory_messages
+    if waiting and now - max(delivery.last_progress_at, delivery.last_intake_at) > STALLED_SECONDS:
+        return "stalled", f"{waiting} messages wait and none was delivered for a minute", "see the log of the process"
+    if counters.messages or open_seconds > BEHIND_SECONDS:
+        warning = delivery.spec.limits.warning(counters)
+        oldest = max(delivery.oldest_seconds, open_seconds)
+        reason = f"{counters.messages} messages wait on disk, the oldest for {oldest:.0f} s"
+        return "behind", f"{reason}; {warning}" if warning else reason, ""
+    if now - delivery.last_intake_at > IDLE_SECONDS:
+        return "idle", "", ""
+    return "caught_up", "", ""

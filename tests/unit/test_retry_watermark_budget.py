@@ -1,0 +1,157 @@
+"""The small pure pieces: back-off, breaker, throttle; the watermark; pools and shares."""
+
+from __future__ import annotations
+
+import asyncio
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from spillway.change import Change
+from spillway.flow.budget import Budget, Pool
+from spillway.flow.retry import PROBE_CAP_SECONDS, Breaker, Throttle, backoff_seconds
+from spillway.flow.watermark import Watermark
+
+
+def test_a_probe_comes_at_least_every_thirty_seconds_and_a_retry_every_three_minutes() -> None:
+    for attempts in range(200):
+        assert backoff_seconds(attempts, rng=lambda: 1.0) < 180
+        assert backoff_seconds(attempts, 0.25, PROBE_CAP_SECONDS, lambda: 1.0) < 30
+    assert backoff_seconds(100, rng=lambda: 0.0) != backoff_seconds(100, rng=lambda: 0.9), "jitter at the cap too"
+
+
+def test_breaker_waits_longer_each_time_and_closes_at_the_first_success() -> None:
+    breaker = Breaker(lambda: 0.5)
+    delays = []
+    for _ in range(12):
+        breaker.failed(100.0, "timeout", "")
+        delays.append(breaker.probe_at - 100.0)
+    assert breaker.open
+    assert delays == sorted(delays)
+    assert delays[0] < 1 < 20 < delays[-1] < 30
+    breaker.succeeded()
+    assert not breaker.open
+
+
+def test_breaker_honours_retry_after_within_its_cap() -> None:
+    breaker = Breaker(lambda: 0.5)
+    breaker.failed(0.0, "http_429", "", retry_after_seconds=7.0)
+    assert breaker.probe_at == 7.0
+    breaker.failed(0.0, "http_429", "", retry_after_seconds=3600.0)
+    assert breaker.probe_at <= 30.0
+
+
+def test_a_hundred_thousand_rejections_cost_some_hundred_messages_an_hour() -> None:
+    throttle, now, sent = Throttle(rng=lambda: 0.5), 0.0, 0
+    for _ in range(10_000):
+        if now >= 3600:
+            break
+        now = max(now, throttle.not_before)
+        sent += throttle.allowance(500)
+        throttle.failed(now)
+    assert now >= 3600
+    assert sent < 1300
+    for _ in range(4):
+        throttle.succeeded()
+    assert throttle.allowance(500) == 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["commit", "empty", "keepalive", "resolve", "advance"]), st.integers(0, 9))))
+def test_watermark_against_a_model(steps: list[tuple[str, int]]) -> None:
+    mark = Watermark(0)
+    lsn, confirmed = 100, 0
+    stream: list[tuple[int, int, bool]] = []  # commit_lsn, end_lsn, open message
+    for step, pick in steps:
+        lsn += 50
+        if step in ("commit", "empty"):
+            mark.commit(lsn, lsn + 10, routed=step == "commit")
+            stream.append((lsn, lsn + 10, step == "commit"))
+        elif step == "keepalive":
+            mark.keepalive(lsn)
+            stream.append((lsn, lsn, False))
+        elif step == "resolve" and stream:
+            commit_lsn, end_lsn, _ = stream[pick % len(stream)]
+            stream[pick % len(stream)] = (commit_lsn, end_lsn, False)
+        open_lsns = [commit_lsn for commit_lsn, _, is_open in stream if is_open]
+        got = mark.advance(min(open_lsns) if open_lsns else None)
+        safe = 0
+        for _, end_lsn, is_open in stream:
+            if is_open:
+                break
+            safe = end_lsn
+        assert confirmed <= got <= max(safe, confirmed)
+        if step == "advance" and not open_lsns and stream:
+            assert got == stream[-1][1], "with nothing open everything received is confirmed"
+        confirmed = got
+
+
+async def test_pool_grants_in_order_and_a_large_request_is_not_overtaken() -> None:
+    pool = Pool("test", 100)
+    await pool.take(60)
+    large = asyncio.ensure_future(pool.take(90))
+    await asyncio.sleep(0)
+    assert not pool.try_take(10), "not past those who wait"
+    small = asyncio.ensure_future(pool.take(10))
+    await asyncio.sleep(0)
+    pool.give(60)
+    await large
+    await small
+    assert pool.held_bytes == 100
+    with pytest.raises(ValueError, match="never"):
+        await pool.take(101)
+
+
+async def test_pool_cancelled_waiter_holds_nothing_and_lets_the_next_pass() -> None:
+    pool = Pool("test", 100)
+    await pool.take(60)
+    large = asyncio.ensure_future(pool.take(90))
+    await asyncio.sleep(0)
+    small = asyncio.ensure_future(pool.take(10))
+    await asyncio.sleep(0)
+    large.cancel()
+    await asyncio.gather(large, return_exceptions=True)
+    await small
+    assert pool.held_bytes == 70
+
+
+def test_every_sink_has_its_guarantee_whatever_the_others_hold() -> None:
+    budget = Budget(128 << 20, sinks=25)
+    shares = [budget.share(lambda: None) for _ in range(25)]
+    while shares[0].try_take(100_000):
+        pass
+    for share in shares[1:]:
+        assert share.try_take(share.guaranteed_bytes)
+    assert budget.held_bytes <= budget.limit_bytes
+    assert shares[0].most_bytes > 2 * (16 << 20), "a message of 16 MB, and its encoded form"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40_000), st.booleans())))
+def test_shares_give_back_exactly_what_they_took(steps: list[tuple[int, int, bool]]) -> None:
+    budget = Budget(1 << 20, sinks=4)
+    shares = [budget.share(lambda: None) for _ in range(4)]
+    held: list[list[int]] = [[] for _ in shares]
+    for index, size, take in steps:
+        if take and shares[index].try_take(size):
+            held[index].append(size)
+        elif held[index]:
+            shares[index].give(held[index].pop())
+        assert budget.held_bytes == sum(map(sum, held)) <= budget.limit_bytes
+    for share, sizes in zip(shares, held, strict=True):
+        for size in sizes:
+            share.give(size)
+    assert budget.held_bytes == budget.common.held_bytes == 0
+
+
+def test_a_shared_change_is_charged_once() -> None:
+    budget = Budget(1 << 20, sinks=2)
+    change = Change(1, 0, "public", "t", "insert", "k", ("k",), b"x" * 1000, 0, 1, True, 0.0)
+    assert budget.hold(change)
+    assert budget.hold(change)
+    assert budget.held_bytes == change.cost
+    budget.drop(change)
+    assert budget.held_bytes == change.cost
+    budget.drop(change)
+    assert budget.held_bytes == 0
