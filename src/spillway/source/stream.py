@@ -1,0 +1,294 @@
+"""The stream of one slot: a single START_REPLICATION, frames in and feedback out. Knows nothing of pgoutput's content.
+
+The caller's loop is ``while (frame := stream.next()) is None: await stream.more()``. `next` never waits and never
+reads the socket; `more` waits until there is something to read, reads one bite and may return with nothing whole.
+So a chunk is what `next` yields between two `more`, and an await is paid per bite, not per row.
+
+What it promises:
+
+- **Bounded.** A bite is at most `READ_BYTES`, so libpq holds that much, or the one frame that is larger. libpq's buffer
+  grows to at least the largest frame and never shrinks: the caller renews the connection when `largest_frame_bytes`
+  has become too large for its taste (design.md: 8 MB). A frame exists twice while it is copied out.
+- **Large bites under load.** A reader that wakes for every row halves the walsender's speed. When the socket runs dry
+  after a bite that filled libpq's buffer, it gets up to a millisecond to fill again; a bite smaller than that is read
+  the moment it comes. At most one such wait per bite, none at low load.
+- **Nothing is lost between the last frame and an error.** A broken connection is reported only after every frame that
+  had arrived was handed out; the server's own last words are preferred to libpq's.
+- **Feedback never goes back.** `send_feedback` is the one place where a flush position is sent; it is clamped to what
+  was sent before, beginning with ``start_lsn``.
+- **A skipped publication ends the stream.** PostgreSQL 18 no longer fails when the publication is missing at a place in
+  the WAL: it warns, sends no rows and moves on in keepalives. The warning is taken as the error that it was, before
+  the next frame (and with it the next position) is handed out.
+
+One task reads; another may call `send_feedback`, `flush` and `close` at any time.
+
+Protocol: PostgreSQL documentation, "Streaming Replication Protocol". pgoutput's options are ``proto_version`` 1 and the
+publications, and from 14 on ``messages``, without which annotations would not come.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import fcntl
+import struct
+import termios
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import psycopg
+from psycopg.pq import ExecStatus
+
+from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.position import format_lsn
+from spillway.source.connect import Connection, connect_replication
+from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
+
+READ_BYTES = 128 * 1024
+LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq starts with, and reads at once
+FILL_SECONDS = 0.001
+START_TIMEOUT_SECONDS = 30
+# TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
+TLS_RECHECK_SECONDS = 0.05
+
+_POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01 UTC
+_XLOG_DATA, _KEEPALIVE = ord("w"), ord("k")
+_XLOG_HEADER = struct.Struct(">xQQq")  # wal_start, wal_end, time sent
+_KEEPALIVE_FRAME = struct.Struct(">xQqB")  # wal_end, time sent, reply requested
+_FEEDBACK = struct.Struct(">cQQQqB")  # write, flush, apply, time, reply requested
+
+
+class XLogData(NamedTuple):
+    wal_start: int
+    wal_end: int
+    payload: bytes
+
+
+class Keepalive(NamedTuple):
+    wal_end: int
+    reply_requested: bool
+
+
+Frame = XLogData | Keepalive
+
+
+class Stream:
+    """See the module. Made by `open`; of no use after the first error it raised."""
+
+    def __init__(self, connection: Connection, slot: str, publications: tuple[str, ...], start_lsn: int) -> None:
+        self.slot = slot
+        self.publications = publications
+        self.largest_frame_bytes = 0
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._socket = connection.pgconn.socket
+        self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
+        self._flush_sent = start_lsn
+        self._taken_bytes = 0  # in frames, since the last bite
+        self._lost: SpillwayError | None = None
+        self._skipped = ""  # PostgreSQL 18's warning that it skips the publication
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._open = True
+        connection.add_notice_handler(self._notice)
+
+    @classmethod
+    async def open(
+        cls, conninfo: str, slot: str, publications: Sequence[str], start_lsn: int, server_version: int
+    ) -> Stream:
+        """Connect and start at ``start_lsn``, or where the slot was confirmed if that is later (0: always there)."""
+        connection = await connect_replication(conninfo, slot)
+        stream = cls(connection, slot, tuple(publications), start_lsn)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_SECONDS):
+                await stream._start(start_command(slot, publications, start_lsn, server_version))
+        except TimeoutError as error:
+            stream._finish()
+            raise SourceUnavailable(
+                "start_timeout", f"slot {slot}: no answer to START_REPLICATION in {START_TIMEOUT_SECONDS} s"
+            ) from error
+        except BaseException:
+            # Whatever ended the start, a half-started walsender must not keep the slot.
+            stream._finish()
+            raise
+        return stream
+
+    async def _start(self, command: bytes) -> None:
+        pgconn = self._pgconn
+        try:
+            pgconn.nonblocking = 1
+            pgconn.send_query(command)
+            while pgconn.flush():
+                await self._wait(writing=True)
+            while pgconn.is_busy():
+                await self._wait(writing=False)
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None or result.status != ExecStatus.COPY_BOTH:
+                raise _error_of(result, "the server did not start the stream")
+        except psycopg.Error as error:
+            raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
+
+    def next(self) -> Frame | None:
+        """The next frame that is whole in memory, or None. Raises once everything before the error was taken."""
+        try:
+            size, view = self._pgconn.get_copy_data(1)
+        except psycopg.Error as error:
+            raise self._lost or stream_refusal(error, self.slot, self.publications) from error
+        if self._skipped:
+            raise missing_publication(self.publications, self.slot, self._skipped)
+        if size > 0:
+            self._taken_bytes += size
+            self.largest_frame_bytes = max(self.largest_frame_bytes, size)
+            tag = view[0]
+            if tag == _XLOG_DATA:
+                wal_start, wal_end, _ = _XLOG_HEADER.unpack_from(view)
+                return XLogData(wal_start, wal_end, bytes(view[_XLOG_HEADER.size :]))
+            if tag == _KEEPALIVE:
+                wal_end, _, reply_requested = _KEEPALIVE_FRAME.unpack_from(view)
+                return Keepalive(wal_end, reply_requested != 0)
+            raise SourceUnavailable("protocol", f"slot {self.slot}: unknown replication message {tag:#04x}")
+        if size == 0:
+            if self._lost is not None:
+                raise self._lost
+            return None
+        raise self._ended()
+
+    def _ended(self) -> SpillwayError:
+        """The server has left COPY: its error, or its shutdown."""
+        result = None if self._pgconn.is_busy() else self._pgconn.get_result()
+        error = _error_of(result, "the server ended the stream")
+        return stream_refusal(error, self.slot, self.publications)
+
+    async def more(self) -> None:
+        """Wait until the server has sent something and read one bite of it."""
+        queued_bytes = self._queued_bytes()
+        if queued_bytes == 0 and self._taken_bytes >= LIBPQ_BUFFER_BYTES:
+            await asyncio.sleep(FILL_SECONDS)
+            queued_bytes = self._queued_bytes()
+        elif queued_bytes:
+            await asyncio.sleep(0)  # under full load this is the only turn that other tasks get
+        self._taken_bytes = 0
+        if queued_bytes == 0:
+            await self._wait(writing=False)
+            queued_bytes = self._queued_bytes()
+        if self._lost is not None:
+            return
+        try:
+            # libpq reads what fits its buffer, and makes room for more only when it is asked again.
+            for _ in range(1 + self._encrypted + min(queued_bytes, READ_BYTES) // LIBPQ_BUFFER_BYTES):
+                self._pgconn.consume_input()
+        except psycopg.Error as error:
+            self._lost = stream_refusal(error, self.slot, self.publications)
+
+    def send_feedback(self, write_lsn: int, flush_lsn: int, reply: bool = False) -> None:
+        """Tell the server what was received and what may be forgotten; ``reply`` asks it to answer at once."""
+        self._flush_sent = max(self._flush_sent, flush_lsn)
+        written = max(write_lsn, self._flush_sent)
+        now = int((time.time() - _POSTGRES_EPOCH_SECONDS) * 1_000_000)
+        message = _FEEDBACK.pack(b"r", written, self._flush_sent, self._flush_sent, now, reply)
+        if self._lost is not None:
+            raise self._lost
+        try:
+            sent = self._pgconn.put_copy_data(message)
+            blocked = self._pgconn.flush()
+        except psycopg.Error as error:
+            raise self._lose(stream_refusal(error, self.slot, self.publications)) from error
+        if sent == 0:
+            raise self._lose(SourceUnavailable("connection_lost", f"slot {self.slot}: libpq takes no more feedback"))
+        if blocked:
+            self._wake()  # libpq reads while it cannot write: a frame may be whole although the socket is silent
+
+    async def flush(self) -> None:
+        """Wait until the feedback has left this process."""
+        try:
+            while self._lost is None and self._pgconn.flush():
+                self._wake()
+                await self._wait(writing=True)
+        except psycopg.Error as error:
+            raise self._lose(stream_refusal(error, self.slot, self.publications)) from error
+        if self._lost is not None:
+            raise self._lost
+
+    @property
+    def flush_sent(self) -> int:
+        """The highest position that the server was told it may forget."""
+        return self._flush_sent
+
+    async def close(self) -> None:
+        """Hang up. The server frees the slot as soon as it notices; may be called at any time and more than once."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._open:
+            return
+        # Before the descriptor is closed: its number may be another connection's a moment later.
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket)
+        loop.remove_writer(self._socket)
+        self._open = False
+        self._lose(SourceUnavailable("closed", f"slot {self.slot}: the stream was closed"))
+        self._pgconn.finish()
+
+    def _lose(self, error: SpillwayError) -> SpillwayError:
+        """Remember why the stream is over and let those who wait find out."""
+        if self._lost is None:
+            self._lost = error
+        self._wake()
+        return error
+
+    def _wake(self) -> None:
+        for ready in self._waiting:
+            if not ready.done():
+                ready.set_result(None)
+
+    def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        text = diagnostic.message_primary or ""
+        if diagnostic.sqlstate == "55000" and any(name in text for name in self.publications):
+            self._skipped = text
+
+    def _queued_bytes(self) -> int:
+        """How much the kernel holds for us. 0 also at the end of the stream, which `_wait` reports as readable."""
+        if self._lost is not None:
+            return 0
+        size = array.array("i", [0])
+        fcntl.ioctl(self._socket, termios.FIONREAD, size)
+        return size[0]
+
+    async def _wait(self, *, writing: bool) -> None:
+        """Until the socket is ready, the stream is lost, or (TLS) it is time to look again."""
+        if self._lost is not None:
+            return
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        recheck = loop.call_later(TLS_RECHECK_SECONDS, wake) if self._encrypted and not writing else None
+        self._waiting.add(ready)
+        (loop.add_writer if writing else loop.add_reader)(self._socket, wake)
+        try:
+            await ready
+        finally:
+            self._waiting.discard(ready)
+            if recheck is not None:
+                recheck.cancel()
+            if self._open:
+                (loop.remove_writer if writing else loop.remove_reader)(self._socket)
+
+
+def start_command(slot: str, publications: Sequence[str], start_lsn: int, server_version: int) -> bytes:
+    """START_REPLICATION as the replication grammar wants it: strings in quotes, doubled inside, no parameters."""
+    names = ",".join(quoted(name) for name in publications).replace("'", "''")
+    options = f"\"proto_version\" '1', \"publication_names\" '{names}'"
+    if server_version >= 140000:
+        options += ", \"messages\" 'true'"
+    return f"START_REPLICATION SLOT {quoted(slot)} LOGICAL {format_lsn(start_lsn)} ({options})".encode()
+
+
+def _error_of(result: psycopg.pq.abc.PGresult | None, otherwise: str) -> psycopg.Error:
+    if result is None or result.status != ExecStatus.FATAL_ERROR:
+        return psycopg.OperationalError(otherwise)
+    return psycopg.errors.error_from_result(result, "utf-8")
