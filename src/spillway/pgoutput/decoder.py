@@ -116,8 +116,8 @@ class Decoder:
                 self._logical_message(memoryview(payload))
                 return None
             return self._other(kind, bytes(payload))
-        except (struct.error, IndexError) as error:
-            raise ProtocolError(f"a frame of kind {chr(kind)!r} ends too early") from error
+        except (struct.error, IndexError, OverflowError) as error:
+            raise ProtocolError(f"a frame of kind {chr(kind)!r} ends too early or is garbled") from error
 
     def learn(self, relation: Relation, info: TableInfo) -> None:
         """What the catalogue says of the relation that `feed` has returned."""

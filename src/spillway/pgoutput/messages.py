@@ -110,5 +110,7 @@ def read_logical_message(payload: memoryview) -> LogicalMessage:
 
 
 def _read_string(payload: bytes, start: int) -> tuple[str, int]:
-    end = payload.index(b"\0", start)
+    end = payload.find(b"\0", start)
+    if end < 0:
+        raise ProtocolError("a string without an end")
     return payload[start:end].decode(errors="backslashreplace"), end + 1

@@ -31,7 +31,9 @@ _dumps = orjson.dumps
 _PIECE_BYTES = 1 << 16
 
 _JSON_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?").fullmatch
-_VECTOR = re.compile(rb"\[(?:-?[0-9.]+(?:[eE][+-]?[0-9]+)?(?:,(?!\])|(?=\])))*\]").fullmatch
+# Possessive repeats: nothing to go back to, so no state is kept per number.
+_NUMBER = r"-?[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+"
+_VECTOR = re.compile(rf"\[(?:{_NUMBER}(?:,{_NUMBER})*+)?+\]".encode()).fullmatch
 _LINE_BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 _INTERVAL = re.compile(
     rb"(?:([+-]?\d+) years? ?)?(?:([+-]?\d+) mons? ?)?(?:([+-]?\d+) days? ?)?"

@@ -1,0 +1,134 @@
+"""Builds pgoutput frames from PostgreSQL's documentation ("Logical Replication Message Formats"), not from our code."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+from spillway.change import Change
+from spillway.pgoutput import DatabaseMeta, Decoder, Relation, TableInfo, TypeInfo
+
+INT8, TEXT, JSON, NUMERIC, TIMESTAMPTZ = 20, 25, 114, 1700, 1184
+FINAL_LSN = 0x16_B374_D848
+SUFFIX = b',"enrichment":null,"consumer":{"id":"c","name":"s","annotations":{}}}}'
+META = DatabaseMeta("00-11", "app", {"team": "a"}, "app_production", "db.example.com")
+COMMITTED = datetime(2024, 10, 28, 21, 39, 21, 127470, tzinfo=UTC)
+UNCHANGED = object()
+
+Value = bytes | None | object
+
+
+def _microseconds(moment: datetime) -> int:
+    since = moment - datetime(2000, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+def _string(text: str) -> bytes:
+    return text.encode() + b"\0"
+
+
+def begin(final_lsn: int = FINAL_LSN, xid: int = 731) -> bytes:
+    return b"B" + struct.pack(">QqI", final_lsn, _microseconds(COMMITTED), xid)
+
+
+def commit(commit_lsn: int = FINAL_LSN, end_lsn: int = FINAL_LSN + 48) -> bytes:
+    return b"C" + struct.pack(">BQQq", 0, commit_lsn, end_lsn, _microseconds(COMMITTED))
+
+
+def relation(
+    columns: Sequence[tuple[str, int]],
+    key: Sequence[str] = ("id",),
+    *,
+    oid: int = 16_400,
+    schema: str = "public",
+    table: str = "jobs",
+    identity: str = "d",
+) -> bytes:
+    parts = [b"R", struct.pack(">I", oid), _string(schema), _string(table), identity.encode()]
+    parts.append(struct.pack(">H", len(columns)))
+    for name, type_oid in columns:
+        in_identity = identity == "f" or (identity != "n" and name in key)
+        parts.append(bytes([in_identity]) + _string(name) + struct.pack(">Ii", type_oid, -1))
+    return b"".join(parts)
+
+
+def row(*values: Value) -> bytes:
+    parts = [struct.pack(">H", len(values))]
+    for value in values:
+        if value is None:
+            parts.append(b"n")
+        elif isinstance(value, bytes):
+            parts.append(b"t" + struct.pack(">I", len(value)) + value)
+        else:
+            parts.append(b"u")
+    return b"".join(parts)
+
+
+def insert(*values: Value, oid: int = 16_400) -> bytes:
+    return b"I" + struct.pack(">I", oid) + b"N" + row(*values)
+
+
+def update(*values: Value, key: Sequence[Value] = (), old: Sequence[Value] = (), oid: int = 16_400) -> bytes:
+    before = b"K" + row(*key) if key else b"O" + row(*old) if old else b""
+    return b"U" + struct.pack(">I", oid) + before + b"N" + row(*values)
+
+
+def delete(*, key: Sequence[Value] = (), old: Sequence[Value] = (), oid: int = 16_400) -> bytes:
+    return b"D" + struct.pack(">I", oid) + (b"K" + row(*key) if key else b"O" + row(*old))
+
+
+def truncate(*oids: int) -> bytes:
+    return b"T" + struct.pack(">IB", len(oids), 0) + struct.pack(f">{len(oids)}I", *oids)
+
+
+def message(prefix: str, content: bytes, *, transactional: bool = True) -> bytes:
+    return b"M" + struct.pack(">BQ", transactional, 77) + _string(prefix) + struct.pack(">I", len(content)) + content
+
+
+class Stream:
+    """A decoder that has learned one table and is inside of a transaction."""
+
+    def __init__(
+        self,
+        columns: Sequence[tuple[str, int]] = (("id", INT8), ("name", TEXT)),
+        key: Sequence[str] = ("id",),
+        *,
+        schema: str = "public",
+        table: str = "jobs",
+        identity: str = "d",
+        groups: tuple[tuple[str, ...], ...] = (),
+        types: dict[int, TypeInfo] | None = None,
+        root: tuple[str, str] | None = None,
+        max_message_bytes: int = 1 << 20,
+        group_columns: Callable[[str, str], tuple[tuple[str, ...], ...]] | None = None,
+    ) -> None:
+        self.warnings: list[str] = []
+        self.decoder = Decoder(
+            META,
+            group_columns or (lambda *_: groups),
+            max_message_bytes,
+            lambda finding: self.warnings.append(finding.code),
+        )
+        self.relation = self.learn(
+            relation(columns, key, schema=schema, table=table, identity=identity), key, types=types, root=root
+        )
+        self.decoder.feed(begin())
+
+    def learn(
+        self,
+        frame: bytes,
+        key: Sequence[str] = ("id",),
+        *,
+        types: dict[int, TypeInfo] | None = None,
+        root: tuple[str, str] | None = None,
+    ) -> Relation:
+        event = self.decoder.feed(frame)
+        assert isinstance(event, Relation)
+        self.decoder.learn(event, TableInfo(event.oid, tuple(key), types or {}, root))
+        return event
+
+    def change(self, frame: bytes) -> Change:
+        event = self.decoder.feed(frame)
+        assert isinstance(event, Change)
+        return event
