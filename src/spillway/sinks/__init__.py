@@ -1,0 +1,78 @@
+"""Sinks: where changes go. `base` is the contract, one file is one kind, `build` makes one from its configuration.
+
+A kind is named here as ``module:Class`` and imported when a sink of it is built, so that a client library is loaded
+only where it is used. ``http``, ``disk`` and ``thread`` are what several kinds share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+from spillway.config import Destination, File, HttpEndpoint, Search, Sqlite, Stdout, Webhook
+from spillway.errors import Finding
+from spillway.sinks.base import Sink, SinkContext
+
+CLASSES = {
+    "elasticsearch": "spillway.sinks.search:SearchSink",
+    "opensearch": "spillway.sinks.search:SearchSink",
+    "webhook": "spillway.sinks.webhook:WebhookSink",
+    "file": "spillway.sinks.file:FileSink",
+    "stdout": "spillway.sinks.stdout:StdoutSink",
+    "sqlite": "spillway.sinks.sqlite:SqliteSink",
+}
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A sink that can tell, without sending anything, what is wrong with where it would send."""
+
+    async def findings(self) -> list[Finding]: ...
+
+
+def build(
+    destination: Destination,
+    context: SinkContext,
+    *,
+    toast: str,
+    request_timeout_seconds: float,
+    endpoint: HttpEndpoint | None = None,
+) -> Sink:
+    """The sink of a configuration; nothing is connected or opened. ``endpoint`` is the one that a webhook names."""
+    arguments: dict[str, object]
+    match destination:
+        case Search():
+            arguments = {
+                "endpoint_url": destination.endpoint_url,
+                "index_name": destination.index_name,
+                "document": destination.document,
+                "auth_type": destination.auth_type,
+                "auth_value": destination.auth_value.get_secret_value() if destination.auth_value else "",
+                "timeout_seconds": request_timeout_seconds,
+                "gzip": destination.gzip,
+                "ca_file": destination.tls_ca_file,
+                "toast": toast,
+            }
+        case Webhook():
+            assert endpoint is not None and endpoint.name == destination.http_endpoint
+            arguments = {
+                "url": endpoint.url,
+                "path": destination.http_endpoint_path,
+                "headers": endpoint.all_headers(),
+                "batch": destination.batch,
+                "timeout_seconds": request_timeout_seconds,
+            }
+        case File():
+            arguments = {"path": destination.path, "rotate_bytes": destination.rotate_bytes}
+        case Sqlite():
+            arguments = {"path": destination.path, "table": destination.table}
+        case Stdout():
+            arguments = {}
+    return _class(destination.type)(context, **arguments)
+
+
+def _class(kind: str) -> Callable[..., Sink]:
+    module, _, name = CLASSES[kind].partition(":")
+    found: Callable[..., Sink] = getattr(import_module(module), name)
+    return found

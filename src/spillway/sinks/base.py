@@ -85,6 +85,7 @@ class SinkContext:
 class Sink(Protocol):
     semantics: Semantics
     max_in_flight: int  # batches at once; 1 for ordered and atomic
+    single: bool  # a request carries one message: batches should be of one
 
     async def open(self) -> None:
         """Connect or open files. Raises SpillwayError for what no retry mends; a server that is down is no error."""

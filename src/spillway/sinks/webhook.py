@@ -1,0 +1,154 @@
+"""A webhook: each message, or each batch of messages, is one POST.
+
+**Semantics ``events``.** With ``batch`` off a request carries one message, the JSON object itself, and a caller should
+form batches of one (``single``); with ``batch`` on it carries ``{"data": [...]}`` and its answer counts for all of it,
+as in Sequin. Bodies are slices of the rendered changes: nothing is rendered again.
+
+**The URL** is made as Sequin makes it: the endpoint's URL and the path of the sink, joined by exactly one slash. The
+headers of the endpoint go along; ``content-encoding: gzip`` among them has the body compressed.
+
+**Idempotency-Key.** A request that comes again carries the same key. For one message it is the message's own
+``metadata.idempotency_key``; for a batch the SHA-256 of those of its members.
+
+**Answers.** 2xx is ok. What says that the endpoint as a whole does not take requests now is the sink's failure: no
+connection, a time-out, 401, 429, 503, and a redirect, which is not followed. 408, the other 5xx and a connection cut
+after the request was sent are retried, each counted on its message: a single message that makes its receiver stumble
+must not hold up the others. The other 4xx reject; of a batch, as a whole, and the caller halves it.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+
+from spillway.change import RECORD_START, Change, Message
+from spillway.clock import Clock, SystemClock
+from spillway.errors import SpillwayError
+from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, retry, sink_down
+from spillway.sinks.http import Failure, Http, Part, parse_url
+
+_ENDPOINT_DOWN = (401, 429, 503)
+_DETAIL_CHARACTERS = 300
+_KEY_NAME = b'"idempotency_key":"'
+
+
+class WebhookSink:
+    semantics: Semantics = "events"
+    max_in_flight = 8
+
+    def __init__(
+        self,
+        context: SinkContext,
+        *,
+        url: str,
+        path: str = "",
+        headers: Mapping[str, str] | None = None,
+        batch: bool = True,
+        timeout_seconds: float = 30.0,
+        ca_file: Path | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.single = not batch
+        self._suffix = context.suffix
+        self._url = parse_url("the http_endpoint's url", join_url(url, path))
+        self._headers = _headers(headers or {})
+        self._secrets = [value for name, value in (headers or {}).items() if value and not _is_public(name)]
+        self._gzip = self._headers.get("content-encoding", "").strip().lower() == "gzip"
+        self._http = Http(
+            connections=self.max_in_flight,
+            timeout_seconds=timeout_seconds,
+            ca_file=ca_file and context.base_dir / ca_file,
+            clock=clock or SystemClock(),
+        )
+
+    async def open(self) -> None:
+        self._http.open()
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+        if not self.single:
+            return await self._post(self._batch_parts(batch), _batch_key(batch))
+        results: list[Result] = []
+        for message in batch:
+            result = await self._post([message.change.body, self._suffix], idempotency_key(message.change))
+            results.append(result)
+            if result.outcome == "sink_down":
+                return results + [result] * (len(batch) - len(results))
+        return results
+
+    def _batch_parts(self, batch: Sequence[Message]) -> list[Part]:
+        parts: list[Part] = []
+        separator = b'{"data":['
+        for message in batch:
+            parts += (separator, message.change.body, self._suffix)
+            separator = b","
+        parts.append(b"]}")
+        return parts
+
+    async def _post(self, parts: Sequence[Part], key: str) -> Result:
+        headers = self._headers.copy()
+        headers["idempotency-key"] = key
+        answer = await self._http.request("POST", self._url, headers, parts, gzip=self._gzip)
+        if isinstance(answer, Failure):
+            return (retry if answer.kind == "cut" else sink_down)(answer.reason, answer.detail)
+        status = answer.status
+        if 200 <= status < 300:
+            return OK
+        reason = f"http_{status}"
+        detail = f"HTTP {status} {self._public(answer.text)[:_DETAIL_CHARACTERS]}".strip()
+        if status in _ENDPOINT_DOWN:
+            return sink_down(reason, detail, answer.retry_after_seconds)
+        if status < 400:
+            return sink_down(reason, f"HTTP {status}: redirects are not followed; it leads to {answer.location}")
+        if status == 408 or status >= 500:
+            return retry(reason, detail)
+        return reject(reason, detail)
+
+    def _public(self, text: str) -> str:
+        """An endpoint may well echo what it was sent."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def join_url(url: str, path: str) -> str:
+    """As Sequin (its HTTP client Req) joins them: by exactly one slash, also before ``?`` and ``#``."""
+    if not path:
+        return url
+    return url.removesuffix("/") + "/" + path.removeprefix("/")
+
+
+def idempotency_key(change: Change) -> str:
+    """``metadata.idempotency_key`` of the message. For changes it follows from the position; that of a backfilled row
+    is read from the body, where its ``changes`` are null and the metadata, names and strings first, follows."""
+    if change.action != "read":
+        return base64.b64encode(f"{change.commit_lsn}:{change.commit_idx}".encode()).decode()
+    start = change.body.index(_KEY_NAME, RECORD_START + change.record_bytes) + len(_KEY_NAME)
+    return change.body[start : change.body.index(b'"', start)].decode()
+
+
+def _batch_key(batch: Sequence[Message]) -> str:
+    return sha256("\n".join(idempotency_key(message.change) for message in batch).encode()).hexdigest()
+
+
+def _headers(configured: Mapping[str, str]) -> httpx.Headers:
+    """The endpoint's headers, over ours."""
+    headers = httpx.Headers({"content-type": "application/json"})
+    for name, value in configured.items():
+        if not value.isascii():
+            raise SpillwayError("http_header", f"the value of header {name} holds characters that no header may hold")
+        headers[name] = value
+    for name in ("content-length", "transfer-encoding"):
+        headers.pop(name, None)  # they are said by the one who sends
+    return headers
+
+
+def _is_public(name: str) -> bool:
+    """Headers that say what the body is. Every other may be a token."""
+    return name.lower().startswith(("content-", "accept"))
