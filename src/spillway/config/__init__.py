@@ -1,0 +1,45 @@
+"""The configuration file: `load(path, env)` -> a frozen, complete `Config`, or `ConfigErrors`.
+
+In reading order: `document` (YAML with lines), `interpolate`, `values` (kinds of values), `section` (what all parts of
+the file share), the parts themselves (`process`, `database`, `endpoint`, `destination`, `sink`), and `load`.
+Every key is described in docs/configuration.md.
+"""
+
+from spillway.config.database import Database, Publication, Slot, Ssl, stable_id
+from spillway.config.destination import Destination, Elasticsearch, File, OpenSearch, Search, Sqlite, Stdout, Webhook
+from spillway.config.endpoint import HttpEndpoint
+from spillway.config.load import Config, ConfigErrors, load
+from spillway.config.memory import default_limit_mb
+from spillway.config.process import Memory, Server, State
+from spillway.config.sink import Backlog, GroupedTable, Sink, Source
+from spillway.config.values import TableName, parse_table
+
+__all__ = [
+    "Backlog",
+    "Config",
+    "ConfigErrors",
+    "Database",
+    "Destination",
+    "Elasticsearch",
+    "File",
+    "GroupedTable",
+    "HttpEndpoint",
+    "Memory",
+    "OpenSearch",
+    "Publication",
+    "Search",
+    "Server",
+    "Sink",
+    "Slot",
+    "Source",
+    "Sqlite",
+    "Ssl",
+    "State",
+    "Stdout",
+    "TableName",
+    "Webhook",
+    "default_limit_mb",
+    "load",
+    "parse_table",
+    "stable_id",
+]

@@ -1,0 +1,276 @@
+"""Reading the file: text -> values with lines -> interpolation -> validated, frozen `Config`, or every problem at once.
+
+`load` reports all that it finds, each problem as ``FILE:LINE: KEY: what is wrong; did you mean NAME?``, in the order of
+the file. Values never appear in it, only keys, and names that the file itself gives to its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from spillway.config.database import Database
+from spillway.config.destination import NOT_YET, TYPES
+from spillway.config.document import Block, DocumentError, Items, read
+from spillway.config.endpoint import HttpEndpoint
+from spillway.config.interpolate import interpolate
+from spillway.config.memory import MB
+from spillway.config.process import Memory, Server, State
+from spillway.config.section import Reading, Section, nearest
+from spillway.config.sink import MAX_MESSAGE_BYTES, Sink
+from spillway.config.values import Wrong
+from spillway.errors import ConfigError
+
+
+class ConfigErrors(ConfigError):
+    """All that is wrong with a file. As a `ConfigError` it is the first of them; its text has a line for each."""
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        first = problems[0]
+        super().__init__(first.file, first.line, first.key, "")
+        self.problems = tuple(problems)
+        self.args = ("\n".join(map(str, problems)),)
+        self.what = str(self)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a file says, complete: everything it leaves out has its default."""
+
+    file: Path
+    memory: Memory
+    state: State
+    server: Server
+    databases: tuple[Database, ...]
+    sinks: tuple[Sink, ...]
+    http_endpoints: tuple[HttpEndpoint, ...]
+    warnings: tuple[str, ...]  # one line each: FILE:LINE: KEY: what
+
+    @property
+    def base_dir(self) -> Path:
+        """Relative paths start here."""
+        return self.file.parent
+
+    @property
+    def state_path(self) -> Path:
+        return self.state.path(self.base_dir)
+
+    def database(self, name: str) -> Database:
+        return next(database for database in self.databases if database.name == name)
+
+    def sink(self, name: str) -> Sink:
+        return next(sink for sink in self.sinks if sink.name == name)
+
+    def http_endpoint(self, name: str) -> HttpEndpoint:
+        return next(endpoint for endpoint in self.http_endpoints if endpoint.name == name)
+
+
+class _Whole(Section):
+    """The file's top level."""
+
+    inert: ClassVar = {
+        "account": "has no effect: there are no accounts here",
+        "users": "has no effect: there are no users here",
+        "api_tokens": "has no effect here; see server.token",
+    }
+    not_yet: ClassVar = {"functions": ([],), "transforms": ([],), "change_retentions": ([],)}
+
+    memory: Memory = Field(default_factory=Memory)
+    state: State = Field(default_factory=State)
+    server: Server = Field(default_factory=Server)
+    databases: tuple[Database, ...] = Field(min_length=1)
+    http_endpoints: tuple[HttpEndpoint, ...] = ()
+    sinks: tuple[Sink, ...] = ()
+
+    @classmethod
+    def rename(cls, block: Block, reading: Reading) -> None:  # noqa: ARG003 - the hook's signature
+        """Take out what is only there to hold anchors; a near miss of a real key is a mistake all the same."""
+        known = [*cls.known_keys(), *cls.inert, *cls.not_yet]
+        for key in [key for key in block if key not in known]:
+            if key.startswith("x-") or (key in block.anchored and not nearest(key, known, cutoff=0.8)):
+                del block[key]
+
+    @field_validator("sinks", mode="before")
+    @classmethod
+    def _largest_message(cls, sinks: object, info: ValidationInfo) -> object:
+        """A message has at most an eighth of the memory, unless the file says otherwise."""
+        memory = info.data.get("memory")
+        if isinstance(sinks, list) and memory is not None:
+            for sink in sinks:
+                if isinstance(sink, Block) and sink.get("max_message_bytes") is None:
+                    sink["max_message_bytes"] = min(MAX_MESSAGE_BYTES, memory.limit_bytes // 8)
+        return sinks
+
+    @field_validator("sinks")
+    @classmethod
+    def _messages_fit(cls, sinks: tuple[Sink, ...], info: ValidationInfo) -> tuple[Sink, ...]:
+        memory = info.data.get("memory")
+        for index, sink in enumerate(sinks):
+            if memory is not None and sink.max_message_bytes > memory.limit_bytes // 4:
+                most = memory.limit_bytes // 4 // MB
+                raise Wrong(f"{index}.max_message_bytes", f"must be at most a quarter of memory.limit_mb: {most}MB")
+        return sinks
+
+
+def load(path: Path, env: Mapping[str, str]) -> Config:
+    """Read and validate a configuration file. Raises ConfigErrors, a ConfigError, with everything that is wrong."""
+    reading = Reading(str(path), path.parent)
+    root = _read(path, reading)
+    known = _Whole.known_keys()
+    used = Block("", root.line)
+    used.update({key: value for key, value in root.items() if key in known})
+    used.lines = root.lines
+    interpolate(used, env, reading.problem)
+    root.update(used)
+    _unique_names(root, reading)
+    try:
+        whole = _Whole.model_validate(root, context=reading)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            _translate(details, root, reading)
+    _references(root, reading)
+    if reading.problems:
+        raise ConfigErrors(sorted(reading.problems, key=lambda problem: problem.line))
+    warnings = tuple(text for _, text in sorted(reading.warnings, key=lambda warning: warning[0]))
+    return Config(
+        path,
+        whole.memory,
+        whole.state,
+        whole.server,
+        whole.databases,
+        whole.sinks,
+        whole.http_endpoints,
+        warnings,
+    )
+
+
+def _read(path: Path, reading: Reading) -> Block:
+    try:
+        return read(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigErrors([ConfigError(reading.file, 1, "file", f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigErrors([ConfigError(reading.file, line, "file", "is not UTF-8")]) from None
+    except DocumentError as error:
+        raise ConfigErrors([ConfigError(reading.file, error.line, error.key, error.what)]) from None
+
+
+def _sections(root: Block, key: str) -> list[Block]:
+    value = root.get(key)
+    return [item for item in value if isinstance(item, Block)] if isinstance(value, Items) else []
+
+
+def _unique_names(root: Block, reading: Reading) -> None:
+    for key in ("databases", "http_endpoints", "sinks", "functions"):
+        seen: dict[object, int] = {}
+        for section in _sections(root, key):
+            name = section.get("name")
+            if not isinstance(name, str):
+                continue
+            line = section.line_of("name")
+            if name in seen:
+                reading.problem(
+                    line, section.key_path("name"), f"is the name of another one too, see line {seen[name]}"
+                )
+            seen.setdefault(name, line)
+
+
+def _references(root: Block, reading: Reading) -> None:
+    for sink in _sections(root, "sinks"):
+        _reference(sink, "database", root, "databases", reading)
+        destination = sink.get("destination")
+        if isinstance(destination, Block) and destination.get("type") == "webhook":
+            _reference(destination, "http_endpoint", root, "http_endpoints", reading)
+
+
+def _reference(section: Block, key: str, root: Block, kind: str, reading: Reading) -> None:
+    name = section.get(key)
+    names = [str(target["name"]) for target in _sections(root, kind) if isinstance(target.get("name"), str)]
+    if isinstance(name, str) and name not in names:
+        what = f"none of {kind} has this name"
+        reading.problem(section.line_of(key), section.key_path(key), what + nearest(name, names))
+
+
+def _translate(details: ErrorDetails, root: Block, reading: Reading) -> None:
+    """One error of pydantic's in our words, at its place."""
+    if details["type"] == "default_factory_not_called":
+        return  # the destination is wrong, which is told already
+    if details["type"] == "too_short" and details["input"]:
+        return  # its items are wrong, which is told already
+    location = list(details["loc"])
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, Wrong):
+        location += [int(part) if part.isdigit() else part for part in cause.key.split(".")]
+    elif details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        location.append("type")
+    line, key = _place(location, root)
+    reading.problem(line, key, _text(details))
+
+
+def _place(location: Sequence[int | str], root: Block) -> tuple[int, str]:
+    here: object = root
+    line, key = root.line, ""
+    for part in location:
+        if isinstance(here, Block) and isinstance(part, str):
+            if part not in here and part not in here.lines and part == here.get("type"):
+                continue  # pydantic names the member of a union by its tag
+            if part == "[key]":
+                continue
+            line, key, here = here.line_of(part), f"{key}.{part}" if key else part, here.get(part)
+        elif isinstance(here, Items) and isinstance(part, int):
+            line, key, here = here.lines[part], f"{key}[{part}]", here[part]
+        elif part != "[key]":
+            key, here = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}", None
+    return line, key or "file"
+
+
+def _text(details: ErrorDetails) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    given = details["input"]
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        values = [value.strip("'") for value in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        near = nearest(given, values) if isinstance(given, str) else ""
+        return f"must be {context['expected']}".replace("'", "") + near
+    if kind == "union_tag_invalid":
+        return _unknown_type(str(context["tag"]))
+    if kind in _TEXTS:
+        return _TEXTS[kind].format_map(context)
+    return details["msg"][:1].lower() + details["msg"][1:]
+
+
+def _unknown_type(tag: str) -> str:
+    if tag in NOT_YET:
+        return f"'{tag}' is not there yet in this version"
+    return "unknown type" + (nearest(tag, [*TYPES, *NOT_YET]) or f"; there are {', '.join(TYPES)}")
+
+
+_NUMBER = "must be a whole number"
+_TEXTS = {
+    "missing": "is required",
+    "union_tag_not_found": "is required",
+    "string_type": "must be text; put it in quotes",
+    "int_type": _NUMBER,
+    "int_parsing": _NUMBER,
+    "int_from_float": _NUMBER,
+    "int_parsing_size": _NUMBER,
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "may not be empty",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "path_type": "must be a path",
+}

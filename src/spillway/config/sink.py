@@ -1,0 +1,208 @@
+"""`sinks[]`: what goes where, in what batches, and what becomes of what fails.
+
+Whatever a file leaves out and the destination's type decides (batch size, TOAST, TRUNCATE) is filled in here, so that
+the fields of a `Sink` always hold what is in force. ``destination.batch_size`` and ``destination.timeout_seconds``
+override the sink's; `Sink.batch_size` and `Sink.request_timeout_seconds` are the results.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from spillway.config.database import stable_id
+from spillway.config.destination import OLD_SPELLINGS, Destination, OnTruncate, Search, Toast, Webhook
+from spillway.config.document import Block
+from spillway.config.memory import MB
+from spillway.config.section import Reading, Section
+from spillway.config.values import (
+    Annotations,
+    DurationSeconds,
+    Flag,
+    Name,
+    SizeBytes,
+    Table,
+    TableName,
+    Whole,
+    Wrong,
+    later,
+)
+
+Action = Literal["insert", "update", "delete"]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
+Tables = Annotated[tuple[Table, ...], Field(min_length=1)]
+
+MAX_MESSAGE_BYTES = 16 * MB
+
+
+class Source(Section):
+    """Which tables of the publication. Nothing said: all of them."""
+
+    include_schemas: Names | None = None
+    exclude_schemas: Names | None = None
+    include_tables: Tables | None = None
+    exclude_tables: Tables | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Source:
+        for level in ("schemas", "tables"):
+            if getattr(self, f"include_{level}") is not None and getattr(self, f"exclude_{level}") is not None:
+                raise Wrong(f"exclude_{level}", f"give either include_{level} or exclude_{level}")
+        return self
+
+    def selects(self, schema: str, table: str) -> bool:
+        name = TableName(schema, table)
+        if self.include_schemas is not None and schema not in self.include_schemas:
+            return False
+        if self.exclude_schemas is not None and schema in self.exclude_schemas:
+            return False
+        if self.include_tables is not None and name not in self.include_tables:
+            return False
+        return self.exclude_tables is None or name not in self.exclude_tables
+
+
+class GroupedTable(Section):
+    name: Table
+    group_column_names: Names | None = None
+
+
+class Backlog(Section):
+    """The limits of what waits on disk, besides the free space of the disk itself."""
+
+    warn_messages: Annotated[Whole, Field(ge=1)] = 100_000
+    max_messages: Annotated[Whole, Field(ge=1)] | None = None
+    max_bytes: Annotated[SizeBytes, Field(ge=MB)] | None = None
+    max_age_seconds: Annotated[DurationSeconds, Field(gt=0)] | None = Field(default=None, alias="max_age")
+    on_full: Annotated[Literal["block", "pause"], later("compact")] = "block"
+
+
+_ELSEWHERE = "has no effect here"
+_FUNCTION = (None, "none")
+
+
+class Sink(Section):
+    inert: ClassVar = {
+        "load_shedding_policy": "has no effect (nor has it in Sequin); see backlog.on_full",
+        "message_kind": "has no effect, as in Sequin",
+        "max_ack_pending": "has no effect, as in Sequin; see max_messages and max_memory_mb",
+        "max_waiting": "has no effect, as in Sequin",
+        "max_deliver": "has no effect, as in Sequin; see max_retry_count",
+        "partition_count": _ELSEWHERE,
+        "consumer_start": "has no effect, as in Sequin",
+        "active_backfill": "has no effect, as in Sequin",
+        "active_backfills": "has no effect, as in Sequin",
+        "id": "has no effect, as in Sequin: ids follow from names",
+        "inserted_at": _ELSEWHERE,
+        "updated_at": _ELSEWHERE,
+    }
+    not_yet: ClassVar = {
+        "transform": _FUNCTION,
+        "filter": _FUNCTION,
+        "routing": _FUNCTION,
+        "enrichment": _FUNCTION,
+        "legacy_transform": _FUNCTION,
+        "initial_backfill": (False, "false"),
+    }
+
+    name: Name
+    database: Name
+    destination: Destination
+    source: Source = Field(default_factory=Source)
+    actions: Annotated[tuple[Action, ...], Field(min_length=1)] = ("insert", "update", "delete")
+    status: Literal["active", "paused", "disabled"] = "active"
+    message_grouping: Flag = True
+    tables: tuple[GroupedTable, ...] = ()
+    batch_size: Annotated[Whole, Field(ge=1, le=10_000)] = Field(
+        default_factory=lambda data: data["destination"].default_batch_size, validate_default=True
+    )
+    batch_timeout_ms: Annotated[Whole, Field(ge=1, le=600_000)] = 5
+    ack_wait_ms: Annotated[Whole, Field(ge=500, le=3_600_000)] = 30_000
+    max_memory_mb: Annotated[Whole, Field(ge=1)] = 128
+    max_messages: Annotated[Whole, Field(ge=1)] = 50_000
+    max_message_bytes: Annotated[SizeBytes, Field(ge=1024)] = MAX_MESSAGE_BYTES
+    max_retry_count: Annotated[Whole, Field(ge=0)] | None = None
+    on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
+    backlog: Backlog = Field(default_factory=Backlog)
+    toast: Annotated[Toast, later("reselect")] = Field(default_factory=lambda data: data["destination"].default_toast)
+    on_truncate: OnTruncate = Field(default_factory=lambda data: data["destination"].default_on_truncate)
+    timestamp_format: Annotated[Literal["iso8601"], later("unix_microsecond")] = "iso8601"
+    annotations: Annotations = Field(default_factory=dict)
+
+    @classmethod
+    def rename(cls, block: Block, reading: Reading) -> None:
+        destination = block.get("destination")
+        if isinstance(destination, Block) and destination.get("type") in OLD_SPELLINGS:
+            destination["type"] = OLD_SPELLINGS[str(destination["type"])]
+        _source_of_old(block, reading)
+
+    @field_validator("tables")
+    @classmethod
+    def _groups(cls, tables: tuple[GroupedTable, ...], info: ValidationInfo) -> tuple[GroupedTable, ...]:
+        names = [table.name for table in tables]
+        if len(set(names)) < len(names):
+            raise ValueError("names a table twice")
+        if info.data.get("message_grouping") is False and any(table.group_column_names for table in tables):
+            raise ValueError("group_column_names has no meaning with message_grouping: false")
+        return tables
+
+    @field_validator("batch_size")
+    @classmethod
+    def _batch_size(cls, value: int, info: ValidationInfo) -> int:
+        destination = info.data.get("destination")
+        return destination.batch_size or value if isinstance(destination, Search) else value
+
+    @field_validator("on_reject")
+    @classmethod
+    def _latest_wins(cls, value: str, info: ValidationInfo) -> str:
+        destination = info.data.get("destination")
+        if value == "latest_wins" and destination is not None and not destination.state:
+            raise ValueError(
+                "latest_wins is for sinks that keep rows (search and sqlite): elsewhere every message counts"
+            )
+        return value
+
+    @field_validator("on_truncate")
+    @classmethod
+    def _truncate(cls, value: str, info: ValidationInfo) -> str:
+        destination = info.data.get("destination")
+        if value == "apply" and destination is not None and destination.default_on_truncate != "apply":
+            raise ValueError(f"'apply' is not there yet in this version for {destination.type}")
+        return value
+
+    @property
+    def id(self) -> str:
+        return stable_id("sink", self.name)
+
+    @property
+    def request_timeout_seconds(self) -> float:
+        own = self.destination.timeout_seconds if isinstance(self.destination, Search | Webhook) else None
+        return self.ack_wait_ms / 1000 if own is None else own
+
+    def group_columns(self, schema: str, table: str) -> tuple[str, ...] | None:
+        """The columns that this sink groups the table's messages by; None: the primary key."""
+        for grouped in self.tables:
+            if grouped.name == (schema, table):
+                return grouped.group_column_names
+        return None
+
+
+def _source_of_old(block: Block, reading: Reading) -> None:
+    """``table: orders`` and ``schema: shop`` -> ``source: {include_tables: [shop.orders]}``."""
+    old = {key: block.pop(key) for key in ("schema", "table") if key in block}
+    if not old:
+        return
+    key = next(reversed(old))
+    line = block.line_of(key)
+    if block.get("source") is not None:
+        reading.problem(line, block.key_path(key), "is an old spelling of source; give one of the two")
+        return
+    source = Block(block.key_path(key), line)
+    schema, table = old.get("schema"), old.get("table")
+    if table is None:
+        source["include_schemas"] = [schema]
+    elif isinstance(schema, str) and isinstance(table, str) and "." not in table:
+        source["include_tables"] = [f"{schema}.{table}"]
+    else:
+        source["include_tables"] = [table]
+    block["source"], block.lines["source"] = source, line
