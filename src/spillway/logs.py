@@ -28,11 +28,11 @@ FORMATS = ("console", "json")
 
 HIDDEN = "***"
 
-_SECRET_NAME = re.compile(r"passw|secret|token|api_?key|authorization|credential|private_?key", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"passw|secret|token|api[-_]?key|authorization|credential|private[-_]?key", re.IGNORECASE)
 _SECRET_TEXT = (
     (re.compile(r"(://[^\s:/@]*):[^\s/]*@"), rf"\1:{HIDDEN}@"),
     (
-        re.compile(r"(\b\w*(?:password|secret|token|api_?key)=)('[^']*'|\"[^\"]*\"|[^\s&]+)", re.IGNORECASE),
+        re.compile(r"(\b\w*(?:password|secret|token|api[-_]?key)=)('[^']*'|\"[^\"]*\"|[^\s&]+)", re.IGNORECASE),
         rf"\1{HIDDEN}",
     ),
     (re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\",]+", re.IGNORECASE), rf"\1{HIDDEN}"),

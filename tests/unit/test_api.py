@@ -10,7 +10,6 @@ import pytest
 from fake_engine import EMPTY, SINK, FakeEngine
 
 from spillway.api.app import create_app
-from spillway.api.guard import is_loopback, refuse_open_listen
 from spillway.api.serve import serve
 from spillway.errors import SpillwayError
 from spillway.store.base import Select
@@ -102,17 +101,6 @@ async def test_what_changes_state_is_post_only(client: httpx.AsyncClient, engine
     assert not engine.calls
 
 
-def test_listening_elsewhere_needs_a_token() -> None:
-    for host in ("0.0.0.0", "10.0.0.7", "::", "spillway.internal"):
-        refuse_open_listen(host, "token")
-        for none in (None, ""):
-            with pytest.raises(SpillwayError, match="set server.token"):
-                refuse_open_listen(host, none)
-    for host in ("127.0.0.1", "::1", "localhost"):
-        assert is_loopback(host)
-        refuse_open_listen(host, None)
-
-
 # -- what is answered ----------------------------------------------------------------------------------------------
 
 
@@ -183,10 +171,10 @@ async def test_a_wrong_limit_is_refused(client: httpx.AsyncClient, limit: str) -
 async def test_show(client: httpx.AsyncClient) -> None:
     path = f"/api/sinks/{SINK}/dead-letters/messages"
     one = await client.get(path, params={"key": "public.jobs:00001"})
-    assert [m["record"]["n"] for m in one.json()] == [0]
+    assert one.text == '{"record":{"id":"public.jobs:00001","n":0},"action":"insert"}\n'
     both = await client.get(path, params={"key": "public.jobs:00001", "limit": "10"})
-    assert [m["record"]["n"] for m in both.json()] == [0, 1]
-    assert (await client.get(path, params={"key": "nothing"})).json() == []
+    assert len(both.text.splitlines()) == 2
+    assert (await client.get(path, params={"key": "nothing"})).content == b""
     assert (await client.get(path)).status_code == 400
 
 
@@ -217,8 +205,11 @@ async def test_retry_and_discard(
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"{}", b"[]", b'{"all":false}', b'{"all":1}', b'{"key":1}', b'{"key":"a","all":true}', b'{"x":"y"}']
-    + [b'{"key":"' + b"k" * 70_000 + b'"}'],
+    [
+        *(b"", b"{", b"{}", b"[]", b'{"all":false}', b'{"all":1}', b'{"key":1}', b'{"x":"y"}'),
+        b'{"key":"a","all":true}',
+        b'{"key":"' + b"k" * 70_000 + b'"}',
+    ],
 )
 async def test_an_unclear_selection_does_nothing(client: httpx.AsyncClient, engine: FakeEngine, body: bytes) -> None:
     answer = await client.post(f"/api/sinks/{SINK}/backlog/discard", content=body)
@@ -294,6 +285,6 @@ async def test_a_real_server(engine: FakeEngine) -> None:
 
 
 async def test_an_address_that_is_not_ours(engine: FakeEngine) -> None:
-    with pytest.raises(SpillwayError, match="correct server.listen"):
+    with pytest.raises(SpillwayError, match=r"correct server\.listen"):
         async with serve(create_app(engine, engine.metrics, TOKEN), "203.0.113.1", 0):
             pass

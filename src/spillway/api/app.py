@@ -8,7 +8,7 @@
     GET  /api/status                                Engine.status()
     POST /api/sinks/{sink}/pause, .../resume
     GET  /api/sinks/{sink}/PILE?after&limit&reason  {"items": [...], "after": KEY or null}
-    GET  /api/sinks/{sink}/PILE/messages?key&limit  [message, ...]
+    GET  /api/sinks/{sink}/PILE/messages?key&limit  NDJSON: the messages of a key, its head first
     POST /api/sinks/{sink}/PILE/retry               body: one of {"key": K}, {"reason": R}, {"all": true}
     POST /api/sinks/{sink}/PILE/discard             -> {"count": n}
     GET  /api/sinks/{sink}/dead-letters/export      NDJSON, streamed; ?key or ?reason, else all
@@ -42,6 +42,7 @@ from spillway.store.base import Select, Waiting
 if TYPE_CHECKING:
     from spillway.engine import Engine
 
+NDJSON = "application/x-ndjson"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1000
 SHOW_DEFAULT = 1  # the head of the key: what everything behind it waits for
@@ -80,7 +81,7 @@ def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette
     async def export(request: Request) -> Response:
         lines = engine.export_dead(_sink(request), _select_of_query(request))
         first = await anext(lines, None)  # an unknown sink shows here, while there is a status to send
-        return StreamingResponse(_ndjson(first, lines), media_type="application/x-ndjson")
+        return StreamingResponse(_ndjson(first, lines), media_type=NDJSON)
 
     return Starlette(
         routes=[
@@ -133,7 +134,7 @@ class _Pile:
         if key is None:
             raise BadRequest("key is missing", "add ?key=KEY")
         messages = await self.show(_sink(request), key, _limit(request, SHOW_DEFAULT, SHOW_MAX))
-        return Response(b"[" + b",".join(messages) + b"]", media_type=JSON)
+        return Response(b"".join(map(_line, messages)), media_type=NDJSON)
 
     async def _retry(self, request: Request) -> Response:
         return _json({"count": await self.retry(_sink(request), await _select_of_body(request))})
@@ -157,9 +158,13 @@ def _item(sink: str, waiting: Waiting) -> dict[str, object]:
 
 async def _ndjson(first: bytes | None, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     if first is not None:
-        yield first.rstrip(b"\n") + b"\n"
+        yield _line(first)
     async for line in rest:
-        yield line.rstrip(b"\n") + b"\n"
+        yield _line(line)
+
+
+def _line(message: bytes) -> bytes:
+    return message if message.endswith(b"\n") else message + b"\n"
 
 
 def _json(value: object, status: int = 200) -> Response:

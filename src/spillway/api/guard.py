@@ -1,8 +1,8 @@
 """Who may ask: decided before any route, for every request.
 
 - ``/api``: the bearer token of ``server.token``, compared in constant time; else 401, for paths that do not exist too.
-  Without a configured token ``/api`` is open on loopback (whoever has an account on the machine could read the state
-  file's neighbours anyway) and closed elsewhere; listening elsewhere without a token is refused at the start already.
+  Without a configured token ``/api`` is open on loopback, to every account of the machine, and closed elsewhere; a
+  configuration that listens elsewhere without a token is refused when it is loaded.
 - ``/health``, ``/ready`` and ``/metrics`` are open: they hold names and numbers, never a row.
 - A connection that arrives on a loopback address must name one in ``Host``: else a web page whose name was rebound to
   127.0.0.1 could read through its visitor's browser.
@@ -24,7 +24,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spillway.api.errors import error_response
-from spillway.errors import SpillwayError
 
 _READING = ("GET", "HEAD")
 
@@ -75,16 +74,6 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def refuse_open_listen(host: str, token: str | None) -> None:
-    """Raise unless it is safe to listen on ``host``: loopback, or with a token."""
-    if not token and not is_loopback(host):
-        raise SpillwayError(
-            "open_listen",
-            f"server.listen is {host}, which other machines reach, and server.token is empty",
-            "set server.token, or listen on 127.0.0.1",
-        )
 
 
 def _hostname(url: str) -> str:

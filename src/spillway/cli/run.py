@@ -1,0 +1,62 @@
+"""``spillway run``: the engine and the HTTP side in one loop, in the foreground.
+
+This is the one place that knows both the engine and the HTTP side. The first SIGTERM or SIGINT asks the engine to
+stop cleanly; the second ends the process at once, which is safe: it is the same as a crash. The signal's Python handler
+does it itself, so a loop that no longer turns cannot hold it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+import structlog
+import uvloop
+
+from spillway import logs
+from spillway.api.app import create_app
+from spillway.api.serve import serve
+from spillway.cli.load import load
+from spillway.config import Config
+from spillway.engine import Engine
+
+STOPPED_AT_ONCE = 130
+
+
+def run(file: Path, json: bool) -> None:
+    config = load(file)
+    token = config.server.token
+    logs.configure(os.environ, json=json, secrets=[token.get_secret_value()] if token else [])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(config))
+
+
+async def _run(config: Config) -> None:
+    log = structlog.get_logger(__name__)
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    engine = Engine(config)
+    server = config.server
+    token = server.token.get_secret_value() if server.token else None
+    async with serve(create_app(engine, engine.metrics, token), server.host, server.port) as port:
+        log.info("listening", host=server.host, port=port)
+        await engine.run(stop)
+    log.info("stopped")
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(STOPPED_AT_ONCE)
+        asked = True
+        loop.call_soon_threadsafe(stop.set)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
