@@ -10,7 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
-from spillway.config import Destination, File, HttpEndpoint, Search, Sqlite, Stdout, Webhook
+from spillway.config import Config, File, Search, Sqlite, Stdout, Webhook
+from spillway.config import Sink as SinkConfig
 from spillway.errors import Finding
 from spillway.sinks.base import Sink, SinkContext
 
@@ -31,17 +32,10 @@ class Checked(Protocol):
     async def findings(self) -> list[Finding]: ...
 
 
-def build(
-    destination: Destination,
-    context: SinkContext,
-    *,
-    toast: str,
-    request_timeout_seconds: float,
-    endpoint: HttpEndpoint | None = None,
-) -> Sink:
-    """The sink of a configuration; nothing is connected or opened. ``endpoint`` is the one that a webhook names."""
+def build(config: Config, sink: SinkConfig, context: SinkContext) -> Sink:
+    """One sink of the configuration; nothing is connected or opened."""
     arguments: dict[str, object]
-    match destination:
+    match destination := sink.destination:
         case Search():
             arguments = {
                 "endpoint_url": destination.endpoint_url,
@@ -49,19 +43,19 @@ def build(
                 "document": destination.document,
                 "auth_type": destination.auth_type,
                 "auth_value": destination.auth_value.get_secret_value() if destination.auth_value else "",
-                "timeout_seconds": request_timeout_seconds,
+                "timeout_seconds": sink.request_timeout_seconds,
                 "gzip": destination.gzip,
                 "ca_file": destination.tls_ca_file,
-                "toast": toast,
+                "toast": sink.toast,
             }
         case Webhook():
-            assert endpoint is not None and endpoint.name == destination.http_endpoint
+            (endpoint,) = [one for one in config.http_endpoints if one.name == destination.http_endpoint]
             arguments = {
                 "url": endpoint.url,
                 "path": destination.http_endpoint_path,
                 "headers": endpoint.all_headers(),
                 "batch": destination.batch,
-                "timeout_seconds": request_timeout_seconds,
+                "timeout_seconds": sink.request_timeout_seconds,
             }
         case File():
             arguments = {"path": destination.path, "rotate_bytes": destination.rotate_bytes}

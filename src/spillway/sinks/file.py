@@ -27,12 +27,15 @@ from pathlib import Path
 
 from spillway.change import Message
 from spillway.clock import Clock, SystemClock
-from spillway.errors import SpillwayError
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, message_json, sink_down
 from spillway.sinks.disk import disk_failed, is_at, sync_folder
 from spillway.sinks.thread import OwnThread
 
 _BLOCK_BYTES = 64 * 1024
+
+
+class _NotAFile(Exception):
+    """A folder, pipe or device has the file's name."""
 
 
 class FileSink:
@@ -70,6 +73,8 @@ class FileSink:
             self._append(lines, self._file(len(lines)))
         except BlockingIOError:
             return sink_down("locked", f"another process or sink has {self._path} open for writing")
+        except _NotAFile:
+            return sink_down("not_a_file", f"{self._path} is not a regular file")
         except OSError as error:
             return disk_failed(error)
         return OK
@@ -91,7 +96,7 @@ class FileSink:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
             # Opening a pipe would wait for its reader.
-            raise SpillwayError("not_a_file", f"{self._path} is not a regular file", "use a sink of type stdout")
+            raise _NotAFile
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

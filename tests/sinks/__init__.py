@@ -1,0 +1,1 @@
+"""Sinks against real sockets, files and servers. `conformance` holds what every sink must do."""
