@@ -10,7 +10,7 @@ import pytest
 from fake_engine import EMPTY, SINK, FakeEngine
 
 from spillway.api.app import create_app
-from spillway.api.serve import serve
+from spillway.api.serve import bind, serve
 from spillway.errors import SpillwayError
 from spillway.store.base import Select
 
@@ -266,15 +266,16 @@ async def test_export_streams_lines(client: httpx.AsyncClient, engine: FakeEngin
 
 async def test_a_real_server(engine: FakeEngine) -> None:
     app = create_app(engine, engine.metrics, TOKEN)
-    async with serve(app, "127.0.0.1", 0) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    listening = bind("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    async with serve(app, listening), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/api/status")).status_code == 401
         assert (await client.get("/api/status", headers=AUTHORIZED)).status_code == 200
         assert (await client.get("/health", headers={"Host": "evil.example"})).status_code == 403
 
         with pytest.raises(SpillwayError, match="in use; stop what listens there") as raised:
-            async with serve(app, "127.0.0.1", port):
-                pass
+            bind("127.0.0.1", port)
         assert raised.value.code == "port_in_use"
 
         engine.export_fails = True
@@ -284,7 +285,6 @@ async def test_a_real_server(engine: FakeEngine) -> None:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-async def test_an_address_that_is_not_ours(engine: FakeEngine) -> None:
+def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SpillwayError, match=r"correct server\.listen"):
-        async with serve(create_app(engine, engine.metrics, TOKEN), "203.0.113.1", 0):
-            pass
+        bind("203.0.113.1", 0)

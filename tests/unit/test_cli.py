@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from spillway import __version__
 from spillway.api.app import create_app
-from spillway.api.serve import serve
+from spillway.api.serve import bind, serve
 from spillway.cli import load, main, output
 from spillway.cli.app import SINK_COLUMNS
 from spillway.store.base import Select
@@ -42,7 +42,9 @@ class Running:
 
     async def _serve(self, started: Future[None]) -> None:
         self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        async with serve(create_app(self.engine, self.engine.metrics, TOKEN), "127.0.0.1", 0) as self.port:
+        listening = bind("127.0.0.1", 0)
+        self.port = listening.getsockname()[1]
+        async with serve(create_app(self.engine, self.engine.metrics, TOKEN), listening):
             self.url = f"http://127.0.0.1:{self.port}"
             started.set_result(None)
             await self.stop.wait()

@@ -1,8 +1,8 @@
 """uvicorn inside the engine's loop, as a context.
 
-The socket is bound here, before anything else runs: a port in use is an error of the start, with a remedy, and requests
-that come before the server has taken its first breath wait in the socket's queue instead of being refused. Signals stay
-with the command line: uvicorn installs none.
+`bind` comes before anything else is built: a port in use is an error of the start, with a remedy, before the state file
+is opened; and requests that come before the server has taken its first breath wait in the socket's queue instead of
+being refused. Signals stay with the command line: uvicorn installs none.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
-    """Answer requests while the context lasts. Gives the port, which ``port`` 0 leaves to the system."""
-    listening = _bind(host, port)
+async def serve(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
+    """Answer requests while the context lasts, then close the socket (`bind`)."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -52,7 +51,7 @@ async def serve(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     task = asyncio.create_task(server.serve(sockets=[listening]), name="http")
     task.add_done_callback(_report_failure)
     try:
-        yield listening.getsockname()[1]
+        yield
     finally:
         server.should_exit = True
         await asyncio.wait([task])
@@ -65,7 +64,8 @@ def _report_failure(task: asyncio.Task[None]) -> None:
         log.error("http server failed", exc_info=error)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 leaves the choice to the system. Raises SpillwayError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)

@@ -117,7 +117,7 @@ def pause(
 def resume(
     sink: options.Sink, json: options.Json = False, url: options.Url = None, config: options.Config = None
 ) -> None:
-    """Deliver to a paused sink again."""
+    """Deliver to a sink again that was paused, or take note of its gap."""
     with options.client(url, config) as client:
         _switch(client, sink, "resume", json)
 
@@ -169,9 +169,10 @@ def _show_sinks(found: list[output.Row]) -> None:
     output.table(SINK_COLUMNS, map(_sink_cells, found))
     for sink in found:
         if sink.get("state") not in WELL:
-            parts = [part for part in (sink.get("reason"), sink.get("last_error"), sink.get("remedy")) if part]
-            if parts:
-                output.emit(output.printable(f"{sink.get('name')}: {'; '.join(map(str, parts))}"))
+            reason, last_error = str(sink.get("reason") or ""), str(sink.get("last_error") or "")
+            parts = [reason, "" if last_error in reason else last_error, str(sink.get("remedy") or "")]
+            if any(parts):
+                output.emit(output.printable(f"{sink.get('name')}: {'; '.join(filter(None, parts))}"))
 
 
 def _sink_cells(sink: output.Row) -> list[str]:

@@ -18,7 +18,7 @@ import uvloop
 
 from spillway import logs
 from spillway.api.app import create_app
-from spillway.api.serve import serve
+from spillway.api.serve import bind, serve
 from spillway.cli.load import load
 from spillway.config import Config
 from spillway.engine import Engine
@@ -38,11 +38,12 @@ async def _run(config: Config) -> None:
     log = structlog.get_logger(__name__)
     stop = asyncio.Event()
     _stop_on_signals(stop)
-    engine = Engine(config)
     server = config.server
+    listening = bind(server.host, server.port)
+    engine = Engine(config)
     token = server.token.get_secret_value() if server.token else None
-    async with serve(create_app(engine, engine.metrics, token), server.host, server.port) as port:
-        log.info("listening", host=server.host, port=port)
+    async with serve(create_app(engine, engine.metrics, token), listening):
+        log.info("listening", host=server.host, port=listening.getsockname()[1])
         await engine.run(stop)
     log.info("stopped")
 
