@@ -1,0 +1,164 @@
+-- The named queries of spillway.source. One text for PostgreSQL 12 to 18: a column that only newer servers have is
+-- read out of the row's JSON (to_jsonb(row) ->> 'column' is null where there is none).
+-- Every name is schema-qualified or in pg_catalog: the session's search_path is empty.
+
+-- name: server
+-- What preflight wants to know of the server and of us.
+SELECT current_setting('wal_level') AS wal_level,
+       current_setting('max_replication_slots')::int AS max_replication_slots,
+       (SELECT count(*) FROM pg_replication_slots)::int AS replication_slots,
+       current_setting('max_wal_senders')::int AS max_wal_senders,
+       current_setting('max_slot_wal_keep_size', true) AS max_slot_wal_keep_size,
+       pg_is_in_recovery() AS standby,
+       current_database()::text AS database,
+       r.rolname::text AS role,
+       r.rolsuper AS superuser,
+       has_database_privilege(current_database(), 'CREATE') AS may_create
+  FROM pg_roles r
+ WHERE r.rolname = current_user;
+
+-- name: slot
+SELECT s.slot_type, s.plugin::text, s.database::text, s.active_pid, a.application_name AS active_application,
+       s.confirmed_flush_lsn::text, s.restart_lsn::text,
+       to_jsonb(s) ->> 'wal_status' AS wal_status,
+       CASE WHEN to_jsonb(s) ->> 'invalidation_reason' IS NOT NULL THEN to_jsonb(s) ->> 'invalidation_reason'
+            WHEN (to_jsonb(s) ->> 'conflicting')::boolean THEN 'conflicting'
+            WHEN to_jsonb(s) ->> 'wal_status' = 'lost' THEN 'wal_removed'
+       END AS invalidation
+  FROM pg_replication_slots s
+  LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
+ WHERE s.slot_name = %(slot)s;
+
+-- name: slot_transactions
+-- From 14 on: how many transactions the slot has decoded since its creation.
+SELECT total_txns FROM pg_stat_replication_slots WHERE slot_name = %(slot)s;
+
+-- name: lag
+SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END::text AS now,
+       s.confirmed_flush_lsn::text AS confirmed
+  FROM pg_replication_slots s
+ WHERE s.slot_name = %(slot)s;
+
+-- name: slot_creation_waits_for
+-- Whoever has an xid may be waited for while a slot is created, the oldest longest.
+SELECT 'pid ' || a.pid || ' (' || coalesce(a.usename::text, '?') || ', ' || coalesce(a.state, '?') || ')' AS who,
+       'SELECT pg_terminate_backend(' || a.pid || ');' AS remedy, a.xact_start AS since
+  FROM pg_stat_activity a
+ WHERE a.backend_xid IS NOT NULL
+ UNION ALL
+SELECT 'prepared transaction ' || quote_literal(x.gid), 'ROLLBACK PREPARED ' || quote_literal(x.gid) || ';', x.prepared
+  FROM pg_prepared_xacts x
+ ORDER BY since
+ LIMIT 1;
+
+-- name: publication
+SELECT p.puballtables AS all_tables, p.pubinsert AS "insert", p.pubupdate AS "update", p.pubdelete AS "delete",
+       p.pubtruncate AS "truncate", coalesce((to_jsonb(p) ->> 'pubviaroot')::boolean, false) AS via_root
+  FROM pg_publication p
+ WHERE p.pubname = %(publication)s;
+
+-- name: published
+-- The tables of a publication under the names that the stream gives them.
+SELECT c.oid,
+       to_jsonb(p) -> 'attnames' AS published_columns,
+       to_jsonb(p) ->> 'rowfilter' AS row_filter
+  FROM pg_publication_tables p
+  JOIN pg_namespace n ON n.nspname = p.schemaname
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+ WHERE p.pubname = %(publication)s;
+
+-- name: publishable
+-- What FOR ALL TABLES would publish.
+SELECT c.oid
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relpersistence = 'p'
+   AND CASE WHEN %(via_root)s THEN c.relkind IN ('r', 'p') AND NOT c.relispartition ELSE c.relkind = 'r' END
+   AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\_toast%%';
+
+-- name: existing
+-- Which of the named tables exist; owned: we may put them into a publication.
+SELECT n.nspname::text AS schema, c.relname::text AS "table", c.oid, c.relkind::text AS kind, c.relispartition AS partition,
+       pg_has_role(c.relowner, 'USAGE') AS owned
+  FROM unnest(%(schemas)s::text[], %(tables)s::text[]) AS wanted (schema, name)
+  JOIN pg_namespace n ON n.nspname = wanted.schema
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+ WHERE c.relkind IN ('r', 'p');
+
+-- name: tables
+SELECT c.oid, n.nspname::text AS schema, c.relname::text AS "table", c.relkind::text AS kind,
+       c.relreplident::text AS replica_identity,
+       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
+       coalesce(a.columns, '{}') AS columns,
+       coalesce(a.primary_key, '{}') AS primary_key,
+       coalesce(a.toastable, '{}') AS toastable,
+       coalesce(CASE c.relreplident WHEN 'f' THEN a.columns WHEN 'd' THEN a.primary_key WHEN 'i' THEN a.identity_index END,
+                '{}') AS identity_columns
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (
+       SELECT array_agg(k.attname::text ORDER BY k.attnum) AS columns,
+              array_agg(k.attname::text ORDER BY k.attnum) FILTER (WHERE k.in_primary_key) AS primary_key,
+              array_agg(k.attname::text ORDER BY k.attnum) FILTER (WHERE k.in_identity_index) AS identity_index,
+              array_agg(k.attname::text ORDER BY k.attnum) FILTER (WHERE k.attstorage IN ('x', 'e')) AS toastable
+         FROM (SELECT t.attname, t.attnum, t.attstorage,
+                      EXISTS (SELECT FROM pg_index i WHERE i.indrelid = t.attrelid AND i.indisprimary
+                                 AND array_position(i.indkey::int2[], t.attnum) < i.indnkeyatts) AS in_primary_key,
+                      EXISTS (SELECT FROM pg_index i WHERE i.indrelid = t.attrelid AND i.indisreplident
+                                 AND array_position(i.indkey::int2[], t.attnum) < i.indnkeyatts) AS in_identity_index
+                 FROM pg_attribute t
+                WHERE t.attrelid = c.oid AND t.attnum > 0 AND NOT t.attisdropped) k) a
+ WHERE c.oid = ANY (%(oids)s::oid[])
+ ORDER BY schema, "table";
+
+-- name: leaves
+-- The partitions that hold the rows of partitioned tables, at any depth: their replica identity is what counts.
+SELECT r.oid AS root, p.relid::oid AS leaf
+  FROM unnest(%(oids)s::oid[]) AS r (oid)
+ CROSS JOIN LATERAL pg_partition_tree(r.oid) p
+ WHERE p.isleaf AND p.relid <> r.oid;
+
+-- name: columns
+-- A table as the stream describes it: generated columns are left out there up to 17.
+SELECT t.attname::text AS name, t.atttypid AS type_oid, t.attgenerated <> '' AS generated,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = t.attrelid AND i.indisprimary
+                  AND array_position(i.indkey::int2[], t.attnum) < i.indnkeyatts) AS in_primary_key
+  FROM pg_attribute t
+ WHERE t.attrelid = %(oid)s AND t.attnum > 0 AND NOT t.attisdropped
+ ORDER BY t.attnum;
+
+-- name: root
+SELECT n.nspname::text AS schema, r.relname::text AS "table"
+  FROM pg_class c
+  JOIN pg_class r ON r.oid = pg_partition_root(c.oid)
+  JOIN pg_namespace n ON n.oid = r.relnamespace
+ WHERE c.oid = %(oid)s AND c.relispartition;
+
+-- name: types
+-- Every type that is reachable: what a domain stands for, what an array holds, what a composite is made of. An array
+-- is a type that its element calls its array; point, name and int2vector have an element too and are none.
+WITH RECURSIVE reachable (oid) AS (
+    SELECT unnest(%(oids)s::oid[])
+     UNION
+    SELECT next.oid
+      FROM reachable
+      JOIN pg_type t ON t.oid = reachable.oid
+     CROSS JOIN LATERAL (
+           SELECT t.typbasetype WHERE t.typtype = 'd'
+            UNION ALL
+           SELECT e.oid FROM pg_type e WHERE e.oid = t.typelem AND e.typarray = t.oid
+            UNION ALL
+           SELECT f.atttypid FROM pg_attribute f
+            WHERE t.typtype = 'c' AND f.attrelid = t.typrelid AND f.attnum > 0 AND NOT f.attisdropped
+           ) AS next (oid)
+)
+SELECT t.oid, t.typname::text AS name, t.typtype::text AS kind, t.typbasetype AS base_oid,
+       coalesce(e.oid, 0)::oid AS element_oid, coalesce(e.typdelim::text, ',') AS delimiter,
+       coalesce(f.names, '{}') AS attribute_names, coalesce(f.types, '{}') AS attribute_types
+  FROM reachable
+  JOIN pg_type t ON t.oid = reachable.oid
+  LEFT JOIN pg_type e ON e.oid = t.typelem AND e.typarray = t.oid
+  LEFT JOIN LATERAL (
+       SELECT array_agg(f.attname::text ORDER BY f.attnum) AS names, array_agg(f.atttypid ORDER BY f.attnum) AS types
+         FROM pg_attribute f
+        WHERE t.typtype = 'c' AND f.attrelid = t.typrelid AND f.attnum > 0 AND NOT f.attisdropped) f ON true;

@@ -1,0 +1,94 @@
+"""Rows read anew, as the stream would have sent them.
+
+A dead letter of a sink that keeps state is not sent again as it was: a later change may have been applied since. The
+row is read by its primary key instead; a row that is gone becomes a delete. What is read goes through the decoder as
+an Insert or Delete frame made of PostgreSQL's own text values, so that it is byte for byte what the stream would have
+carried. Its position is the server's WAL position after the read: above everything the read saw.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import psycopg
+from psycopg import sql
+
+from spillway.change import Change
+from spillway.errors import SpillwayError
+from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput.relation import Column, Relation
+from spillway.position import parse_lsn
+from spillway.source import catalog
+from spillway.source.connect import Connection
+from spillway.source.queries import fetch
+from spillway.source.refusal import query_refusal
+
+_Value = bytes | None
+
+
+class Rereader:
+    """Reads rows of one database anew. ``new_decoder``: as the stream's."""
+
+    def __init__(self, query: Connection, new_decoder: Callable[[], Decoder]) -> None:
+        self._query = query
+        self._decoder = new_decoder()
+        self._relations: dict[tuple[str, str], Relation] = {}
+
+    async def read(self, schema: str, table: str, pks: Sequence[str]) -> Change:
+        """The row with this primary key now, or its delete."""
+        relation = await self._relation(schema, table)
+        keys = [c for c in relation.columns if c.in_identity]
+        if len(keys) != len(pks):
+            raise SpillwayError("reread", f"the primary key of {schema}.{table} has changed", "discard the dead letter")
+        query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
+            sql.SQL(", ").join(sql.Identifier(c.name) for c in relation.columns),
+            sql.Identifier(schema, table),
+            sql.SQL(" AND ").join(sql.SQL("{} = %s").format(sql.Identifier(c.name)) for c in keys),
+        )
+        try:
+            cursor = await self._query.execute(query, list(pks))
+            result = cursor.pgresult
+            assert result is not None
+            row = [result.get_value(0, i) for i in range(len(relation.columns))] if result.ntuples else None
+            lsn_row = await (await self._query.execute(_WAL_POSITION)).fetchone()
+        except psycopg.Error as error:
+            raise query_refusal(error) from error
+        assert lsn_row is not None
+        self._decoder.feed(struct.pack(">cQqI", b"B", parse_lsn(lsn_row[0]), int(lsn_row[1]), 0))
+        change = self._decoder.feed(_frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True))))
+        assert isinstance(change, Change)
+        return replace(change, n=0)
+
+    async def _relation(self, schema: str, table: str) -> Relation:
+        known = self._relations.get((schema, table))
+        if known is not None:
+            return known
+        columns = await fetch(self._query, "row_columns", schema=schema, table=table)
+        if not columns:
+            raise SpillwayError("reread", f"table {schema}.{table} is not there any more", "discard the dead letters")
+        relation = Relation(
+            columns[0]["oid"],
+            schema,
+            table,
+            "d",
+            tuple(Column(c["name"], c["type_oid"], c["type_modifier"], c["in_primary_key"]) for c in columns),
+        )
+        self._decoder.learn(relation, await catalog.describe(self._query, relation))
+        self._relations[schema, table] = relation
+        return relation
+
+
+# The position, and the time as Begin has it: microseconds since 2000.
+_WAL_POSITION = """
+    SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END::text,
+           (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 946684800000000
+"""
+
+
+def _frame(relation: Relation, row: Sequence[_Value] | None, pks: dict[str, str]) -> bytes:
+    """Insert of the row, or Delete of the key (PostgreSQL documentation, "Logical Replication Message Formats")."""
+    values = row if row is not None else [pks[c.name].encode() if c.name in pks else None for c in relation.columns]
+    head = struct.pack(">cIcH", b"I" if row is not None else b"D", relation.oid, b"N" if row is not None else b"K", len(values))
+    return head + b"".join(b"n" if v is None else b"t" + len(v).to_bytes(4, "big") + v for v in values)
