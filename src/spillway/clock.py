@@ -18,6 +18,9 @@ class Clock(Protocol):
 
     async def sleep(self, seconds: float) -> None: ...
 
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        """As `asyncio.timeout`."""
+
 
 class SystemClock:
     def monotonic(self) -> float:
@@ -28,3 +31,6 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        return asyncio.timeout(seconds)

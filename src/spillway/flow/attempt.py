@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import structlog
 
 from spillway.change import Message
+from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.sinks.base import Result, Sink, sink_down
 
@@ -26,9 +27,10 @@ _log = structlog.get_logger()
 class Attempt:
     """Asks one sink. Opens it when needed; forgets that it is open after a failure of the sink."""
 
-    def __init__(self, name: str, sink: Sink, timeout_seconds: float, toast_fails: bool) -> None:
+    def __init__(self, name: str, sink: Sink, clock: Clock, timeout_seconds: float, toast_fails: bool) -> None:
         self._name = name
         self._sink = sink
+        self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._toast_fails = toast_fails
         self._opened = False
@@ -64,7 +66,7 @@ class Attempt:
 
     async def _ask(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with self._clock.timeout(self._timeout_seconds):
                 if not self._opened:
                     async with self._opening:
                         if not self._opened:

@@ -36,6 +36,7 @@ from spillway.pgoutput.decoder import Decoder
 from spillway.pgoutput.messages import Begin, Commit, Truncation
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.source.stream import Keepalive, Stream
+from spillway.store.base import Written
 
 CHUNK_MESSAGES = 500
 CHUNK_BYTES = 2 << 20
@@ -144,8 +145,9 @@ class Capture:
                 if task.done():
                     await task  # raises what ended it
         finally:
-            for task in (feedback, reading, stopped):
-                task.cancel()
+            stopped.cancel()
+            feedback.cancel()
+            reading.cancel()
             await asyncio.gather(feedback, reading, stopped, return_exceptions=True)
 
     async def last_feedback(self) -> None:
@@ -257,7 +259,7 @@ class Capture:
         await self._gate()
         await asyncio.sleep(0)  # let deliveries run between two chunks
 
-    async def _give_when_durable(self, size: int, stored: Sequence[asyncio.Future[object]]) -> None:
+    async def _give_when_durable(self, size: int, stored: Sequence[asyncio.Future[Written]]) -> None:
         try:
             await asyncio.wait(stored)
         finally:

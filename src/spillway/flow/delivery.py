@@ -68,6 +68,7 @@ class SinkSpec:
     batch_size: int
     max_memory_bytes: int
     max_messages: int
+    max_message_bytes: int
     timeout_seconds: float
     max_retry_count: int | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
@@ -96,7 +97,7 @@ class Delivery:
         self._clock = clock
         self._metrics = metrics
         self._moved = moved  # called when the watermark may have moved or a full backlog has room
-        self._attempt = Attempt(spec.name, sink, spec.timeout_seconds, spec.toast_fails)
+        self._attempt = Attempt(spec.name, sink, clock, spec.timeout_seconds, spec.toast_fails)
         self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
         self.counters = state.counters
         self.tail: Position = state.position or ZERO
@@ -137,6 +138,11 @@ class Delivery:
         self._probe_newest = False
         self._wake = asyncio.Event()
         self._stopping = False
+
+    @property
+    def is_state(self) -> bool:
+        """Whether the sink keeps rows rather than events."""
+        return self._sink.semantics in ("state", "atomic")
 
     @property
     def open_lsn(self) -> int | None:
@@ -212,7 +218,7 @@ class Delivery:
         held = parked.union(self._diverted, self._lingering)
         aside: list[Message] = []
         for message in messages:
-            if message.change.too_large_bytes:
+            if self._too_large(message):
                 aside.append(message)
             elif held and not held.isdisjoint(message.keys):
                 aside.append(message)
@@ -228,7 +234,7 @@ class Delivery:
         """Newcomers of a stored sink, to the tail; none of them stays in memory."""
         for message in messages:
             message.row = PENDING
-        large = [_too_large(m) for m in messages if m.change.too_large_bytes]
+        large = [self._large(m) for m in messages if self._too_large(m)]
         done = self._commit(Write(self.name, put=messages, position=self.tail, bury=large))
         done.add_done_callback(lambda _: self._mark_durable(messages))
         return done
@@ -250,9 +256,8 @@ class Delivery:
         if park:
             keys |= self.window.behind([p.message for p in park])[0]
             self._turns += 1
-        for key in keys:
-            self._diverted[key] = self._diverted.get(key, 0) + 1
-        large = [_too_large(m) for m in put if m.change.too_large_bytes]
+        self._hold_back(keys)
+        large = [self._large(m) for m in put if self._too_large(m)]
         self._puts += 1
         done = self._commit(
             Write(
@@ -269,12 +274,7 @@ class Delivery:
         def committed(written: asyncio.Future[Written]) -> None:
             self._puts -= 1
             self._mark_durable(put)
-            for key in keys:
-                if self._diverted[key] == 1:
-                    del self._diverted[key]
-                    self._lingering.add(key)
-                else:
-                    self._diverted[key] -= 1
+            self._hold_back_no_more(keys)
             for message in aside:
                 self._forget(message)
             if park:
@@ -282,7 +282,7 @@ class Delivery:
                 self._lane_at = min(self._lane_at, self._clock.monotonic() + min(p.due_seconds for p in park))
             if aside and not written.cancelled() and written.exception() is None:
                 held = written.result().held
-                freed = [m.row for m in aside if m.row not in held and not m.change.too_large_bytes]
+                freed = [m.row for m in aside if m.row not in held and not self._too_large(m)]
                 if freed:
                     self._spill(freed)  # their key was freed meanwhile: they wait in the queue and must be read
             if self._evict_rows is not None and not self._puts:
@@ -290,6 +290,20 @@ class Delivery:
 
         done.add_done_callback(committed)
         return done
+
+    def _hold_back(self, keys: Iterable[str]) -> None:
+        """Newcomers of these keys go to the store: the keys are being parked."""
+        for key in keys:
+            self._diverted[key] = self._diverted.get(key, 0) + 1
+
+    def _hold_back_no_more(self, keys: Iterable[str]) -> None:
+        """It has committed: a look-up that begins from now on sees whether they are parked."""
+        for key in keys:
+            if self._diverted[key] == 1:
+                del self._diverted[key]
+                self._lingering.add(key)
+            else:
+                self._diverted[key] -= 1
 
     def _commit(self, write: Write) -> asyncio.Future[Written]:
         """Queue a write. The future is done on the loop, after the commit; the counters are up to date then."""
@@ -335,6 +349,16 @@ class Delivery:
         if self.stored and not self._puts and self._evict_rows is None and self.window.waiting:
             self._evict()
 
+    def _too_large(self, message: Message) -> int:
+        """The size of a row that this sink does not take, 0 if it does."""
+        size = message.change.too_large_bytes or len(message.change.body)
+        return size if message.change.too_large_bytes or size > self.spec.max_message_bytes else 0
+
+    def _large(self, message: Message) -> Park:
+        size = self._too_large(message)
+        self._metrics.rejected(self.name, "too_large", 1)
+        return Park(message, "too_large", f"the row has {size} bytes, above max_message_bytes", 0.0)
+
     # -- credit -----------------------------------------------------------------------------------------------------
     def _forget(self, message: Message) -> None:
         """A message leaves memory."""
@@ -362,7 +386,7 @@ class Delivery:
                     self._wake.clear()
                     wait_seconds = self._work(tasks)
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(wait_seconds):
+                        async with self._clock.timeout(wait_seconds):
                             await self._wake.wait()
         finally:
             await self._sink.close()
@@ -521,8 +545,24 @@ class Delivery:
             total += count
             if count == 0:
                 break
-        await self._commit(Write(self.name))  # for the counters
+        await self.refresh()
         return total
+
+    async def refresh(self) -> None:
+        """Bring the counters up to date after a change that was made past `Write`."""
+        await self._commit(Write(self.name))
+
+    async def revive(self, letters: Sequence[tuple[int, Message]]) -> None:
+        """Dead letters (their rows) become heads of lanes, due at once, as these messages. What is unwritten is
+        written first, so that they stand behind everything of their keys."""
+        keys = {key for _, letter in letters for key in letter.keys}
+        self._hold_back(keys)
+        self._write_unwritten()
+        self._turns += 1
+        await self._commit(Write(self.name, revive=letters))
+        self._turns += 1
+        self._hold_back_no_more(keys)
+        self.try_now()
 
     # -- sending ----------------------------------------------------------------------------------------------------
     def _take(self, allowance: int) -> tuple[list[Message], int]:
@@ -770,8 +810,3 @@ def _stored_cost(message: Message) -> int:
 def _with_superseded(messages: Iterable[Message]) -> list[Message]:
     """The messages, each behind those it supersedes."""
     return [one for m in messages for one in (*(m.superseded or ()), m)]
-
-
-def _too_large(message: Message) -> Park:
-    size = message.change.too_large_bytes
-    return Park(message, "too_large", f"the row is {size} bytes, above max_message_bytes", 0.0)

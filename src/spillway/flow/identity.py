@@ -12,36 +12,22 @@ moved by somebody else, or this state file is an old copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from spillway.errors import Finding
 from spillway.position import format_lsn
+from spillway.source.session import SourceState
 from spillway.store.base import Identity
 
 MARK_RESERVE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """What the server says of itself and of the slot, before reading starts."""
-
-    system_id: str
-    timeline: int
-    forked_lsn: int | None  # where this timeline left the one the state knows; None: it is the same, or unknown
-    slot_exists: bool
-    slot_created: bool  # by us, just now
-    slot_used: bool  # somebody has read from it
-    confirmed_lsn: int
-
-
-def judge(slot: str, identity: Identity | None, server: Server) -> Finding | None:
+def judge(slot: str, identity: Identity | None, server: SourceState) -> Finding | None:
     """Why the state and the slot do not belong together; None: they do."""
     if identity is None:
         if server.slot_exists and not server.slot_created and server.slot_used:
             return _finding(
                 "state_missing",
-                f"slot {slot} has been read before, up to {format_lsn(server.confirmed_lsn)}, but the state file is new:"
-                " what was waiting in the old state is not here",
+                f"slot {slot} has been read before, up to {format_lsn(server.confirmed_lsn)}, but the state file is"
+                " new: what was waiting in the old state is not here",
                 "point state.url at the old file; or, if the slot comes from another tool,",
             )
         return None

@@ -89,18 +89,11 @@ class Router:
                 subscription = route.subscription
                 if change.action == "truncate":
                     if subscription.applies_truncate:
-                        messages = routed.setdefault(subscription.delivery, [])
-                        # One TRUNCATE of several tables has one position: sub tells its messages apart.
-                        after = messages[-1] if messages else None
-                        same = after is not None and after.position[:2] == (change.commit_lsn, change.commit_idx)
-                        messages.append(Message(change, (), after.sub + 1 if after is not None and same else 0))
+                        _append_truncate(routed.setdefault(subscription.delivery, []), change)
                     else:
                         subscription.delivery.truncates_ignored += 1
                 elif change.action in subscription.actions:
-                    messages = routed.get(subscription.delivery)
-                    if messages is None:
-                        messages = routed[subscription.delivery] = []
-                    self._append(messages, change, route)
+                    self._append(routed.setdefault(subscription.delivery, []), change, route)
         return routed
 
     def _append(self, messages: list[Message], change: Change, route: _Route) -> None:
@@ -122,3 +115,11 @@ class Router:
         if not subscription.grouping or subscription.splits_key_change or not subscription.wants_table(schema, table):
             return None
         return subscription.group_columns(schema, table)
+
+
+def _append_truncate(messages: list[Message], change: Change) -> None:
+    """One TRUNCATE of several tables has one position: sub tells its messages apart."""
+    sub = 0
+    if messages and messages[-1].position[:2] == (change.commit_lsn, change.commit_idx):
+        sub = messages[-1].sub + 1
+    messages.append(Message(change, (), sub))

@@ -162,3 +162,14 @@ SELECT t.oid, t.typname::text AS name, t.typtype::text AS kind, t.typbasetype AS
        SELECT array_agg(f.attname::text ORDER BY f.attnum) AS names, array_agg(f.atttypid ORDER BY f.attnum) AS types
          FROM pg_attribute f
         WHERE t.typtype = 'c' AND f.attrelid = t.typrelid AND f.attnum > 0 AND NOT f.attisdropped) f ON true;
+
+-- name: row_columns
+-- The streamed columns of a table, by name: what a row read anew consists of.
+SELECT c.oid, a.attname::text AS name, a.atttypid AS type_oid, a.atttypmod AS type_modifier,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary
+                  AND array_position(i.indkey::int2[], a.attnum) < i.indnkeyatts) AS in_primary_key
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+ WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+ ORDER BY a.attnum;

@@ -90,5 +90,7 @@ _WAL_POSITION = """
 def _frame(relation: Relation, row: Sequence[_Value] | None, pks: dict[str, str]) -> bytes:
     """Insert of the row, or Delete of the key (PostgreSQL documentation, "Logical Replication Message Formats")."""
     values = row if row is not None else [pks[c.name].encode() if c.name in pks else None for c in relation.columns]
-    head = struct.pack(">cIcH", b"I" if row is not None else b"D", relation.oid, b"N" if row is not None else b"K", len(values))
+    head = struct.pack(
+        ">cIcH", b"I" if row is not None else b"D", relation.oid, b"N" if row is not None else b"K", len(values)
+    )
     return head + b"".join(b"n" if v is None else b"t" + len(v).to_bytes(4, "big") + v for v in values)
