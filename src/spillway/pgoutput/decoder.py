@@ -16,6 +16,9 @@ Promises:
   columns alone. Of a frame that is too large only those values are copied.
 - The values of a key that the old row does not carry, because they are not part of the replica identity, are taken as
   unchanged on update; a delete without its primary key has no key. `unkeyable` finds such tables beforehand.
+- A partition published by its root (``publish_via_partition_root``) is logged with its own replica identity while the
+  server's frames claim the root's. A root with identity full over a partition without it gives old rows that are null
+  outside of the key and cannot be told from real ones: who asks the catalogue has to find that.
 - A partition published under its own name has the identity of its root, but for TRUNCATE: that emptied the partition,
   not the table, and is reported under the partition's own name.
 
@@ -46,7 +49,17 @@ from spillway.pgoutput.messages import (
     read_relation,
     read_truncate,
 )
-from spillway.pgoutput.plan import UNCHANGED, DatabaseMeta, Row, TablePlan, differing, filled, growth_bytes, known
+from spillway.pgoutput.plan import (
+    UNCHANGED,
+    DatabaseMeta,
+    Row,
+    TablePlan,
+    before,
+    differing,
+    filled,
+    growth_bytes,
+    known,
+)
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.pgoutput.scalars import json as embed_json
 from spillway.position import format_lsn
@@ -289,8 +302,8 @@ class Decoder:
 
     def _old_key(self, plan: TablePlan, change: Change, old: Row, row: Row, full: bool) -> Change | None:
         """The delete of the old key, if the update has changed the key."""
-        before = old if full else plan.old_key_row(old, known(row))
-        pks, groups = plan.pks(before), plan.groups(before)
+        key_row = old if full else before(old, known(row))
+        pks, groups = plan.pks(key_row), plan.groups(key_row)
         if pks == change.pks and groups == change.groups:
             return None
         tail = self._tail(plan, "delete", b"null", pks)

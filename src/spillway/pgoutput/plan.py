@@ -85,7 +85,6 @@ class TablePlan:
         self._pk = [index_of[name] for name in primary_key(relation, info)]
         self._groups = [[index_of.get(name) for name in columns] for columns in groups]
         self._key_indexes = sorted({*self._pk, *(i for group in self._groups for i in group if i is not None)})
-        self._in_identity = [column.in_identity for column in relation.columns]
         self._column_count = len(relation.columns)
 
         self._prefix = table_prefix(self.schema, self.table)
@@ -169,10 +168,6 @@ class TablePlan:
             for group in self._groups
         )
 
-    def old_key_row(self, old: Row, new: Row) -> Row:
-        """The old row as far as its replica identity tells: what is not part of that is taken as unchanged."""
-        return [was if known else now for was, now, known in zip(old, new, self._in_identity, strict=True)]
-
     # Rendering.
 
     def body(self, row: Row, tail: bytes) -> bytes:
@@ -206,6 +201,16 @@ class TablePlan:
             return b"null"
         renderer = self._renderers[index]
         return value if renderer is None else renderer(value)
+
+
+def before(key: Row, row: Row) -> Row:
+    """The row as it was, as far as an old key tells; what that does not hold is taken as unchanged.
+
+    No column of a key or an identity index can be null, so what is null in an old key is not part of it. The flags of
+    the relation would not do: published by its root, a partition's rows come with its own identity and the root's
+    flags.
+    """
+    return [now if was is None else was for was, now in zip(key, row, strict=True)]
 
 
 def differing(old: Row, new: Row) -> list[int]:
