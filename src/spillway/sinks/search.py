@@ -183,7 +183,8 @@ class SearchSink:
     async def _prepare(self) -> Result | None:
         """Create the index if it is missing. None: it is there, or we are not allowed to know (the bulk will tell)."""
         answer = await self._http.request("HEAD", self._index_url, self._headers)
-        if isinstance(answer, Answer) and answer.status == 404:
+        # 400: the server does not like the name; it says why only to the request that creates.
+        if isinstance(answer, Answer) and answer.status in (400, 404):
             settings = orjson.dumps({"settings": {"index": {"gc_deletes": f"{_GC_DELETES_SECONDS}s"}}})
             answer = await self._http.request("PUT", self._index_url, self._headers, [settings])
             if isinstance(answer, Answer) and answer.status == 400:
