@@ -509,17 +509,18 @@ class Delivery:
         self.paused = True
 
     async def resume(self, now_at_lsn: int) -> None:
-        """Deliver again. A growing gap ends here and the sink takes part again; a closed one is acknowledged."""
-        if self.gap is not None and self.gap.last_lsn is None:
+        """Undo the first of these that holds: it is paused; it takes no part, and its gap is growing (the gap ends
+        here); it has a gap (which is acknowledged, and forgotten)."""
+        if self.paused:
+            await self._commit(Write(self.name, paused=False))
+            self.paused = False
+        elif self.gap is not None and self.gap.last_lsn is None:
             gap = replace(self.gap, last_lsn=now_at_lsn)
-            await self._commit(Write(self.name, paused=False, gap=gap))
+            await self._commit(Write(self.name, gap=gap))
             self.gap = gap
         elif self.gap is not None:
-            await self._commit(Write(self.name, paused=False, clear_gap=True))
+            await self._commit(Write(self.name, clear_gap=True))
             self.gap = None
-        else:
-            await self._commit(Write(self.name, paused=False))
-        self.paused = False
         self.try_now()
 
     def try_now(self) -> None:

@@ -1,0 +1,6 @@
+"""The engine: builds and wires concrete objects (`Engine`), and goes on after a finding of identity (`adopt`)."""
+
+from spillway.engine.adopt import adopt
+from spillway.engine.engine import Engine
+
+__all__ = ["Engine", "adopt"]

@@ -1,0 +1,62 @@
+"""`spillway state adopt`: go on although the state and the slot do not belong together (I9).
+
+What was found wrong is shown first. Then, in one commit per database: the identity of the server as it is now, with
+the epoch raised, so that positions and versions of the other history count for nothing; and for every sink that has
+been delivering a gap, from where the old history was confirmed up to where the slot stands now. What waits in the
+store and the dead letters stay, and are delivered. The slot is made if it is gone and the configuration says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from spillway.config import Config, Database
+from spillway.errors import SpillwayError
+from spillway.flow.identity import MARK_RESERVE_BYTES, judge
+from spillway.position import format_lsn
+from spillway.source.session import open_session
+from spillway.store.base import Gap, Identity, Store, Write
+from spillway.store.sqlite import open_store
+
+
+def adopt(config: Config) -> list[str]:
+    """What was done, a line per database. The process that runs on this state must be stopped."""
+    store = open_store(config.state_path)
+    try:
+        return [asyncio.run(_adopt(config, database, store)) for database in config.databases]
+    finally:
+        store.close()
+
+
+async def _adopt(config: Config, database: Database, store: Store) -> str:
+    slot = database.slot.name
+    sinks = [s for s in config.sinks if s.database == database.name]
+    identity = store.identity(slot)
+    session = await open_session(
+        database, [s.source for s in sinks], identity.timeline if identity else None, create_slot=True
+    )
+    await session.close()
+    server = session.server
+    finding = judge(slot, identity, server)
+    if finding is None:
+        return f"{database.name}: state and slot belong together, nothing to adopt"
+    if not server.slot_exists and not server.slot_created:
+        raise SpillwayError.of(finding)
+    epoch = identity.epoch + 1 if identity else 1
+    if epoch > MAX_EPOCH:
+        raise SpillwayError("epochs_used_up", "this state has been adopted 31 times", "start with a new state file")
+    gap = Gap(identity.mark if identity else 0, server.confirmed_lsn, time.time(), finding.what)
+    for sink in sinks:
+        state = store.open_sink(sink.name, slot)
+        if identity is not None and state.position is not None:
+            await asyncio.wrap_future(store.write(Write(sink.name, gap=gap)))
+    mark = server.confirmed_lsn + MARK_RESERVE_BYTES
+    await asyncio.wrap_future(store.write_identity(Identity(server.system_id, server.timeline, slot, epoch, mark)))
+    return (
+        f"{database.name}: {finding.what}; adopted as epoch {epoch} from {format_lsn(server.confirmed_lsn)} on;"
+        " every sink has a recorded gap, reload its tables"
+    )
+
+
+MAX_EPOCH = 31  # five bits of a version

@@ -1,0 +1,200 @@
+"""One database: a slot and its sinks, built from the configuration and wired.
+
+A `Pipeline` is one slot with its `Capture`, its `Router` and one `Delivery` per sink. It opens the sessions with the
+source, holds the state against what the server says before anything is read (I9), and keeps the durable mark ahead of
+what is confirmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spillway import sinks
+from spillway.change import Message
+from spillway.clock import SystemClock
+from spillway.config import Config, Database, Sink
+from spillway.errors import SpillwayError
+from spillway.flow.budget import Budget
+from spillway.flow.capture import Capture
+from spillway.flow.delivery import Delivery, SinkSpec
+from spillway.flow.health import Health
+from spillway.flow.identity import MARK_RESERVE_BYTES, judge
+from spillway.flow.limits import Limits
+from spillway.flow.route import Router, Subscription
+from spillway.metrics import Metrics
+from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput.plan import DatabaseMeta
+from spillway.sinks.base import SinkContext, message_suffix
+from spillway.source.connect import querying
+from spillway.source.reread import Rereader
+from spillway.source.session import Session, open_session
+from spillway.source.slot import lag
+from spillway.store.base import Identity, Store
+
+LAG_SECONDS = 1.0
+STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
+
+
+class Pipeline:
+    """One database: a slot and its sinks."""
+
+    def __init__(self, config: Config, database: Database, store: Store, budget: Budget, metrics: Metrics) -> None:
+        self.database = database
+        self._clock = SystemClock()
+        self._store = store
+        self._slot = database.slot.name
+        self.identity = store.identity(self._slot)
+        self.lag_bytes: int | None = None
+        self.confirmed_lsn: int | None = None
+        self.sinks = [s for s in config.sinks if s.database == database.name and s.status != "disabled"]
+        self.deliveries: list[Delivery] = []
+        self.suffixes: dict[str, bytes] = {}
+        self.health: dict[str, Health] = {}
+        self._wants: list[Subscription] = []
+        for sink in self.sinks:
+            self._add(config, sink, budget, metrics)
+        self.router = Router(self._wants)
+        self._max_message_bytes = max((s.max_message_bytes for s in self.sinks), default=1 << 20)
+        self.capture = Capture(
+            database.name,
+            self._connect,
+            self._new_decoder,
+            self.router,
+            self.deliveries,
+            budget,
+            self._reserve_mark,
+            self._clock,
+        )
+
+    def _new_decoder(self) -> Decoder:
+        db = self.database
+        meta = DatabaseMeta(db.id, db.name, db.annotations, db.database, db.hostname)
+        return Decoder(meta, self.router.group_columns, self._max_message_bytes)
+
+    def _add(self, config: Config, sink: Sink, budget: Budget, metrics: Metrics) -> None:
+        suffix = message_suffix(sink.id, sink.name, sink.annotations)
+        epoch = self.identity.epoch if self.identity is not None else 1
+        built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
+        state = self._store.open_sink(sink.name, self._slot)
+        spec = SinkSpec(
+            name=sink.name,
+            batch_size=1 if getattr(built, "single", False) else sink.batch_size,
+            max_memory_bytes=sink.max_memory_mb << 20,
+            max_messages=sink.max_messages,
+            max_message_bytes=sink.max_message_bytes,
+            timeout_seconds=sink.request_timeout_seconds,
+            max_retry_count=sink.max_retry_count,
+            on_reject=sink.on_reject,
+            toast_fails=sink.toast == "fail",
+            limits=Limits(
+                sink.backlog.warn_messages,
+                sink.backlog.max_messages,
+                sink.backlog.max_bytes,
+                sink.backlog.max_age_seconds,
+                sink.backlog.on_full,
+            ),
+        )
+        delivery = Delivery(spec, built, self._store, state, budget, self._clock, metrics, self._moved)
+        delivery.paused = sink.status == "paused" if state.paused is None else state.paused
+        self.deliveries.append(delivery)
+        self.suffixes[sink.name] = suffix
+        self.health[sink.name] = Health()
+        is_state = built.semantics == "state"
+        atomic = built.semantics == "atomic"
+        self._wants.append(
+            Subscription(
+                delivery,
+                sink.source.selects,
+                frozenset(sink.actions),
+                sink.group_columns,
+                grouping=sink.message_grouping or is_state or atomic,
+                needs_key=is_state or atomic,
+                splits_key_change=is_state or atomic,
+                applies_truncate=sink.on_truncate == "apply",
+            )
+        )
+
+    def _moved(self) -> None:
+        self.capture.moved()
+
+    # -- the slot ---------------------------------------------------------------------------------------------------
+    async def _connect(self) -> Session:
+        """Open the stream, after the state was held against the slot (I9)."""
+        session = await open_session(
+            self.database,
+            [s.source for s in self.sinks],
+            self.identity.timeline if self.identity else None,
+            create_slot=self.identity is None,
+        )
+        try:
+            server = session.server
+            finding = judge(self._slot, self.identity, server)
+            if finding is not None:
+                raise SpillwayError.of(finding)
+            if self.identity is None:
+                await self._remember(
+                    Identity(
+                        server.system_id, server.timeline, self._slot, 1, server.confirmed_lsn + MARK_RESERVE_BYTES
+                    )
+                )
+            elif self.identity.timeline != server.timeline:
+                await self._remember(replace(self.identity, timeline=server.timeline))
+            self.capture.watermark.confirmed_lsn = max(self.capture.watermark.confirmed_lsn, server.confirmed_lsn)
+            await session.start()
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    async def _remember(self, identity: Identity) -> None:
+        await asyncio.wrap_future(self._store.write_identity(identity))
+        self.identity = identity
+
+    async def _reserve_mark(self, lsn: int) -> None:
+        if self.identity is not None and lsn > self.identity.mark:
+            await self._remember(replace(self.identity, mark=lsn + MARK_RESERVE_BYTES))
+
+    async def watch_lag(self) -> None:
+        """The slot's lag as the server sees it, every second, on a connection of its own."""
+        while True:
+            try:
+                async with querying(self.database.conninfo(), self._slot) as query:
+                    while True:
+                        self.lag_bytes, self.confirmed_lsn = await lag(query, self._slot)
+                        await self._clock.sleep(LAG_SECONDS)
+            except SpillwayError:  # capture meets and reports the same
+                self.lag_bytes = None
+                await self._clock.sleep(LAG_SECONDS)
+
+    async def revive(self, delivery: Delivery, letters: Sequence[Message]) -> int:
+        """Send dead letters again: events as they were, marked ``replayed``; of a state the row as it is now."""
+        if delivery.is_state:
+            async with querying(self.database.conninfo(), self._slot) as query:
+                reread = Rereader(query, self._new_decoder)
+                fresh = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
+        else:
+            fresh = [replace(m.change, body=m.change.body + b',"replayed":true') for m in letters]
+        revived = [(m.row, Message(change, m.keys)) for m, change in zip(letters, fresh, strict=True)]
+        await delivery.revive(revived)
+        return len(revived)
+
+    async def tick(self) -> None:
+        for delivery in self.deliveries:
+            await delivery.check_limits()
+            health = self.health[delivery.name]
+            health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+            health.update(delivery, self._clock.monotonic(), self._clock.wall())
+
+    def stalled(self) -> str | None:
+        """Why the slot is not being read, if that is so for longer than is normal."""
+        why = self.capture.why_waiting
+        if why.startswith("blocked"):
+            return why
+        if why and self._clock.monotonic() - self.capture.waiting_since > STALLED_SECONDS:
+            return why
+        return None
+
+    def delivery(self, sink: str) -> Delivery | None:
+        return next((d for d in self.deliveries if d.name == sink), None)
