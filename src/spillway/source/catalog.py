@@ -40,12 +40,15 @@ class PublishedTable:
     toastable: tuple[str, ...]
     published_columns: tuple[str, ...]
     row_filter: str | None
+    filter_columns: tuple[str, ...]
     readable: bool  # we may SELECT from it
+    root: tuple[str, str] | None = None  # of a partition that is published by itself
     leaves: tuple[PublishedTable, ...] = ()  # of a partitioned table: where its rows are
 
     @property
     def name(self) -> tuple[str, str]:
-        return (self.schema, self.table)
+        """The name its changes go by: a partition's are its root's."""
+        return self.root or (self.schema, self.table)
 
 
 async def describe(query: Connection, relation: Relation) -> TableInfo:
@@ -109,7 +112,7 @@ async def publishable(query: Connection, *, via_root: bool) -> list[PublishedTab
 
 
 async def existing(query: Connection, names: Sequence[tuple[str, str]]) -> list[DictRow]:
-    """Those of the named tables that exist: schema, table, oid, kind, partition, owned."""
+    """Those of the named tables that exist: schema, table, oid, kind, owned."""
     return await fetch(query, "existing", schemas=[schema for schema, _ in names], tables=[table for _, table in names])
 
 
@@ -147,6 +150,8 @@ def _table(row: DictRow, published: Mapping[str, object], leaves: tuple[Publishe
         toastable=tuple(row["toastable"]),
         published_columns=columns if listed is None else tuple(listed),
         row_filter=cast("str | None", published.get("row_filter")),
+        filter_columns=tuple(cast("list[str] | None", published.get("filter_columns")) or ()),
         readable=row["readable"],
+        root=None if row["root_table"] is None else (row["root_schema"], row["root_table"]),
         leaves=leaves,
     )

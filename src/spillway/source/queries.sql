@@ -58,10 +58,19 @@ SELECT p.puballtables AS all_tables, p.pubinsert AS "insert", p.pubupdate AS "up
  WHERE p.pubname = %(publication)s;
 
 -- name: published
--- The tables of a publication under the names that the stream gives them.
+-- The tables of a publication under the names that the stream gives them. A publication's table depends on the columns
+-- of its filter and of its list alike: with a list, which are the filter's is not asked.
 SELECT c.oid,
        to_jsonb(p) -> 'attnames' AS published_columns,
-       to_jsonb(p) ->> 'rowfilter' AS row_filter
+       to_jsonb(p) ->> 'rowfilter' AS row_filter,
+       (SELECT array_agg(a.attname::text ORDER BY a.attnum)
+          FROM pg_publication q
+          JOIN pg_publication_rel r ON r.prpubid = q.oid AND r.prrelid = c.oid
+          JOIN pg_depend d ON d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
+                          AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid
+          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
+         WHERE q.pubname = p.pubname AND to_jsonb(r) ->> 'prqual' IS NOT NULL
+           AND to_jsonb(r) ->> 'prattrs' IS NULL) AS filter_columns
   FROM pg_publication_tables p
   JOIN pg_namespace n ON n.nspname = p.schemaname
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
@@ -78,7 +87,7 @@ SELECT c.oid
 
 -- name: existing
 -- Which of the named tables exist; owned: we may put them into a publication.
-SELECT n.nspname::text AS schema, c.relname::text AS "table", c.oid, c.relkind::text AS kind, c.relispartition AS partition,
+SELECT n.nspname::text AS schema, c.relname::text AS "table", c.oid, c.relkind::text AS kind,
        pg_has_role(c.relowner, 'USAGE') AS owned
   FROM unnest(%(schemas)s::text[], %(tables)s::text[]) AS wanted (schema, name)
   JOIN pg_namespace n ON n.nspname = wanted.schema
@@ -88,6 +97,7 @@ SELECT n.nspname::text AS schema, c.relname::text AS "table", c.oid, c.relkind::
 -- name: tables
 SELECT c.oid, n.nspname::text AS schema, c.relname::text AS "table", c.relkind::text AS kind,
        c.relreplident::text AS replica_identity,
+       root.schema AS root_schema, root."table" AS root_table,
        has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
        coalesce(a.columns, '{}') AS columns,
        coalesce(a.primary_key, '{}') AS primary_key,
@@ -96,6 +106,11 @@ SELECT c.oid, n.nspname::text AS schema, c.relname::text AS "table", c.relkind::
                 '{}') AS identity_columns
   FROM pg_class c
   JOIN pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN LATERAL (
+       SELECT m.nspname::text AS schema, r.relname::text AS "table"
+         FROM pg_class r
+         JOIN pg_namespace m ON m.oid = r.relnamespace
+        WHERE c.relispartition AND r.oid = pg_partition_root(c.oid)) root ON true
  CROSS JOIN LATERAL (
        SELECT array_agg(k.attname::text ORDER BY k.attnum) AS columns,
               array_agg(k.attname::text ORDER BY k.attnum) FILTER (WHERE k.in_primary_key) AS primary_key,
