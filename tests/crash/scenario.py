@@ -99,7 +99,7 @@ class Scenario:
         ):
             # The slot is made by the product: what was committed before is not its to deliver.
             product.start()
-            product.wait(self._slot_is_there, "creation of the slot", seconds=30)
+            product.wait_streaming(self._conninfo)
             for life in range(self._kills):
                 load.allow(TRANSACTIONS_A_LIFE)
                 if life > 0:
@@ -193,11 +193,6 @@ class Scenario:
         return self._file.stat().st_size if self._file.exists() else 0
 
     # -- rest -----------------------------------------------------------------------------------------------------
-    def _slot_is_there(self) -> bool:
-        with psycopg.connect(self._conninfo) as connection:
-            query = "select confirmed_flush_lsn from pg_replication_slots where slot_name = 'spillway' and active"
-            return connection.execute(query).fetchone() is not None
-
     def _wait_quiet(self, product: Product) -> None:
         with psycopg.connect(self._conninfo) as connection:
             row = connection.execute("select pg_current_wal_insert_lsn()::text").fetchone()

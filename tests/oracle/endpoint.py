@@ -91,9 +91,14 @@ class Recorder(Server):
 
         wait_until(alone, "end of the connections to the recorder", seconds=30)
 
-    def requests(self, path: str = "/") -> Iterator[Request]:
-        """Everything received so far below a path, in order of arrival."""
-        for line in json_lines(self.requests_log):
+    @property
+    def size(self) -> int:
+        """Where the log ends now: an ``offset`` for `requests`."""
+        return self.requests_log.stat().st_size if self.requests_log.exists() else 0
+
+    def requests(self, path: str = "/", offset: int = 0) -> Iterator[Request]:
+        """Everything received so far below a path, in order of arrival, from a place in the log on."""
+        for line in json_lines(self.requests_log, offset):
             if "mark" not in line and str(line["path"]).startswith(path):
                 body = json.loads(line["body"])
                 data = body.get("data")

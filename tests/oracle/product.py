@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import httpx
+import psycopg
 import yaml
 
 from oracle.cgroup import MemoryCgroup
@@ -190,6 +191,17 @@ class Product:
             if time.monotonic() > deadline:
                 raise ProductFailed(f"{what}: not within {seconds} s\n{self._last_status()}\n{self.log_end()}")
             time.sleep(every)
+
+    def wait_streaming(self, conninfo: str, slot: str = "spillway", seconds: float = 30) -> None:
+        """Waits until it is up and reads its slot, as the source tells it: what is committed now is its to deliver."""
+
+        def active() -> bool:
+            with psycopg.connect(conninfo) as connection:
+                query = "select from pg_replication_slots where slot_name = %s and active"
+                return connection.execute(query, [slot]).fetchone() is not None
+
+        self.wait_up(seconds)
+        self.wait(active, f"the slot {slot} to be read", seconds=seconds)
 
     def _last_status(self) -> str:
         try:
