@@ -41,7 +41,7 @@ class Block(dict[str, object]):
         super().__init__()
         self.path, self.line = path, line
         self.lines: dict[str, int] = {}
-        self.anchored: set[str] = set()  # keys whose value holds an anchor
+        self.anchored: set[str] = set()  # of the whole file: keys whose value holds an anchor
 
     def key_path(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
@@ -69,8 +69,8 @@ class DocumentError(Exception):
 
 def read(text: str) -> Block:
     """The mapping that the text holds; an empty text is an empty mapping. Raises DocumentError."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Block("", 1)
@@ -80,13 +80,12 @@ def read(text: str) -> Block:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 1
-        raise DocumentError(line, "YAML", error.problem or error.context or "cannot be read") from None
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise DocumentError(line, "YAML", what or "cannot be read") from None
     except yaml.reader.ReaderError as error:
         raise DocumentError(text.count("\n", 0, error.position) + 1, "YAML", "holds a control character") from None
     except RecursionError:
         raise DocumentError(1, "YAML", "is nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,6 +122,7 @@ class _Reader:
         self._anchored = anchored
         self._open: list[yaml.Node] = []
         self._values = 0
+        self._seen: set[yaml.Node] = set()  # an anchor is where its node is seen first; later it is an alias
 
     def block(self, node: yaml.MappingNode, path: str) -> Block:
         block = Block(path, _line(node))
@@ -140,7 +140,7 @@ class _Reader:
                 merged += self._sources(value_node)
                 continue
             block[key] = self.value(value_node, block.key_path(key))
-            if not self._anchored.isdisjoint(_tree(value_node, set())):
+            if not path and not self._anchored.isdisjoint(set(_tree(value_node, self._seen))):
                 block.anchored.add(key)
         for source in merged:
             self._merge(block, source)
