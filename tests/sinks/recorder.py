@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+# For 127.0.0.1, signed by itself, valid for a hundred years. Its key is no secret: nobody trusts it but the tests.
+CERTIFICATE = Path(__file__).parent / "tls" / "cert.pem"
+_KEY = Path(__file__).parent / "tls" / "key.pem"
 
 
 @dataclass
@@ -38,7 +44,11 @@ HANG = Reply(-1)
 
 
 class Recorder:
-    def __init__(self, answer: Callable[[Request], Reply] = lambda _request: Reply()) -> None:
+    def __init__(self, answer: Callable[[Request], Reply] = lambda _request: Reply(), *, tls: bool = False) -> None:
+        self._tls: ssl.SSLContext | None = None
+        if tls:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(CERTIFICATE, _KEY)
         self.answer = answer
         self.requests: list[Request] = []
         self.arrived = asyncio.Event()  # set by every request; a test clears it
@@ -51,11 +61,11 @@ class Recorder:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
         """Again after `stop`: on the same port."""
-        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
