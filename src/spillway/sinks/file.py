@@ -27,8 +27,8 @@ from pathlib import Path
 
 from spillway.change import Message
 from spillway.clock import Clock, SystemClock
-from spillway.sinks.base import OK, Result, Semantics, SinkContext, message_json, sink_down
-from spillway.sinks.disk import disk_failed, is_at, sync_folder
+from spillway.sinks.base import OK, Result, Semantics, SinkContext, sink_down
+from spillway.sinks.disk import disk_failed, is_at, json_lines, sync_folder
 from spillway.sinks.thread import OwnThread
 
 _BLOCK_BYTES = 64 * 1024
@@ -47,7 +47,7 @@ class FileSink:
         self, context: SinkContext, *, path: str | Path, rotate_bytes: int | None = None, clock: Clock | None = None
     ) -> None:
         self._path = context.base_dir / path
-        self._line_end = context.suffix + b"\n"
+        self._suffix = context.suffix
         self._rotate_bytes = rotate_bytes
         self._clock = clock or SystemClock()
         self._thread = OwnThread(context.name)
@@ -58,7 +58,7 @@ class FileSink:
         await self._thread.run(self._try, b"")
 
     async def send(self, batch: Sequence[Message]) -> Result:
-        lines = b"".join([message_json(message, self._line_end) for message in batch])
+        lines = json_lines(batch, self._suffix)
         return await self._thread.run(self._try, lines)
 
     async def close(self) -> None:

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Sequence
 
 from spillway.change import Message
-from spillway.sinks.base import OK, Result, Semantics, SinkContext, message_json, sink_down
-from spillway.sinks.disk import disk_failed
+from spillway.sinks.base import OK, Result, Semantics, SinkContext, sink_down
+from spillway.sinks.disk import disk_failed, json_lines
 from spillway.sinks.thread import OwnThread
 
 _PIECE_BYTES = select.PIPE_BUF
@@ -27,7 +27,7 @@ class StdoutSink:
     single = False
 
     def __init__(self, context: SinkContext, *, fd: int = 1) -> None:
-        self._line_end = context.suffix + b"\n"
+        self._suffix = context.suffix
         self._fd = fd
         self._thread = OwnThread(context.name)
         self._closed = threading.Event()
@@ -36,7 +36,7 @@ class StdoutSink:
         """Nothing to do: it is open already."""
 
     async def send(self, batch: Sequence[Message]) -> Result:
-        lines = b"".join([message_json(message, self._line_end) for message in batch])
+        lines = json_lines(batch, self._suffix)
         return await self._thread.run(self._write, lines)
 
     async def close(self) -> None:
