@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -248,6 +251,8 @@ def test_names(tmp_path: Path, name: str, what: str) -> None:
         ("url: http://h\n  headers: [{key: a, value: b}, {key: a, value: c}]", "9: headers: a header is given twice"),
         ("url: http://h\n  headers:\n    X-A: 5", "10: headers.X-A: must be text; put it in quotes"),
         ("url: http://h\n  headers:\n    X A: b", "10: headers.X A: is no name of a header"),
+        ('url: http://h\n  headers:\n    ? "a\\nb"\n    : b', "10: headers.'a\\nb': is no name of a header"),
+        ("url: http://h\n  headers: [{key: 'a ${SECRET}', value: b}]", "9: headers: is no name of a header"),
         (
             'url: http://h\n  headers: {A: "b\\nc"}',
             "9: headers.A: a header's value may not hold line breaks or control characters",
@@ -381,6 +386,8 @@ PATH = "must begin with /, ? or # and have at most 2000 characters, no blanks"
             "type: unknown type; there are elasticsearch, opensearch, webhook, file, stdout, sqlite",
         ),
         ("{}", "type: is required"),
+        ("{type: [file]}", "type: must be text"),
+        ("{type: 5}", "type: must be text"),
         ("{type: redis, host: h}", f"type: 'redis_stream' {LATER}"),
         (f"{{{SEARCH}, index_name: I}}", INDEX),
         (f"{{{SEARCH}, index_name: 'a b'}}", INDEX),
@@ -587,3 +594,62 @@ def test_as_one_error_it_is_the_first(tmp_path: Path) -> None:
     assert (caught.value.file, caught.value.line, caught.value.key) == (str(file), 1, "a")
     assert caught.value.code == "config"
     assert caught.value.what == str(caught.value)
+
+
+FULL = {
+    "memory": {"limit_mb": 64},
+    "state": {"url": "sqlite:///x"},
+    "server": {"listen": "127.0.0.1:1", "token": "t"},
+    "databases": [
+        {
+            "name": "app",
+            "hostname": "h",
+            "port": 1,
+            "database": "d",
+            "ssl": {"mode": "require"},
+            "slot": {"name": "s"},
+            "publication": {"name": "p", "init_sql": "create publication p"},
+            "await_database": {"timeout_ms": 1},
+            "annotations": {"a": 1},
+        }
+    ],
+    "http_endpoints": [{"name": "e", "url": "http://h", "headers": [{"key": "a", "value": "b"}]}],
+    "sinks": [
+        {
+            "name": "x",
+            "database": "app",
+            "source": {"include_tables": ["a"]},
+            "actions": ["insert"],
+            "tables": [{"name": "a", "group_column_names": ["b"]}],
+            "backlog": {"max_bytes": "1GB"},
+            "destination": {"type": "webhook", "http_endpoint": "e", "batch": True},
+        },
+    ],
+}
+
+
+def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize(
+    "junk", [None, True, -1, 1.5, "x", "a\nb", [], [[]], {}, {"name": [1]}, {"type": {}}], ids=repr
+)
+def test_whatever_stands_anywhere_is_a_configuration_or_an_error_with_a_place(tmp_path: Path, junk: object) -> None:
+    file = tmp_path / "spillway.yml"
+    for path in places(FULL):
+        text = json.dumps(FULL)
+        root = {"": json.loads(text)}
+        here, last = root, ""
+        for key in path:
+            here, last = here[last], key
+        here[last] = junk
+        file.write_text(json.dumps(root[""]))
+        try:
+            load(file, {})
+        except ConfigErrors as error:
+            for line in str(error).splitlines():
+                assert re.match(rf"{re.escape(str(file))}:1: [^\s:]+: \S", line), line

@@ -44,7 +44,8 @@ class Block(dict[str, object]):
         self.anchored: set[str] = set()  # of the whole file: keys whose value holds an anchor
 
     def key_path(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
+        shown = key if key and key.isprintable() else repr(key)
+        return f"{self.path}.{shown}" if self.path else shown
 
     def line_of(self, key: str) -> int:
         return self.lines.get(key, self.line)

@@ -214,19 +214,18 @@ def _translate(details: ErrorDetails, root: Block, reading: Reading) -> None:
 
 
 def _place(location: Sequence[int | str], root: Block) -> tuple[int, str]:
+    """The line and the key of what pydantic speaks of, as far as the file has it."""
     here: object = root
     line, key = root.line, ""
     for part in location:
         if isinstance(here, Block) and isinstance(part, str):
             if part not in here and part not in here.lines and part == here.get("type"):
                 continue  # pydantic names the member of a union by its tag
-            if part == "[key]":
-                continue
-            line, key, here = here.line_of(part), f"{key}.{part}" if key else part, here.get(part)
+            line, key, here = here.line_of(part), here.key_path(part), here.get(part)
         elif isinstance(here, Items) and isinstance(part, int):
-            line, key, here = here.lines[part], f"{key}[{part}]", here[part]
-        elif part != "[key]":
-            key, here = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}", None
+            line, key, here = here.lines[part], f"{here.path}[{part}]", here[part]
+        else:
+            break
     return line, key or "file"
 
 

@@ -132,8 +132,11 @@ class Sink(Section):
     @classmethod
     def rename(cls, block: Block, reading: Reading) -> None:
         destination = block.get("destination")
-        if isinstance(destination, Block) and destination.get("type") in OLD_SPELLINGS:
-            destination["type"] = OLD_SPELLINGS[str(destination["type"])]
+        kind = destination.get("type") if isinstance(destination, Block) else None
+        if isinstance(destination, Block) and kind is not None:
+            if not isinstance(kind, str):
+                reading.problem(destination.line_of("type"), destination.key_path("type"), "must be text")
+            destination["type"] = OLD_SPELLINGS.get(str(kind), str(kind))
         _source_of_old(block, reading)
 
     @field_validator("tables")
