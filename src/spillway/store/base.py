@@ -13,6 +13,14 @@ resolves it. Waiting messages are in one of two places:
 A row never goes from a lane back to the queue. When a key is parked, its rows leave the queue; when the head of its
 lane is resolved, the next row becomes the head, due at once, with no attempts; an empty lane is no longer parked.
 
+Where a held row has a second key, that key is parked behind it, from this row on: its later rows leave the queue, too,
+its earlier ones stay there and flow, and its lane waits for them. So of any key all rows in the queue come before all
+rows in its lane, and newcomers of a parked key go to the lane. The caller keeps the keys of what it has in flight busy
+until the removal has committed; then nothing of a key is ever sent past an earlier row, whatever home that has.
+
+A message without keys is its own lane when it is parked or asked for: under a private key, ``public.jobs:\\#17``, that
+begins with its table's prefix. It is read back without keys.
+
 **The position of a sink covers its rows.** Every ``Write`` that puts messages for a sink puts *every* unresolved
 message of that sink up to ``position`` that is not in the store yet, in position order. So rows are only ever
 appended, rows above the position do not exist, and a restart that reads the slot again skips what is at or below it:
@@ -93,7 +101,10 @@ class Gap:
 class Park:
     """The head of a lane failed: its key (all its keys) is parked until ``due_seconds`` from now.
 
-    ``message`` is either put by the same Write, in the queue already, or the head of a lane (a failed retry).
+    ``message`` is put by this or an earlier Write, committed or not; in the queue, or the head of a lane (a failed
+    retry). All rows of its keys leave the queue, earlier ones included (superseded by it, say): the first of them is
+    the head then, and gets attempt, reason and due time. If its row is gone (discarded meanwhile), or held behind
+    another head, nothing happens: its turn will come.
     """
 
     message: Message
@@ -105,15 +116,21 @@ class Park:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One atomic change of one sink's state. Applied in the order of the fields."""
+    """One atomic change of one sink's state. Applied in the order of the fields. An empty one asks for the counters.
+
+    Messages to park, bury or resolve may have been put by an earlier Write that has not committed yet; rows that are
+    gone already are passed over.
+    """
 
     sink: str
     put: Sequence[Message] = ()  # in position order; each gets its ``row`` on commit
-    position: Position | None = None  # never below the stored one; required with put
+    position: Position | None = None  # never below the stored one; required with put, whose messages are above that
+    resolved: Sequence[Message] = ()  # rows (row > 0) to remove; lanes advance
     park: Sequence[Park] = ()
     bury: Sequence[Park] = ()  # -> dead letters; lanes advance
-    resolved: Sequence[Message] = ()  # rows (row > 0) to remove; lanes advance
-    revive: Sequence[tuple[int, Message]] = ()  # dead letter (its row) -> head of a lane, due at once, as this message
+    # dead letter (its row) -> the last of its lanes, as this message, with a row of its own; due at once when nothing
+    # of its keys is before it
+    revive: Sequence[tuple[int, Message]] = ()
     drop_table_below: tuple[str, Position] | None = None  # TRUNCATE: table_prefix, position: remove waiting below it
     paused: bool | None = None
     gap: Gap | None = None
@@ -124,8 +141,8 @@ class Write:
 class Written:
     """What a Write did, after its commit. ``counters`` are the sink's as of this commit."""
 
-    held: frozenset[int]  # rows of ``put`` that went into a lane
-    counters: Counters
+    held: frozenset[int]  # rows of ``put`` that are in a lane at the end of this Write
+    counters: Counters  # at the end of this Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +158,11 @@ class LaneHead:
 class Waiting:
     """What waits under one key, for people."""
 
-    key: str
-    reason: str  # "" while it was never tried
+    key: str  # of a message without keys the private one
+    reason: str  # of the head's last attempt; "" while it was never tried
     detail: str
     attempts: int
-    first_seen: float  # wall seconds
+    first_seen: float  # wall seconds at which the oldest of it came into the store
     bytes: int
     messages: int
 
@@ -162,6 +179,7 @@ class Select:
 class Store(Protocol):
     reads: int  # how many read queries were made, for I5
     failed: Future[None]  # gets StoreFailed when a commit failed
+    disk_full_since: float | None  # wall seconds; writes wait, in order, and are tried again every second
 
     def close(self) -> None:
         """Commit what is queued, checkpoint, unlock. Idempotent."""
@@ -170,9 +188,12 @@ class Store(Protocol):
     def identity(self, slot: str) -> Identity | None: ...
 
     def write_identity(self, identity: Identity) -> Future[None]:
-        """Durable when the future resolves. ``mark`` never goes back within an epoch."""
+        """Durable when the future resolves. ``mark`` never goes back within an epoch. With another epoch the positions
+        of the slot's sinks are forgotten in the same commit: nothing is skipped because of another history (I9). To be
+        called before ``open_sink`` then."""
 
-    def open_sink(self, sink: str, slot: str) -> SinkState: ...
+    def open_sink(self, sink: str, slot: str) -> SinkState:
+        """Raises SpillwayError ``sink_moved`` if its state belongs to another slot."""
 
     # -- the stream -------------------------------------------------------------------------------------------------
     def write(self, write: Write) -> Future[Written]: ...
@@ -187,7 +208,8 @@ class Store(Protocol):
         """The bytes of the next message of the queue behind the cursor; None: there is none."""
 
     def newest(self, sink: str) -> Message | None:
-        """The newest message of the queue that is the head of all its keys' rows, for probes; None: there is none."""
+        """For probes: a message of the queue that is the first of all its keys' rows, the newest if it is among the last
+        few of the queue, else the first of the newest one's key; None: there is none."""
 
     def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
         """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times."""
@@ -196,14 +218,15 @@ class Store(Protocol):
         """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
 
     def next_due_seconds(self, sink: str) -> float | None:
-        """Seconds until the next head of a lane is due (<= 0: now); None: no key is parked."""
+        """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent."""
 
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""
 
     # -- for people -------------------------------------------------------------------------------------------------
     def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        """What waits, by key, in key order behind ``after_key``."""
+        """What waits, held or not, by key, in key order behind ``after_key``; with ``reason``: parked keys of that
+        reason. A message with two keys counts under both."""
 
     def show(self, sink: str, key: str, limit: int) -> list[Message]: ...
 
@@ -212,14 +235,15 @@ class Store(Protocol):
     def show_dead(self, sink: str, key: str, limit: int) -> list[Message]: ...
 
     def retry_now(self, sink: str, select: Select) -> Future[int]:
-        """Make parked keys due at once. Returns how many."""
+        """Make parked keys due at once, their attempts kept. Returns how many."""
 
     def discard(self, sink: str, select: Select, limit: int, spare: frozenset[int]) -> Future[int]:
         """Remove waiting messages for good, at most ``limit`` of them a call (a bounded transaction), never those
         whose row is in ``spare`` (in memory or in flight). By reason: the whole lane of such keys. Returns how many."""
 
     def read_dead(self, sink: str, select: Select, after_row: int, limit: int) -> list[Message]:
-        """Dead letters with their bodies, ``row`` being their number as `Write.revive` and exports want it."""
+        """Dead letters with their bodies, ``row`` being their number as `Write.revive` and exports want it. At most a
+        few megabytes of them, but at least one; so do ``show`` and ``show_dead``."""
 
     def discard_dead(self, sink: str, select: Select, limit: int) -> Future[int]: ...
 
