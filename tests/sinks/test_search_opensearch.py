@@ -179,6 +179,14 @@ async def test_versions_of_somebody_else_are_the_sinks_failure(index: Index, for
     assert await index.document("1") == {"v": "theirs"}
 
 
+async def test_documents_written_without_a_version_are_replaced(index: Index) -> None:
+    await index.create()
+    for _ in range(3):
+        (await index.client.put(f"/{index.name}/_doc/1", json={"v": "theirs"})).raise_for_status()
+    assert await one(index.sink(), {"v": "ours"}) == OK
+    assert await index.document("1") == {"v": "ours"}
+
+
 async def test_a_document_that_does_not_fit_is_rejected_alone(index: Index) -> None:
     await index.create(mappings={"dynamic": "strict", "properties": {"a": {"type": "integer"}}})
     good, unknown, bad = ({"a": 1}, {"a": 1, "b": 2}, {"a": "x" * 300})
