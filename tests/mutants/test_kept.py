@@ -47,6 +47,11 @@ class HeldStore:
 
 
 @pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, seed=1)
+
+
+@pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> list[HeldStore]:
     """The stores that the world opens, the newest last."""
     opened: list[HeldStore] = []
