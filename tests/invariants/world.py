@@ -168,8 +168,11 @@ class FakeSink:
             if self.dice.random() < 0.5:  # applied, but the answer is lost
                 self._apply(batch)
             return sink_down("cut")
-        if self.semantics == "atomic":
-            if any(self._refuses(m) for m in batch):
+        if self.semantics in ("atomic", "ordered"):
+            refused = next((n for n, m in enumerate(batch) if self._refuses(m)), None)
+            if refused is not None:
+                if self.semantics == "ordered":  # what stands before the first failure was applied
+                    self._apply(batch[:refused])
                 return reject("constraint")
             self._apply(batch)
             return OK
@@ -327,6 +330,7 @@ class World:
         applied = self.sinks[sink].applied
         known = dict(expected)
         state = self.sinks[sink].semantics == "state"
+        crashed = crashed or self.sinks[sink].semantics == "ordered"  # a batch is repeated after a part of it failed
         for position, keys in applied:
             assert known.get(position) == keys, f"{sink}: invented {position} {keys}"
         for key in sorted({k for _, keys in expected for k in keys}):

@@ -11,11 +11,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
+import structlog
+
 from spillway import sinks
 from spillway.change import Message
 from spillway.clock import SystemClock
 from spillway.config import Config, Database, Sink
-from spillway.errors import SpillwayError
+from spillway.errors import Finding, SpillwayError
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery, SinkSpec
@@ -35,6 +37,8 @@ from spillway.store.base import Identity, Store
 
 LAG_SECONDS = 1.0
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
+
+_log = structlog.get_logger()
 
 
 class Pipeline:
@@ -71,7 +75,7 @@ class Pipeline:
     def _new_decoder(self) -> Decoder:
         db = self.database
         meta = DatabaseMeta(db.id, db.name, db.annotations, db.database, db.hostname)
-        return Decoder(meta, self.router.group_columns, self._max_message_bytes)
+        return Decoder(meta, self.router.group_columns, self._max_message_bytes, self._warn)
 
     def _add(self, config: Config, sink: Sink, budget: Budget, metrics: Metrics) -> None:
         suffix = message_suffix(sink.id, sink.name, sink.annotations)
@@ -115,6 +119,9 @@ class Pipeline:
                 applies_truncate=sink.on_truncate == "apply",
             )
         )
+
+    def _warn(self, finding: Finding) -> None:
+        _log.warning(finding.what, database=self.database.name, code=finding.code, remedy=finding.remedy)
 
     def _moved(self) -> None:
         self.capture.moved()

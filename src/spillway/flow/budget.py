@@ -20,6 +20,7 @@ ones, so that a jumbo message gets its turn.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -60,7 +61,8 @@ class Pool:
             if turn.done() and not turn.cancelled():
                 self.give(size_bytes)
             else:
-                self._line.remove((size_bytes, turn))
+                with contextlib.suppress(ValueError):  # somebody gave back meanwhile, and it was passed over
+                    self._line.remove((size_bytes, turn))
                 self._grant()
             raise
 
@@ -89,6 +91,7 @@ class Share:
         self._common = common
         self.guaranteed_bytes = guaranteed_bytes
         self.held_bytes = 0
+        self._from_common = 0
         self._freed = freed
 
     @property
@@ -97,23 +100,19 @@ class Share:
         return self.guaranteed_bytes + self._common.limit_bytes
 
     def try_take(self, size_bytes: int) -> bool:
-        beyond = self._beyond(self.held_bytes + size_bytes) - self._beyond(self.held_bytes)
-        if beyond and not self._common.try_take(beyond):
+        missing = self._missing(size_bytes)
+        if missing and not self._common.try_take(missing):
             return False
+        self._from_common += missing
         self.held_bytes += size_bytes
         return True
 
     async def take(self, size_bytes: int) -> None:
-        """Wait in line for the common part. Raises ValueError for more than ``most_bytes``."""
-        beyond = self._beyond(self.held_bytes + size_bytes) - self._beyond(self.held_bytes)
+        """Wait in line for the common part. Raises ValueError for more than ``most_bytes``. Cancellable."""
+        while missing := self._missing(size_bytes):
+            await self._common.take(missing)
+            self._from_common += missing
         self.held_bytes += size_bytes
-        if not beyond:
-            return
-        try:
-            await self._common.take(beyond)
-        except BaseException:  # cancelled or impossible: nothing was granted
-            self.held_bytes -= size_bytes
-            raise
 
     def available_bytes(self) -> int:
         """What ``try_take`` would grant just now."""
@@ -121,14 +120,16 @@ class Share:
         return max(0, self.guaranteed_bytes - self.held_bytes) + max(0, common)
 
     def give(self, size_bytes: int) -> None:
-        beyond = self._beyond(self.held_bytes) - self._beyond(self.held_bytes - size_bytes)
         self.held_bytes -= size_bytes
-        if beyond:
-            self._common.give(beyond)
+        surplus = self._from_common - max(0, self.held_bytes - self.guaranteed_bytes)
+        if surplus > 0:
+            self._from_common -= surplus
+            self._common.give(surplus)
             self._freed()
 
-    def _beyond(self, held_bytes: int) -> int:
-        return max(0, held_bytes - self.guaranteed_bytes)
+    def _missing(self, size_bytes: int) -> int:
+        """What must come from the common part before so much more can be held."""
+        return max(0, self.held_bytes + size_bytes - self.guaranteed_bytes - self._from_common)
 
 
 class Budget:

@@ -351,8 +351,11 @@ class Delivery:
 
     def _too_large(self, message: Message) -> int:
         """The size of a row that this sink does not take, 0 if it does."""
-        size = message.change.too_large_bytes or len(message.change.body)
-        return size if message.change.too_large_bytes or size > self.spec.max_message_bytes else 0
+        change = message.change
+        if change.action == "delete" and self.is_state:
+            return 0  # its key is all that such a sink needs of it
+        size = change.too_large_bytes or len(change.body)
+        return size if change.too_large_bytes or size > self.spec.max_message_bytes else 0
 
     def _large(self, message: Message) -> Park:
         size = self._too_large(message)
@@ -700,14 +703,7 @@ class Delivery:
                 if turns == self._turns and all_committed and puts == self._put_count:
                     self.stored = False
                 return
-            grant = min(self._share.available_bytes(), 4 * READ_BYTES)
-            least = 2 * head_bytes + STORED_OVERHEAD_BYTES
-            if grant < least:
-                grant = least
-                await self._share.take(grant)
-            elif not self._share.try_take(grant):
-                return
-            left = grant
+            left = grant = await self._grant(head_bytes)
             try:
                 most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
                 page = await asyncio.to_thread(
@@ -727,6 +723,15 @@ class Delivery:
         finally:
             self._reading = False
             self._wake.set()
+
+    async def _grant(self, head_bytes: int) -> int:
+        """Credit for a page: what is there now, or what its first message needs when its turn comes."""
+        least = 2 * head_bytes + STORED_OVERHEAD_BYTES
+        available = min(self._share.available_bytes(), 4 * READ_BYTES)
+        if available >= least and self._share.try_take(available):
+            return available
+        await self._share.take(least)
+        return least
 
     async def _retry(self) -> None:
         """Try the heads of some lanes again."""
@@ -757,14 +762,11 @@ class Delivery:
 
     async def _read_heads(self, most: int) -> list[Message]:
         """Heads of lanes into flight, with their credit taken."""
-        grant = min(self._share.available_bytes(), 4 * READ_BYTES)
-        most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
         head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, self._lane_mended)
         if head_bytes is None:
             return []
-        grant = max(grant, 2 * head_bytes + STORED_OVERHEAD_BYTES)
-        await self._share.take(grant)
-        left = grant
+        left = grant = await self._grant(head_bytes)
+        most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
         try:
             heads = await asyncio.to_thread(
                 self._store.due, self.name, most, max(head_bytes, grant // 4), self._lane_mended

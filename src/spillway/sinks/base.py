@@ -10,8 +10,9 @@ applied, and the batch comes again.
 
 ``semantics`` says what a batch means:
 
-- ``ordered``: applied in order; it stops at the first failure. One batch in flight, two of a key may share a batch.
-- ``atomic``: all or nothing, in order. One batch in flight, two of a key may share a batch.
+- ``ordered``: applied in order; it stops at the first failure, and answers for the batch as a whole. One batch in
+  flight, two of a key may share a batch.
+- ``atomic``: the same, all or nothing.
 - ``state``: independent results, the last write per key wins. Several batches in flight, never two of a key at once;
   earlier messages of a key are left out of a batch when a later whole image or delete is in it.
 - ``events``: independent results, every message counts. Several batches in flight, never two of a key at once.
