@@ -60,6 +60,10 @@ class Load:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Returns when the last transaction is committed; raises what ended the thread before its time."""
         self.__exit__()

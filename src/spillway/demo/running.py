@@ -88,7 +88,7 @@ class Engine:
                     return time.monotonic() - began
             self.check()
             time.sleep(0.05)
-        raise SpillwayError("demo_engine", f"the engine does not answer; its log ends with: {self._log_end()}")
+        raise SpillwayError("demo_engine", f"the engine does not answer; its log ends with: {self.log_end()}")
 
     def kill(self) -> None:
         """SIGKILL: it has no chance to write anything."""
@@ -105,7 +105,7 @@ class Engine:
     def check(self) -> None:
         """Raises when it has ended by itself."""
         if self._process is not None and (status := self._process.poll()) is not None:
-            raise SpillwayError("demo_engine", f"the engine ended with {status}; its log: {self._log_end()}")
+            raise SpillwayError("demo_engine", f"the engine ended with {status}; its log: {self.log_end()}")
 
     def sink(self, name: str) -> dict[str, object]:
         """What ``/api/status`` says of a sink."""
@@ -125,7 +125,7 @@ class Engine:
             raise SpillwayError("demo_command", f"spillway {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
-    def _log_end(self) -> str:
+    def log_end(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
 

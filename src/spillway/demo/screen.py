@@ -64,15 +64,17 @@ class Screen:
 
     def headline(self, text: str) -> None:
         self.say(f"\n{text}", "bold")
-        if self._live is None:
-            self._plain(_HEADINGS)
+        self._count = 0
 
     def show(self, sample: Sample) -> None:
         self._samples.append(sample)
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
-        elif self._count % _PLAIN_EVERY == 0:
-            self._plain(sample.cells())
+        else:
+            if self._count == 0:
+                self._plain(_HEADINGS)
+            if self._count % _PLAIN_EVERY == 0:
+                self._plain(sample.cells())
         self._count += 1
 
     def _plain(self, cells: tuple[str, ...]) -> None:

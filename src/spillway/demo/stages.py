@@ -21,6 +21,7 @@ from spillway.demo.running import LIMIT_MB, SLOT, Engine
 from spillway.demo.screen import Sample, Screen
 from spillway.errors import SpillwayError
 
+SLOT_SECONDS = 15.0
 HEALTHY_SECONDS = 8.0
 BROKEN_SECONDS = 20.0
 RESTARTED_SECONDS = 10.0
@@ -73,8 +74,19 @@ def _play(screen: Screen) -> list[tuple[str, bool]]:
         stack.callback(lambda: [signal.signal(number, signal.SIG_IGN) for number in _SIGNALS])
         seconds = engine.start()
         screen.say(f"spillway run spillway.yml, with memory.limit_mb: {LIMIT_MB}: it answers after {seconds:.1f} s.")
+        _wait_for_slot(source, engine)
         with load, screen:
             return _Story(engine, load, source, screen).tell()
+
+
+def _wait_for_slot(source: Source, engine: Engine) -> None:
+    """What is changed before there is a slot is not streamed."""
+    deadline = time.monotonic() + SLOT_SECONDS
+    while not source.confirmed_bytes():
+        engine.check()
+        if time.monotonic() > deadline:
+            raise SpillwayError("demo_slot", f"there is no slot after {SLOT_SECONDS:.0f} s; {engine.log_end()}")
+        time.sleep(0.05)
 
 
 class _Story:
@@ -159,7 +171,7 @@ class _Story:
             disk_mb=outside.size_mb(self._engine.state),
             slot_behind_mb=(self._source.wal_bytes() - self._source.confirmed_bytes()) / MB,
             state=str(table["state"]),
-            audit_seconds=outside.seconds_behind(self._engine.audit),
+            audit_seconds=outside.seconds_behind(self._engine.audit) if self._load.running else None,
         )
 
     # -- the end ----------------------------------------------------------------------------------------------------
