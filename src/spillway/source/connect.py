@@ -21,6 +21,7 @@ PgBouncer and its like cannot carry a replication connection; the refusal says s
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import AsyncIterator, Mapping
 
 import psycopg
@@ -104,9 +105,11 @@ async def _connect(conninfo: str, slot: str, more: Mapping[str, str], *, stateme
             raise connect_refusal(error, target) from error
         await connection.close()
         raise query_refusal(error) from error
-    except BaseException:
-        # Cancelled between the two steps: the socket must not outlive us.
-        if connection is not None:
+    except BaseException as error:
+        # Cancelled: the socket must not outlive us. While connecting, psycopg keeps it in frames that the error holds.
+        if connection is None:
+            traceback.clear_frames(error.__traceback__)
+        else:
             await connection.close()
         raise
     return connection

@@ -10,8 +10,8 @@ What it promises:
   grows to at least the largest frame and never shrinks: the caller renews the connection when `largest_frame_bytes`
   has become too large for its taste (design.md: 8 MB). A frame exists twice while it is copied out.
 - **Large bites under load.** A reader that wakes for every row halves the walsender's speed. When the socket runs dry
-  after a bite that filled libpq's buffer, it gets up to a millisecond to fill again; a bite smaller than that is read
-  the moment it comes. At most one such wait per bite, none at low load.
+  after a bite of `FILL_AFTER_BYTES`, it gets a millisecond to fill again; after a smaller one, what comes is read the
+  moment it comes. At most one such wait per bite, none at low load.
 - **Nothing is lost between the last frame and an error.** A broken connection is reported only after every frame that
   had arrived was handed out; the server's own last words are preferred to libpq's.
 - **Feedback never goes back.** `send_feedback` is the one place where a flush position is sent; it is clamped to what
@@ -46,11 +46,15 @@ from spillway.source.connect import Connection, connect_replication
 from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
 
 READ_BYTES = 128 * 1024
-LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq starts with, and reads at once
+LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq's buffer starts with
+# A bite of this size is load: the socket gets a moment to fill.
+FILL_AFTER_BYTES = LIBPQ_BUFFER_BYTES
 FILL_SECONDS = 0.001
 START_TIMEOUT_SECONDS = 30
 # TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
 TLS_RECHECK_SECONDS = 0.05
+# A TLS record is at most 16 kB and libpq makes at least 8 kB of room: so many reads empty what OpenSSL holds.
+TLS_HIDDEN_READS = 2
 
 _POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01 UTC
 _XLOG_DATA, _KEEPALIVE = ord("w"), ord("k")
@@ -86,6 +90,8 @@ class Stream:
         self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
         self._flush_sent = start_lsn
         self._taken_bytes = 0  # in frames, since the last bite
+        self._buffer_bytes = LIBPQ_BUFFER_BYTES  # what libpq's buffer has grown to by our asking
+        self._hidden_reads = 0  # worth trying although the socket is silent (TLS)
         self._lost: SpillwayError | None = None
         self._skipped = ""  # PostgreSQL 18's warning that it skips the publication
         self._waiting: set[asyncio.Future[None]] = set()
@@ -163,23 +169,36 @@ class Stream:
     async def more(self) -> None:
         """Wait until the server has sent something and read one bite of it."""
         queued_bytes = self._queued_bytes()
-        if queued_bytes == 0 and self._taken_bytes >= LIBPQ_BUFFER_BYTES:
+        if queued_bytes == 0 and self._taken_bytes >= FILL_AFTER_BYTES:
             await asyncio.sleep(FILL_SECONDS)
             queued_bytes = self._queued_bytes()
         elif queued_bytes:
             await asyncio.sleep(0)  # under full load this is the only turn that other tasks get
         self._taken_bytes = 0
-        if queued_bytes == 0:
+        if queued_bytes:
+            self._hidden_reads = TLS_HIDDEN_READS if self._encrypted else 0
+        elif self._hidden_reads:
+            self._hidden_reads -= 1
+        else:
             await self._wait(writing=False)
-            queued_bytes = self._queued_bytes()
         if self._lost is not None:
             return
         try:
-            # libpq reads what fits its buffer, and makes room for more only when it is asked again.
-            for _ in range(1 + self._encrypted + min(queued_bytes, READ_BYTES) // LIBPQ_BUFFER_BYTES):
-                self._pgconn.consume_input()
+            self._read_bite()
         except psycopg.Error as error:
             self._lost = stream_refusal(error, self.slot, self.publications)
+
+    def _read_bite(self) -> None:
+        """Read what fits libpq's buffer. libpq doubles it whenever it is asked to read into a full one, so it is asked
+        again only while the buffer is certainly full and still below the size of a bite."""
+        room_bytes = self._buffer_bytes
+        while True:
+            queued_bytes = self._queued_bytes()
+            self._pgconn.consume_input()
+            if queued_bytes < room_bytes or self._buffer_bytes >= READ_BYTES:
+                return
+            room_bytes = self._buffer_bytes
+            self._buffer_bytes *= 2
 
     def send_feedback(self, write_lsn: int, flush_lsn: int, reply: bool = False) -> None:
         """Tell the server what was received and what may be forgotten; ``reply`` asks it to answer at once."""
