@@ -146,6 +146,7 @@ class FakeSink:
     semantics: Semantics
     dice: random.Random
     max_in_flight: int = 3
+    single: bool = False
     trouble: float = 0.0
     down: bool = False
     bad: set[str] = field(default_factory=set)
@@ -208,10 +209,14 @@ class Engine:
     async def settled(self, seconds: float = 60.0) -> None:
         """Until everything was read and nothing waits anywhere but in dead letters."""
         async with asyncio.timeout(seconds):
-            while any(d.counters.messages or d.memory_messages or d.open_lsn is not None for d in self.deliveries.values()):
+            while any(map(_unsettled, self.deliveries.values())):
                 if self.task.done():
                     self.task.result()
                 await asyncio.sleep(0.005)
+
+
+def _unsettled(delivery: Delivery) -> bool:
+    return bool(delivery.counters.messages or delivery.memory_messages or delivery.open_lsn is not None)
 
 
 class World:
@@ -256,8 +261,8 @@ class World:
                 lambda: [c.moved() for c in captures],  # type: ignore[arg-type, return-value]
             )  # fmt: skip
             deliveries[name] = delivery
-            state = sink.semantics in ("state", "atomic")
-            wants.append(Subscription(delivery, lambda _s, _t: True, splits_key_change=state))
+            splits = sink.semantics == "state"
+            wants.append(Subscription(delivery, lambda _s, _t: True, splits_key_change=splits))
         router = Router(wants)
         router.learn("public", "t", lambda _columns, _needs: None)
         identity = store.identity("slot") or Identity("1", 1, "slot", 1, 0)
@@ -310,7 +315,7 @@ class World:
     # -- the oracle -------------------------------------------------------------------------------------------------
     def history(self, sink: str) -> list[Applied]:
         """What the sink should see, in order."""
-        state = self.sinks[sink].semantics in ("state", "atomic")
+        state = self.sinks[sink].semantics == "state"
         out: list[Applied] = []
         for commit_lsn, _, changes in self.postgres.transactions:
             for change in changes:

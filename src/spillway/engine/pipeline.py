@@ -84,7 +84,7 @@ class Pipeline:
         state = self._store.open_sink(sink.name, self._slot)
         spec = SinkSpec(
             name=sink.name,
-            batch_size=1 if getattr(built, "single", False) else sink.batch_size,
+            batch_size=1 if built.single else sink.batch_size,
             max_memory_bytes=sink.max_memory_mb << 20,
             max_messages=sink.max_messages,
             max_message_bytes=sink.max_message_bytes,
@@ -105,17 +105,16 @@ class Pipeline:
         self.deliveries.append(delivery)
         self.suffixes[sink.name] = suffix
         self.health[sink.name] = Health()
-        is_state = built.semantics == "state"
-        atomic = built.semantics == "atomic"
+        keeps_rows = built.semantics in ("state", "atomic")
         self._wants.append(
             Subscription(
                 delivery,
                 sink.source.selects,
                 frozenset(sink.actions),
                 sink.group_columns,
-                grouping=sink.message_grouping or is_state or atomic,
-                needs_key=is_state or atomic,
-                splits_key_change=is_state or atomic,
+                grouping=sink.message_grouping or keeps_rows,
+                needs_key=keeps_rows,
+                splits_key_change=built.semantics == "state",
                 applies_truncate=sink.on_truncate == "apply",
             )
         )

@@ -54,7 +54,7 @@ class Attempt:
         if not self._applies_in_order:
             return results + await self(rest)
         blocked = {k for m, r in zip(batch, results, strict=False) if r.outcome != "ok" for k in m.keys}
-        return results + await self._around([not blocked.isdisjoint(m.keys) for m in rest], rest, BLOCKED)
+        return results + await self._around([_stands_behind(blocked, m) for m in rest], rest, BLOCKED)
 
     async def _around(
         self, left_out: Sequence[bool], batch: Sequence[Message], answer: Result = UNCHANGED_TOAST
@@ -90,3 +90,11 @@ class Attempt:
 
 def _lacks_toast(message: Message) -> bool:
     return not message.change.whole and message.change.action == "update"
+
+
+def _stands_behind(blocked: set[str], message: Message) -> bool:
+    """Asked in order: one that is blocked under one of its keys blocks what follows under the other."""
+    if blocked.isdisjoint(message.keys):
+        return False
+    blocked.update(message.keys)
+    return True

@@ -245,16 +245,17 @@ class Delivery:
         aside: Sequence[Message] = (),
         park: Sequence[Park] = (),
         bury: Sequence[Park] = (),
-        resolved: Sequence[Message] = (),
+        stuck: Sequence[Message] = (),
     ) -> asyncio.Future[Written]:
         """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in
-        memory but among the unwritten; its credit is given back when the commit is done."""
+        memory but among the unwritten; its credit is given back when the commit is done. ``stuck`` is in flight: what
+        is parked, and what stands behind it in the same batch."""
         put = self.window.unwritten()
         for message in put:
             message.row = PENDING
         keys = {key for m in aside for key in m.keys}
         if park:
-            keys |= self.window.behind([p.message for p in park])[0]
+            keys |= self.window.behind(stuck)[0]
             self._turns += 1
         self._hold_back(keys)
         large = [self._large(m) for m in put if self._too_large(m)]
@@ -266,7 +267,6 @@ class Delivery:
                 position=self.tail if put else None,
                 park=park,
                 bury=[*large, *bury],
-                resolved=resolved,
             )
         )
         self._last_put = done
@@ -663,10 +663,14 @@ class Delivery:
                 bury.append(Park(message, result.reason, result.detail, 0.0))
             else:
                 park.append(Park(message, result.reason, result.detail, backoff_seconds(attempts - 1)))
-        await self._write_unwritten(park=park, bury=bury)
-        parked = [p.message for p in park]
-        keys = self.window.behind(parked)[0]
-        for message in self.window.drop_behind(parked):
+        stuck = [p.message for p in park]
+        keys = {key for message in stuck for key in message.keys}
+        for message in blocked:  # in order: one that stands behind under one of its keys blocks the other
+            if not keys.isdisjoint(message.keys):
+                keys.update(message.keys)
+                stuck.append(message)
+        await self._write_unwritten(park=park, bury=bury, stuck=stuck)
+        for message in self.window.drop_behind(stuck):
             self._forget(message)
         self._let_go([m for m, r in failed if r is not BLOCKED])
         self._let_go([m for m in blocked if not keys.isdisjoint(m.keys)])
@@ -790,11 +794,12 @@ class Delivery:
         try:
             turns = self._turns
             message = await asyncio.to_thread(self._store.newest, self.name)
-            if message is None or turns != self._turns or self._puts or self.window.busy(message.keys):
+            if message is None or not self._share.try_take(_stored_cost(message)):
                 return
-            if message.row <= self._cursor or message.row in self._skip:
+            overtaken = turns != self._turns or self._puts or self.window.busy(message.keys)
+            if overtaken or message.row <= self._cursor or message.row in self._skip:
+                self._share.give(_stored_cost(message))
                 return
-            await self._share.take(_stored_cost(message))
             self._remember(message)
             self._skip.add(message.row)
             self.window.fly(message)

@@ -5,8 +5,9 @@ when it changes): the sinks whose source includes the table, which actions they 
 
 - Sinks of *events* get one message per change, ordered by the configured columns, else by the primary key; a change of
   the key is ordered under both keys, the old one and the new one.
-- Sinks of *state* (and those that apply in order) are ordered by the primary key, which is the document's identity; a
-  change of the primary key is two messages at one position: the delete of the old key, and the change itself.
+- Sinks of *state* are ordered by the primary key, which is the document's identity; a change of the primary key is two
+  messages at one position: the delete of the old key, and the change itself.
+- Sinks that keep rows in one transaction (``atomic``) are ordered by the primary key, too, and move the row themselves.
 
 A table that a sink cannot take (its key is not part of the replica identity) is refused for that sink when the
 Relation message comes: `refused` names it and the finding; its changes are not routed to that sink, and health says so.
@@ -38,7 +39,7 @@ class Subscription:
     actions: frozenset[Action] = ACTIONS
     group_columns: Callable[[str, str], tuple[str, ...] | None] = lambda _schema, _table: None
     grouping: bool = True
-    needs_key: bool = False  # refuses tables without a primary key
+    needs_key: bool = False  # keeps rows: ordered by the primary key always, refuses tables without one
     splits_key_change: bool = False  # state sinks: delete of the old key, index of the new one
     applies_truncate: bool = False
 
@@ -112,7 +113,7 @@ class Router:
             messages.append(Message(change, (key,) if was is None or was == key else (was, key)))
 
     def _columns(self, subscription: Subscription, schema: str, table: str) -> tuple[str, ...] | None:
-        if not subscription.grouping or subscription.splits_key_change or not subscription.wants_table(schema, table):
+        if not subscription.grouping or subscription.needs_key or not subscription.wants_table(schema, table):
             return None
         return subscription.group_columns(schema, table)
 
