@@ -56,7 +56,8 @@ async def test_types_are_followed_to_their_end(source: SourceDatabase) -> None:
         "CREATE DOMAIN own.outer_mood AS own.inner_mood",
         "CREATE TYPE own._underscored AS (boxes box[], moods own.outer_mood[])",
         "CREATE TYPE own.span AS RANGE (subtype = float8)",
-        "CREATE TABLE own.t (id int PRIMARY KEY, d own.outer_mood, c own._underscored[], r own.span, v int2vector, p point)",
+        "CREATE TABLE own.t (id int PRIMARY KEY, d own.outer_mood, c own._underscored[], r own.span,"
+        " v int2vector, p point)",
     )
     info = await catalog.describe(source.query, await _relation(source, "own.t"))
     by_name = {kind.name: kind for kind in info.types.values()}
