@@ -480,13 +480,17 @@ class Delivery:
     @property
     def blocks(self) -> bool:
         """The backlog is full, and the slot must not be read until there is room."""
-        return self.full is not None and self.spec.limits.on_full == "block"
+        full_disk = self._store.disk_full_since is not None
+        return full_disk or (self.full is not None and self.spec.limits.on_full == "block")
 
     async def check_limits(self) -> None:
         """To be called every second or so: the backlog against its cap."""
         oldest = await asyncio.to_thread(self._store.oldest, self.name) if self.counters.messages else None
         self.oldest_seconds = 0.0 if oldest is None else max(0.0, self._clock.wall() - oldest)
         was_full = self.full is not None
+        if self._store.disk_full_since is not None:
+            self.full = "the disk of the state is full: nothing can be written, the slot is not read"
+            return
         self.full = self.spec.limits.full(
             self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
         )
