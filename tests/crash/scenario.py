@@ -1,9 +1,9 @@
 """One run of the kill test: a load, sinks that fail at random, SIGKILL again and again, and then the oracle.
 
 Each **life** of the process begins with a start and, but for the last, ends with SIGKILL at a random moment: one in six
-anywhere in the first second and a half (the start included), else shortly after some number of deliveries, so that
-the kill falls into work. Before each life the recorder gets another mood: well, picky (rejects hot keys), moody
-(500, cut connections, stalls, slowness), or down. The sinks:
+anywhere in the first second and a half (the start included), else shortly after some number of deliveries to one of
+the sinks, drawn for each life, so that the kill falls into work. Before each life the recorder gets another mood: well,
+picky (rejects hot keys), moody (500, cut connections, stalls, slowness), or down. The sinks:
 
 =========  ========================================================================================================
 single     webhook, a message a request
@@ -179,18 +179,21 @@ class Scenario:
         if self._rng.random() < 1 / 6:
             time.sleep(self._rng.uniform(0, 1.5))
             return
-        goal = self._progress(recorder) + int(self._rng.expovariate(1 / 150)) + 1
+        watched = self._rng.choice([sink for sink in self._sinks if sink in ("single", "batch", "file")] or ["slot"])
+        goal = self._progress(recorder, watched) + int(self._rng.expovariate(1 / 150)) + 1
         patience = time.monotonic() + 4
-        while self._progress(recorder) < goal and time.monotonic() < patience:
+        while self._progress(recorder, watched) < goal and time.monotonic() < patience:
             product.check_alive()
             time.sleep(0.005)
         time.sleep(self._rng.uniform(0, 0.03))
 
-    def _progress(self, recorder: Recorder) -> int:
-        return sum(recorder.applied_messages().values()) + self._file_size() // 400
-
-    def _file_size(self) -> int:
-        return self._file.stat().st_size if self._file.exists() else 0
+    def _progress(self, recorder: Recorder, watched: str) -> int:
+        """Roughly how many messages a sink has been given so far."""
+        if watched == "file":
+            return (self._file.stat().st_size if self._file.exists() else 0) // 500
+        if watched == "slot":  # of the sinks that are not watched: how far it is confirmed
+            return self._confirmed() // 500
+        return recorder.applied_messages().get(f"/{watched}", 0)
 
     # -- rest -----------------------------------------------------------------------------------------------------
     def _wait_quiet(self, product: Product) -> None:
