@@ -23,6 +23,7 @@ from spillway.flow.delivery import Delivery
 from spillway.metrics import Metrics
 from spillway.position import format_lsn
 from spillway.store.base import Select, Waiting
+from spillway.store.reads import PEOPLE_BYTES
 from spillway.store.sqlite import open_store
 
 TICK_SECONDS = 0.5
@@ -194,9 +195,10 @@ class Engine:
         return await asyncio.to_thread(self._store.waiting, sink, after_key, limit, reason)
 
     async def show(self, sink: str, key: str, limit: int) -> list[bytes]:
-        pipeline, _ = self._of(sink)
-        messages = await asyncio.to_thread(self._store.show, sink, key, limit)
-        return [m.change.body + pipeline.suffixes[sink] for m in messages]
+        pipeline, delivery = self._of(sink)
+        async with self._budget.lent(_page_bytes(delivery)):
+            messages = await asyncio.to_thread(self._store.show, sink, key, limit)
+            return [m.change.body + pipeline.suffixes[sink] for m in messages]
 
     async def retry(self, sink: str, select: Select) -> int:
         return await self._of(sink)[1].retry(select)
@@ -209,9 +211,10 @@ class Engine:
         return await asyncio.to_thread(self._store.dead, sink, after_key, limit, reason)
 
     async def show_dead(self, sink: str, key: str, limit: int) -> list[bytes]:
-        pipeline, _ = self._of(sink)
-        messages = await asyncio.to_thread(self._store.show_dead, sink, key, limit)
-        return [m.change.body + pipeline.suffixes[sink] for m in messages]
+        pipeline, delivery = self._of(sink)
+        async with self._budget.lent(_page_bytes(delivery)):
+            messages = await asyncio.to_thread(self._store.show_dead, sink, key, limit)
+            return [m.change.body + pipeline.suffixes[sink] for m in messages]
 
     async def discard_dead(self, sink: str, select: Select) -> int:
         delivery = self._of(sink)[1]
@@ -225,21 +228,30 @@ class Engine:
         """Events are sent again marked ``replayed``; of a state the row is read anew, and deleted if it is gone."""
         pipeline, delivery = self._of(sink)
         total, after = 0, 0
-        while letters := await asyncio.to_thread(self._store.read_dead, sink, select, after, PAGE_MESSAGES):
-            after = letters[-1].row
-            total += await pipeline.revive(delivery, letters)
+        async with self._budget.lent(2 * _page_bytes(delivery)):
+            while letters := await asyncio.to_thread(self._store.read_dead, sink, select, after, PAGE_MESSAGES):
+                after = letters[-1].row
+                total += await pipeline.revive(delivery, letters)
         return total
 
     async def export_dead(self, sink: str, select: Select) -> AsyncIterator[bytes]:
-        pipeline, _ = self._of(sink)
+        pipeline, delivery = self._of(sink)
         after = 0
-        while letters := await asyncio.to_thread(self._store.read_dead, sink, select, after, 1):
-            after = letters[-1].row
-            for letter in letters:
-                yield letter.change.body + pipeline.suffixes[sink] + b"\n"
+        while True:
+            async with self._budget.lent(_page_bytes(delivery)):
+                letters = await asyncio.to_thread(self._store.read_dead, sink, select, after, 1)
+                if not letters:
+                    return
+                after = letters[-1].row
+                yield letters[0].change.body + pipeline.suffixes[sink] + b"\n"
 
 
 PAGE_MESSAGES = 100
+
+
+def _page_bytes(delivery: Delivery) -> int:
+    """What a page for people can hold: the store's page, or one message."""
+    return 2 * max(PEOPLE_BYTES, delivery.spec.max_message_bytes)
 
 
 def _first(group: BaseExceptionGroup[SpillwayError]) -> SpillwayError:

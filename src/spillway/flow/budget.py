@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from spillway.change import Change
 
@@ -148,8 +148,8 @@ class Budget:
 
     @property
     def held_bytes(self) -> int:
-        delivery = sum(share.held_bytes for share in self._shares)
-        return self.capture.held_bytes + self.window.held_bytes + delivery
+        guaranteed = sum(min(share.held_bytes, share.guaranteed_bytes) for share in self._shares)
+        return self.capture.held_bytes + self.window.held_bytes + guaranteed + self.common.held_bytes
 
     def share(self, wake: Callable[[], None]) -> Share:
         """A sink's share of the delivery pool; ``wake`` is called when common bytes are freed by anyone."""
@@ -157,6 +157,17 @@ class Budget:
         self._shares.append(share)
         self._thirsty.append(wake)
         return share
+
+    @contextlib.asynccontextmanager
+    async def lent(self, size_bytes: int) -> AsyncIterator[None]:
+        """Common delivery credit for something that people asked to see."""
+        size_bytes = min(size_bytes, self.common.limit_bytes)
+        await self.common.take(size_bytes)
+        try:
+            yield
+        finally:
+            self.common.give(size_bytes)
+            self._freed()
 
     def _freed(self) -> None:
         for wake in self._thirsty:
