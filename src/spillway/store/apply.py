@@ -61,7 +61,7 @@ SELECT_HELD = """
         WHERE p.sink = ?1 AND p.key >= ?2 ORDER BY p.key, l.id DESC LIMIT ?4)"""
 SELECT_HELD_FOR = """
     SELECT json_group_array(json_array(key, id)) FROM (
-        SELECT l.key, l.id FROM parked p CROSS JOIN lane l
+        SELECT l.key, l.id FROM parked p INDEXED BY parked_reason CROSS JOIN lane l
         ON l.sink = p.sink AND l.key = p.key AND l.id >= p.head AND l.id < iif(p.key = ?2, ?3, 0x7fffffffffffffff)
         WHERE p.sink = ?1 AND p.reason = ?5 AND p.key >= ?2 ORDER BY p.key, l.id DESC LIMIT ?4)"""
 SELECT_HEAD = """
@@ -251,7 +251,7 @@ class Transaction:
                 continue  # held behind the head of its lane: it was not its turn, which will come
             failure = Failure(_text(park.reason), _text(park.detail), now + park.due_seconds, int(park.counts_attempt))
             for key in its_keys:
-                failures[key] = failure
+                failures.setdefault(key, failure)
                 if row != heads.get(key):
                     starts[key] = 0
         touched, moved = self._lanes.hold(sink, starts, first)

@@ -25,7 +25,7 @@ begins with its table's prefix. It is read back without keys.
 message of that sink up to ``position`` that is not in the store yet, in position order. So rows are only ever
 appended, rows above the position do not exist, and a restart that reads the slot again skips what is at or below it:
 nothing is stored twice, nothing that was resolved from the store is sent again by the slot. Row numbers rise with
-position within a sink.
+position within a sink (those of revived dead letters aside, which are never in the queue).
 
 **Commits.** ``write`` may be called many times without waiting; writes commit in the order of the calls (group
 commit: all that is queued goes into one transaction), each whole or not at all. A future resolves after the commit is
@@ -208,8 +208,8 @@ class Store(Protocol):
         """The bytes of the next message of the queue behind the cursor; None: there is none."""
 
     def newest(self, sink: str) -> Message | None:
-        """For probes: a message of the queue that is the first of all its keys' rows, the newest if it is among the last
-        few of the queue, else the first of the newest one's key; None: there is none."""
+        """For probes: a message of the queue that is the first of all its keys' rows; the newest such, if it is among
+        the last few of the queue, else the first of the newest one's key; None: there is none."""
 
     def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
         """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times."""

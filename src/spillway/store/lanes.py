@@ -75,9 +75,11 @@ SELECT_REMOVED = """
     WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
 DELETE_MESSAGES = "DELETE FROM message WHERE id IN (SELECT value FROM json_each(?))"
 DELETE_QUEUE = "DELETE FROM queue WHERE sink = ? AND id IN (SELECT value FROM json_each(?))"
+# Without the casts SQLite would not use the whole key.
 DELETE_LANES = """
-    DELETE FROM lane WHERE (sink, key, id) IN
-    (SELECT ?, json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"""
+    DELETE FROM lane WHERE sink = ?1 AND (key, id) IN (
+        SELECT CAST(json_extract(value, '$[0]') AS TEXT), CAST(json_extract(value, '$[1]') AS INTEGER)
+        FROM json_each(?2))"""
 SELECT_PARKED = """
     SELECT json_group_array(json_array(p.key, p.head))
     FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"""

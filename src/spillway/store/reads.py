@@ -94,9 +94,10 @@ SELECT_OLDER_BYTES, SELECT_PASSED_BYTES, SELECT_REGARDLESS_BYTES = (
 )
 SELECT_NEXT_DUE = f"SELECT p.run < {_RUN}, p.due FROM parked p WHERE {_DUE} ORDER BY p.run, p.due LIMIT 1"
 SELECT_OLDEST = """
-    SELECT min(m.commit_time) FROM message m WHERE m.id IN (
-        (SELECT id FROM queue WHERE sink = ?1 ORDER BY id LIMIT 1),
-        (SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1))"""
+    SELECT m.commit_time FROM (SELECT
+        (SELECT id FROM queue WHERE sink = ?1 ORDER BY id LIMIT 1) AS queued,
+        (SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1) AS held)
+    CROSS JOIN message m ON m.id = min(coalesce(queued, held), coalesce(held, queued))"""
 SELECT_WAITING = """
     SELECT g.key, p.reason, p.detail, p.attempts, m.stored, g.size, g.messages FROM (
         SELECT key, count(*) AS messages, sum(bytes) AS size, min(id) AS first FROM lane

@@ -69,7 +69,7 @@ CREATE TABLE parked (
 ) WITHOUT ROWID;
 CREATE INDEX parked_due ON parked (sink, run, due) WHERE due IS NOT NULL;
 CREATE INDEX parked_head ON parked (sink, head);
-CREATE INDEX parked_reason ON parked (sink, reason, key);
+CREATE UNIQUE INDEX parked_reason ON parked (sink, reason, key);  -- unique: so that key order needs no sort
 
 -- Dead letters keep the number that they had as messages.
 CREATE TABLE dead (
