@@ -109,7 +109,12 @@ class Engine:
 
     def sink(self, name: str) -> dict[str, object]:
         """What ``/api/status`` says of a sink."""
-        found: list[dict[str, object]] = self._http.get("/api/status").raise_for_status().json()["sinks"]
+        try:
+            answer = self._http.get("/api/status").raise_for_status()
+        except httpx.HTTPError as error:
+            self.check()
+            raise SpillwayError("demo_engine", f"no status: {error}; its log: {self.log_end()}") from None
+        found: list[dict[str, object]] = answer.json()["sinks"]
         return next(sink for sink in found if sink["name"] == name)
 
     def command(self, *words: str) -> str:
