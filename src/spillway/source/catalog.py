@@ -37,7 +37,7 @@ class PublishedTable:
     columns: tuple[str, ...]
     primary_key: tuple[str, ...]  # in column order
     identity_columns: tuple[str, ...]
-    toastable: tuple[str, ...]
+    toastable: tuple[str, ...]  # columns that may hold values out of line; none while the table holds no such value
     published_columns: tuple[str, ...]
     row_filter: str | None
     filter_columns: tuple[str, ...]
@@ -147,7 +147,7 @@ def _table(row: DictRow, published: Mapping[str, object], leaves: tuple[Publishe
         columns=columns,
         primary_key=tuple(row["primary_key"]),
         identity_columns=tuple(row["identity_columns"]),
-        toastable=tuple(row["toastable"]),
+        toastable=tuple(row["toastable"] or ()),
         published_columns=columns if listed is None else tuple(listed),
         row_filter=cast("str | None", published.get("row_filter")),
         filter_columns=tuple(cast("list[str] | None", published.get("filter_columns")) or ()),

@@ -99,14 +99,11 @@ def _of_slot(database: Database, state: SlotState, server: DictRow) -> Iterator[
         yield _finding(other_database(name, f"database {state.database}", server["database"]), database)
     elif state.invalidation is not None:
         yield _finding(invalidated(name, state.invalidation), database)
-    elif state.active_pid is not None:
-        ours = state.active_application == f"spillway:{name}"
-        who = "a Spillway that is running" if ours else state.active_application or "another client"
+    elif state.active_pid is not None and state.active_application != f"spillway:{name}":  # ours may be running
         yield Finding(
             "slot_active",
-            f"slot {name} is being read by {who} (pid {state.active_pid})",
+            f"slot {name} is being read by {state.active_application or 'another client'} (pid {state.active_pid})",
             f"stop it before this one starts; as a last resort SELECT pg_terminate_backend({state.active_pid});",
-            "warning" if ours else "error",
         )
 
 

@@ -101,7 +101,8 @@ SELECT c.oid, n.nspname::text AS schema, c.relname::text AS "table", c.relkind::
        has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
        coalesce(a.columns, '{}') AS columns,
        coalesce(a.primary_key, '{}') AS primary_key,
-       coalesce(a.toastable, '{}') AS toastable,
+       -- Of interest only where the table does hold values out of line.
+       CASE WHEN pg_relation_size(nullif(c.reltoastrelid, 0)) > 0 THEN a.toastable END AS toastable,
        coalesce(CASE c.relreplident WHEN 'f' THEN a.columns WHEN 'd' THEN a.primary_key WHEN 'i' THEN a.identity_index END,
                 '{}') AS identity_columns
   FROM pg_class c
