@@ -16,15 +16,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from store_model import Model, Record
+from store_support import SINK, SLOT, StillClock, everything, fast_folder, key, message
 
 from spillway.change import Message
 from spillway.position import Position
 from spillway.store import apply, file, lanes, rows, sqlite
 from spillway.store.base import Gap, Park, Select, Write
 from spillway.store.sqlite import SqliteStore, open_store
-
-from store_model import Model, Record
-from store_support import SINK, SLOT, StillClock, everything, fast_folder, key, message
 
 VALUES = ["a", "b", "c", "d"]
 TABLES = ["jobs", "users"]
@@ -217,8 +216,8 @@ class StoreMachine(RuleBasedStateMachine):
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for name in (self.path.name + "-wal", self.path.name):
-            shutil.copyfile(self.path.with_name(name), folder / name)
+        for file_name in (self.path.name + "-wal", self.path.name):
+            shutil.copyfile(self.path.with_name(file_name), folder / file_name)
         return folder / self.path.name
 
     def is_one_of(self, models: list[Model], path: Path) -> None:
@@ -341,6 +340,11 @@ def test_it_does_what_the_model_does(small: None) -> None:
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=60, stateful_step_count=25, deadline=None, report_multiple_bugs=False, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+            max_examples=60,
+            stateful_step_count=25,
+            deadline=None,
+            report_multiple_bugs=False,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
         ),
     )

@@ -4,7 +4,7 @@ One process at a time: the lock file beside it is locked for the life of the sto
 holds the number of the process that has it. The lock is flock's: it goes with the process, however that ends.
 
 Files, all with mode 0600: ``X`` the database, ``X-wal`` and ``X-shm`` SQLite's own, ``X.lock`` the lock, ``X.reserve``
-space that is given back to the disk when it is full (see `spillway.store.writer`).
+space that is given back to the disk when it is full (see `spillway.store.sqlite`).
 
 Settings, measured (bench/README.md): pages of 8 KiB; WAL with ``synchronous=FULL``; ``secure_delete`` off, which some
 builds turn on and which would write every freed page once more; the cache bounded to 8 MB for each of the two
@@ -63,34 +63,30 @@ def open_writer(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         path.chmod(0o600)
-        db = _connect(path)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+        try:
+            _configure(db)
+            _prepare(db, path)
+        except BaseException:
+            db.close()
+            raise
     except (OSError, sqlite3.OperationalError) as error:
-        raise SpillwayError(
-            "state_unwritable", f"{path}: {error}", "state.url must name a file that this user may write"
-        ) from error
-    try:
-        _prepare(db, path)
+        remedy = "state.url must name a file that this user may write"
+        raise SpillwayError("state_unwritable", f"{path}: {error}", remedy) from error
     except sqlite3.DatabaseError as error:
-        db.close()
-        raise SpillwayError(
-            "state_unreadable",
-            f"the state file {path} cannot be read: {error}",
-            "restore it, or remove it to start anew",
-        ) from error
-    except SpillwayError:
-        db.close()
-        raise
+        remedy = "restore it, or remove it to start anew"
+        raise SpillwayError("state_unreadable", f"{path} is no state file: {error}", remedy) from error
     return db
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
-    db = _connect(path)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+    _configure(db)
     db.execute("PRAGMA query_only = on")
     return db
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+def _configure(db: sqlite3.Connection) -> None:
     for setting in (
         f"page_size = {PAGE_BYTES}",
         f"cache_size = -{CACHE_KIB}",
@@ -100,7 +96,6 @@ def _connect(path: Path) -> sqlite3.Connection:
         f"busy_timeout = {BUSY_MILLISECONDS}",
     ):
         db.execute(f"PRAGMA {setting}")
-    return db
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:

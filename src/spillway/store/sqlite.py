@@ -122,7 +122,9 @@ class SqliteStore(Reads):
     # -- asking -----------------------------------------------------------------------------------------------------
     def open_sink(self, sink: str, slot: str) -> SinkState:
         self.reads += 1
-        return self._submit(lambda transaction: transaction.open_sink(sink, slot)).result()
+        state = self._submit(lambda transaction: transaction.open_sink(sink, slot)).result()
+        self._sink_ids[sink] = self._sinks[sink].id
+        return state
 
     def write_identity(self, identity: Identity) -> Future[None]:
         _check_lsn(identity.mark)
