@@ -31,7 +31,12 @@ def check(file: Path) -> Sequence[Finding]:
     from spillway.source import preflight  # noqa: PLC0415 - psycopg is not needed to find the file wrong
 
     try:
-        return asyncio.run(preflight.check(config))
+        findings = asyncio.run(preflight.check(config))
+        if not any(finding.severity == "error" for finding in findings):
+            from spillway.engine import missing_state  # noqa: PLC0415 - heavy
+
+            findings += asyncio.run(missing_state(config))
+        return findings
     except ConfigError:
         raise
     except SpillwayError as error:

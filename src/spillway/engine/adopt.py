@@ -1,21 +1,25 @@
 """`spillway state adopt`: go on although the state and the slot do not belong together (I9).
 
-What was found wrong is shown first. Then, in one commit per database: the identity of the server as it is now, with
-the epoch raised, so that positions and versions of the other history count for nothing; and for every sink that has
-been delivering a gap, from where the old history was confirmed up to where the slot stands now. What waits in the
-store and the dead letters stay, and are delivered. The slot is made if it is gone and the configuration says so.
+First, for every sink, a gap is recorded: from where the old history was confirmed up to where
+the slot stands now. Then the identity of the server as it is now, with the epoch raised, so that positions and versions
+of the other history count for nothing; a crash in between only leaves a gap that is reported and none that is not. What
+waits in the store and the dead letters stay, and are delivered. The slot is made if it is gone and the configuration
+says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 from spillway.config import Config, Database
-from spillway.errors import SpillwayError
+from spillway.errors import Finding, SpillwayError
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.position import format_lsn
-from spillway.source.session import open_session
+from spillway.source.connect import querying
+from spillway.source.session import SourceState, open_session
+from spillway.source.slot import slot_state
 from spillway.store.base import Gap, Identity, Store, Write
 from spillway.store.sqlite import open_store
 
@@ -46,17 +50,35 @@ async def _adopt(config: Config, database: Database, store: Store) -> str:
     epoch = identity.epoch + 1 if identity else 1
     if epoch > MAX_EPOCH:
         raise SpillwayError("epochs_used_up", "this state has been adopted 31 times", "start with a new state file")
-    gap = Gap(identity.mark if identity else 0, server.confirmed_lsn, time.time(), finding.what)
+    gaps = 0
     for sink in sinks:
         state = store.open_sink(sink.name, slot)
-        if identity is not None and state.position is not None:
+        if identity is not None:
+            first = state.gap.first_lsn if state.gap is not None else max(0, identity.mark - MARK_RESERVE_BYTES)
+            gap = Gap(first, server.confirmed_lsn, time.time(), finding.what)
             await asyncio.wrap_future(store.write(Write(sink.name, gap=gap)))
+            gaps += 1
     mark = server.confirmed_lsn + MARK_RESERVE_BYTES
     await asyncio.wrap_future(store.write_identity(Identity(server.system_id, server.timeline, slot, epoch, mark)))
     return (
         f"{database.name}: {finding.what}; adopted as epoch {epoch} from {format_lsn(server.confirmed_lsn)} on;"
-        " every sink has a recorded gap, reload its tables"
+        f" {gaps} sinks have a recorded gap: reload their tables"
     )
+
+
+async def missing_state(config: Config) -> list[Finding]:
+    """For `spillway check`: slots that have been read before, while there is no state file at all."""
+    found: list[Finding] = []
+    if config.state_path.exists():
+        return found
+    for database in config.databases:
+        async with querying(database.conninfo(), database.slot.name) as query:
+            slot = await slot_state(query, database.slot.name)
+        server = SourceState("", 0, None, slot.exists, False, slot.used, slot.confirmed_flush_lsn)
+        finding = judge(database.slot.name, None, server)
+        if finding is not None:
+            found.append(replace(finding, database=database.name))
+    return found
 
 
 MAX_EPOCH = 31  # five bits of a version

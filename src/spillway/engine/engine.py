@@ -136,7 +136,7 @@ class Engine:
         }
 
     def _sink_status(self, pipeline: Pipeline, sink: Sink, delivery: Delivery) -> dict[str, object]:
-        health = pipeline.health[sink.name]
+        health = pipeline.health_of(delivery)
         counters = delivery.counters
         gap = delivery.gap
         return {

@@ -189,15 +189,21 @@ class Pipeline:
     async def tick(self) -> None:
         for delivery in self.deliveries:
             await delivery.check_limits()
-            health = self.health[delivery.name]
-            health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
-            health.update(delivery, self._clock.monotonic(), self._clock.wall())
+            self.health_of(delivery)
+
+    def health_of(self, delivery: Delivery) -> Health:
+        """As of now."""
+        health = self.health[delivery.name]
+        health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+        health.update(delivery, self._clock.monotonic(), self._clock.wall())
+        return health
 
     def stalled(self) -> str | None:
         """Why the slot is not being read, if that is so for longer than is normal."""
+        blocking = [d for d in self.deliveries if d.blocks]
+        if blocking:
+            return "; ".join(f"the backlog of {d.name} is full: {d.full}" for d in blocking)
         why = self.capture.why_waiting
-        if why.startswith("blocked"):
-            return why
         if why and self._clock.monotonic() - self.capture.waiting_since > STALLED_SECONDS:
             return why
         return None

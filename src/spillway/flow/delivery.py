@@ -111,6 +111,7 @@ class Delivery:
         self.full: str | None = None  # why the backlog is at its cap
         self.oldest_seconds = 0.0  # age of the oldest waiting message, as of the last `check_limits`
         self._gap_lsn: int | None = None  # a gap begins here that is not durable yet
+        self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
         self.last_error: str | None = None
         self.last_failure_at = 0.0
         self.last_progress_at = clock.monotonic()
@@ -176,7 +177,10 @@ class Delivery:
         None if the window covers them. ``parked`` is None when no look-up was made."""
         if messages[0].position <= self.tail:  # read again after a reconnect or a restart: known already
             messages = [m for m in messages if m.position > self.tail]
-        if not messages or not self.participates:
+        if messages and not self.participates:
+            self._missed_lsn = messages[-1].change.commit_lsn
+            return None
+        if not messages:
             return None
         now = self._clock.monotonic()
         self.last_intake_at = now
@@ -314,7 +318,9 @@ class Delivery:
         def committed(written: asyncio.Future[Written]) -> None:
             if not written.cancelled() and written.exception() is None:
                 self.counters = written.result().counters
-                self._puts_done += bool(write.put)
+                if write.put:
+                    self._puts_done += 1
+                    self._judge_limits()
             self._wake.set()
 
         done.add_done_callback(committed)
@@ -484,20 +490,21 @@ class Delivery:
         return full_disk or (self.full is not None and self.spec.limits.on_full == "block")
 
     async def check_limits(self) -> None:
-        """To be called every second or so: the backlog against its cap."""
+        """To be called every second or so: the backlog against its cap, its age included."""
         oldest = await asyncio.to_thread(self._store.oldest, self.name) if self.counters.messages else None
         self.oldest_seconds = 0.0 if oldest is None else max(0.0, self._clock.wall() - oldest)
+        self._judge_limits()
+        if self.full is not None and self.spec.limits.on_full == "pause" and self.participates:
+            await self._open_gap(self.full)
+
+    def _judge_limits(self) -> None:
         was_full = self.full is not None
         if self._store.disk_full_since is not None:
             self.full = "the disk of the state is full: nothing can be written, the slot is not read"
-            return
-        self.full = self.spec.limits.full(
-            self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
-        )
-        if self.full is not None and not was_full:
-            _log.warning("backlog is full", sink=self.name, why=self.full, on_full=self.spec.limits.on_full)
-            if self.spec.limits.on_full == "pause" and self.participates:
-                await self._open_gap(self.full)
+        else:
+            self.full = self.spec.limits.full(
+                self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
+            )
         if was_full and self.full is None:
             self._moved()
 
@@ -522,9 +529,9 @@ class Delivery:
             await self._commit(Write(self.name, paused=False))
             self.paused = False
         elif self.gap is not None and self.gap.last_lsn is None:
-            gap = replace(self.gap, last_lsn=now_at_lsn)
-            await self._commit(Write(self.name, gap=gap))
-            self.gap = gap
+            # Takes part from here on. If the end of the gap is not on disk at a crash, the gap is found growing.
+            self.gap = replace(self.gap, last_lsn=max(now_at_lsn, self._missed_lsn))
+            await self._commit(Write(self.name, gap=self.gap))
         elif self.gap is not None:
             await self._commit(Write(self.name, clear_gap=True))
             self.gap = None
@@ -630,21 +637,20 @@ class Delivery:
         self._moved()
 
     async def _settle_ok(self, ok: list[Message]) -> None:
-        stored = [m for m in ok if m.row > 0 or any(s.row > 0 for s in m.superseded or ())]
-        rows = [m for m in _with_superseded(stored) if m.row > 0]
-        with_rows = set(map(id, stored)) if stored else frozenset()
-        for message in _with_superseded(ok):
-            message.done = True
-        self._let_go([m for m in ok if id(m) not in with_rows])
+        """Resolved. Nothing of it is done, and no key free, before the removal of all its rows has committed: else the
+        later message of a key could be confirmed while a crash brings the earlier one back."""
         self._count(ok)
         for message in ok:
             if message.change.action == "truncate":  # what was parked of that table before it is gone with it
                 below = (table_prefix(message.change.schema, message.change.table), Position(*message.position))
                 self._turns += 1
                 await self._commit(Write(self.name, drop_table_below=below))
+        rows = [m for m in _with_superseded(ok) if m.row > 0]
         if rows:
             await self._commit(Write(self.name, resolved=rows))
-            self._let_go(stored)
+        for message in _with_superseded(ok):
+            message.done = True
+        self._let_go(ok)
 
     async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float) -> None:
         park: list[Park] = []

@@ -1,6 +1,7 @@
 """Health follows progress, not connectivity (I8): what state a sink is in, why, since when, and what to do.
 
-Pure: a function of what the delivery knows. Exactly one state at a time; the first that applies, in this order:
+`judge` is a function of what the delivery knows; a change of state is logged. Exactly one state at a time, the first
+that applies in this order:
 
 ========== ============================================================================================
 paused     somebody paused it; it takes in, and delivers nothing
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import structlog
+
 from spillway.errors import Finding
 from spillway.flow.delivery import Delivery
 from spillway.position import format_lsn
@@ -27,6 +30,8 @@ from spillway.position import format_lsn
 STALLED_SECONDS = 60.0
 IDLE_SECONDS = 60.0
 BEHIND_SECONDS = 5.0
+
+_log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -45,6 +50,8 @@ class Health:
             self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in self.refused)]))
             self.remedy = "; ".join(filter(None, [self.remedy, *(f.remedy for f in self.refused)]))
         if state != self.state or not self.since:
+            if self.since:
+                _log.info("sink state", sink=delivery.name, state=state, was=self.state, reason=self.reason)
             self.state, self.since = state, wall
 
 
@@ -86,7 +93,7 @@ def _gap(delivery: Delivery) -> tuple[str, str, str]:
     if gap.last_lsn is None:
         reason = f"takes no part since {format_lsn(gap.first_lsn)}: {gap.reason}; what it misses is not kept"
         return "gap", reason, f"spillway sinks resume {name}, then reload its tables in the sink"
-    reason = f"missed the changes after {format_lsn(gap.first_lsn)} up to {format_lsn(gap.last_lsn)}: {gap.reason}"
+    reason = f"missed changes from {format_lsn(gap.first_lsn)} to {format_lsn(gap.last_lsn)}: {gap.reason}"
     return "gap", reason, f"reload its tables in the sink, then acknowledge: spillway sinks resume {name}"
 
 

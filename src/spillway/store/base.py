@@ -89,7 +89,7 @@ class SinkState:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """What a sink missed: everything after ``first_lsn`` up to ``last_lsn`` (None: still growing)."""
+    """What a sink missed: transactions from ``first_lsn`` (perhaps in part) to ``last_lsn``; None: it is growing."""
 
     first_lsn: int
     last_lsn: int | None

@@ -121,6 +121,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.executescript(
             f"BEGIN; {schema}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
         )
+    db.execute("UPDATE sink SET run = run + 1")  # due times of the last run have passed
 
 
 class Reserve:

@@ -92,7 +92,6 @@ class SqliteStore(Reads):
         self._lock = lock(path)
         try:
             self._db = open_writer(path)
-            self._db.execute("UPDATE sink SET run = run + 1")  # due times of the last run have passed
             self._next_row = 1 + max((n for (n,) in self._db.execute("SELECT seq FROM sqlite_sequence")), default=0)
             super().__init__(path, clock)
         except BaseException:
@@ -247,10 +246,11 @@ class SqliteStore(Reads):
     def _disk_is_full(self) -> None:
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+        again = self.disk_full_since is not None
+        self.disk_full_since = self.disk_full_since or self._clock.wall()
         self._reserve.release()
         self._checkpoint()  # what the WAL holds may fit into free pages of the database
-        if self.disk_full_since is None:
-            self.disk_full_since = self._clock.wall()
+        if not again:
             return
         with self._wake:
             if self._closing:
