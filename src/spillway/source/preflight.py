@@ -48,20 +48,20 @@ async def _of_database(query: Connection, database: Database, sinks: list[Sink])
     version = query.info.server_version
     state = await slot_state(query, database.slot.name)
     publication = await fetch_one(query, "publication", publication=database.publication.name)
-    found = [*_of_server(server, version), *_of_slot(database, state, server)]
-    if not found:
+    names = named(sinks)
+    existing = await catalog.existing(query, names)
+    # The publication first, as it must be made first: a slot does not see a publication that is younger.
+    found = [*_of_missing_publication(database, server, version, sinks, existing)] if publication is None else []
+    of_server = [*_of_server(server, version), *_of_slot(database, state, server)]
+    found += of_server
+    if not of_server:
         found += await _of_walsender(database)
     if state.exists and state.plugin == PLUGIN:
         found += await _of_kept_wal(query, database, state, server)
     for finding in found:
         yield replace(finding, database=database.name)
-    names = named(sinks)
-    existing = await catalog.existing(query, names)
-    if publication is None:
-        for finding in _of_missing_publication(database, server, version, sinks, existing):
-            yield replace(finding, database=database.name)
-        if not database.publication.create_if_not_exists:
-            return
+    if publication is None and not database.publication.create_if_not_exists:
+        return
     published = await _published(query, database, publication, server, existing)
     exist = {TableName(row["schema"], row["table"]) for row in existing}
     for finding in table_findings(published, sinks, exist, server["role"], version):
