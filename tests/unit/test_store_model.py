@@ -225,13 +225,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = open_store(path, self.clock)
         state = self.store.open_sink(SINK, SLOT)
         on_disk = (state.position, state.counters, rows_of_everything(self.store))
-        matching = [m for m in models if (m.position, m.counters(), sorted(m.rows)) == on_disk]
-        assert matching, f"{on_disk} is none of {len(models)} states"
-        last, self.model = self.model, matching[0].copy()
-        self.model.restarted()
-        self.queue_is_right()
-        self.lanes_are_right()
-        self.letters_are_right()
+        candidates = [m for m in models if (m.position, m.counters(), sorted(m.rows)) == on_disk]
+        assert candidates, f"{on_disk} is none of {len(models)} states"
+        last, differences = self.model, []
+        for candidate in candidates:
+            self.model = candidate.copy()
+            self.model.restarted()
+            try:
+                self.queue_is_right()
+                self.lanes_are_right()
+                self.letters_are_right()
+            except AssertionError as difference:
+                differences.append(difference)
+        assert len(differences) < len(candidates), differences
         self.model = last
         self.store.close()
 
@@ -340,7 +346,7 @@ def test_it_does_what_the_model_does(small: None) -> None:
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=25,
             deadline=None,
             report_multiple_bugs=False,

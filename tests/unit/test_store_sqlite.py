@@ -21,7 +21,7 @@ from spillway.errors import SpillwayError, StoreFailed
 from spillway.position import Position
 from spillway.store import apply, file, lanes, reads, sqlite
 from spillway.store.base import Counters, Identity, Park, Select, Write
-from spillway.store.sqlite import SqliteStore, open_store
+from spillway.store.sqlite import SqliteStore, open_store, vacuum_step
 
 CLOCK = StillClock()
 
@@ -232,10 +232,20 @@ def test_the_wal_and_the_file_do_not_grow_for_ever(path: Path, monkeypatch: pyte
         full = path.stat().st_size
         assert full > 3 << 20
         assert store.discard(SINK, Select(all=True), 10_000, frozenset()).result() == 4000
-        while store._tidy():  # what the writer does when there is nothing to do
-            pass
-        assert wal.stat().st_size == 0
-        assert path.stat().st_size < full / 4
+    tidy = threading.Event()
+
+    def step(db: sqlite3.Connection) -> bool:
+        more = vacuum_step(db)
+        if not more:
+            tidy.set()
+        return more
+
+    monkeypatch.setattr(sqlite, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(sqlite, "vacuum_step", step)
+    with opened(path):
+        assert tidy.wait(10)
+    assert path.stat().st_size < full / 4
+    assert not wal.exists()
 
 
 # -- start ----------------------------------------------------------------------------------------------------------
@@ -322,7 +332,17 @@ def test_a_full_disk_delays_and_loses_nothing(path: Path, monkeypatch: pytest.Mo
         assert reserve.stat().st_size == file.RESERVE_BYTES
         full = threading.Event()
         monkeypatch.setattr(store._reserve, "take", lambda: None)  # the disk has no room for it any more
-        monkeypatch.setattr(store._reserve, "release", _then(store._reserve.release, full.set))
+        room = threading.Event()
+        release = store._reserve.release
+
+        def released() -> None:
+            """On the writer's thread, after each attempt that failed."""
+            release()
+            full.set()
+            if room.is_set():
+                store._db.execute("PRAGMA max_page_count = 100000")
+
+        monkeypatch.setattr(store._reserve, "release", released)
 
         def limit(pages: int) -> int:
             """SQLite reports a database that may not grow like a disk that is full."""
@@ -337,7 +357,7 @@ def test_a_full_disk_delays_and_loses_nothing(path: Path, monkeypatch: pytest.Mo
         assert store.disk_full_since == CLOCK.wall()
         assert rows(everything(store)) == [1]
         assert not any(f.done() for f in asked)
-        store._db.execute("PRAGMA max_page_count = 100000")  # somebody has made room
+        room.set()
         assert [f.result(10).counters.messages for f in asked] == [2, 3, 3]
         assert store.disk_full_since is None
     with opened(path) as store:
@@ -356,14 +376,6 @@ def test_a_full_disk_does_not_prevent_the_end(path: Path, monkeypatch: pytest.Mo
             lost.result()
     with opened(path) as store:
         assert rows(everything(store)) == [1]
-
-
-def _then(first, second):  # type: ignore[no-untyped-def]
-    def both() -> None:
-        first()
-        second()
-
-    return both
 
 
 # -- crashes --------------------------------------------------------------------------------------------------------
