@@ -117,10 +117,9 @@ class Model:
     def retry(self, select: Select, now: float) -> None:
         for row in self.due_at:
             keys = self.rows[row].keys
-            reasons = {self.said[key][2] for key in keys if self.said[key][0] == row}
             if select.all:
                 self.due_at[row] = _FOREVER
-            elif select.key in keys or select.reason in reasons:
+            elif select.key in keys or select.reason == self.said[min(keys)][2]:
                 self.due_at[row] = now
 
     def discarded(self, rows: set[int], now: float) -> None:

@@ -140,6 +140,37 @@ def test_a_hot_key_is_parked_in_pieces(path: Path, monkeypatch: pytest.MonkeyPat
         assert counters == Counters()
 
 
+def test_an_event_that_changes_its_key_waits_for_both(store: SqliteStore) -> None:
+    """The head of a lane behind which another key is parked; rows of that key which came before still flow."""
+    old, early, event, late = message(1, "old"), message(2, "new"), message(3, "old", "new"), message(4, "new")
+    store.write(put(old, early, event, late)).result()
+    store.write(park(old)).result()
+    assert rows(everything(store)) == [2], "what was before the event under its new key is not held up"
+    after = message(5, "new")
+    assert store.write(put(after)).result().held == {5}
+    assert [h.message.row for h in store.due(SINK, 10, 1000, regardless=True)] == [1]
+    store.write(Write(SINK, resolved=[old])).result()
+    assert store.due(SINK, 10, 1000, regardless=True) == [], "its new key has an earlier row on the way"
+    store.write(park(early)).result()
+    assert rows(everything(store)) == []
+    assert [h.message.row for h in store.due(SINK, 10, 1000, regardless=True)] == [2]
+    for expected in (2, 3, 4, 5):
+        (head,) = store.due(SINK, 10, 1000, regardless=True)
+        assert head.message.row == expected
+        counters = store.write(Write(SINK, resolved=[head.message])).result().counters
+    assert counters == Counters()
+
+
+def test_a_newcomer_parks_its_other_key(store: SqliteStore) -> None:
+    first, early = message(1, "old"), message(2, "new")
+    store.write(put(first, early)).result()
+    store.write(park(first)).result()
+    event, late = message(3, "old", "new"), message(4, "new")
+    assert store.write(put(event, late)).result().held == {3, 4}
+    assert store.parked(SINK, [key("old"), key("new")]) == {key("old"), key("new")}
+    assert rows(everything(store)) == [2]
+
+
 def test_what_servers_say_cannot_hurt(store: SqliteStore) -> None:
     one = message(1, "a")
     store.write(put(one)).result()
