@@ -621,10 +621,8 @@ class Delivery:
             self.last_progress_at = now
         elif failed and not down:
             throttle.failed(now)
-        for message, _ in down:
-            if lane:  # it stays the head of its lane
-                self.window.release(message)
-                self._forget(message)
+        if lane:  # they stay the heads of their lanes
+            self._let_go([m for m, _ in down])
         if not lane:
             self.window.put_back([m for m, _ in down])
         if down:
@@ -633,7 +631,7 @@ class Delivery:
             await asyncio.shield(self._last_put)
         await self._settle_ok(ok)
         if failed:
-            await self._settle_failed(failed, now)
+            await self._settle_failed(failed, now, lane=lane)
         self._moved()
 
     async def _settle_ok(self, ok: list[Message]) -> None:
@@ -647,12 +645,13 @@ class Delivery:
                 await self._commit(Write(self.name, drop_table_below=below))
         rows = [m for m in _with_superseded(ok) if m.row > 0]
         if rows:
-            await self._commit(Write(self.name, resolved=rows))
+            superseded_by = [m for m in ok if m.superseded and m.row > 0]
+            await self._commit(Write(self.name, resolved=rows, superseded_by=superseded_by))
         for message in _with_superseded(ok):
             message.done = True
         self._let_go(ok)
 
-    async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float) -> None:
+    async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float, *, lane: bool) -> None:
         park: list[Park] = []
         bury: list[Park] = []
         blocked: list[Message] = []
@@ -664,7 +663,9 @@ class Delivery:
             self._note(result.reason, result.detail, now)
             attempts = message.attempts + 1
             limit = self.spec.max_retry_count
-            if message.superseded:
+            if message.superseded and lane:  # by `latest_wins`, in place of the head
+                park.append(Park(message.superseded[0], result.reason, result.detail, backoff_seconds(attempts - 1)))
+            elif message.superseded:
                 # Not sent themselves yet: they go first, one by one, from the lane.
                 park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
             elif (limit is not None and attempts > limit) or (
@@ -782,22 +783,41 @@ class Delivery:
         left = grant = await self._grant(head_bytes)
         most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
         try:
-            heads = await asyncio.to_thread(
-                self._store.due, self.name, most, max(head_bytes, grant // 4), self._lane_mended
-            )
+            heads = await asyncio.to_thread(self._heads, most, max(head_bytes, grant // 4), left)
             flying: list[Message] = []
-            for head in heads:
-                message = head.message
+            for message in heads:
                 if self.window.busy(message.keys):
                     continue  # an earlier message of it is still on its way out of the queue
-                message.attempts = head.attempts
-                self._remember(message)
-                left -= message.credit
+                for one in _with_superseded([message]):
+                    self._remember(one)
+                    left -= one.credit
                 self.window.fly(message)
                 flying.append(message)
             return flying
         finally:
             self._share.give(left)
+
+    def _heads(self, most: int, max_bytes: int, credit: int) -> list[Message]:
+        """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest of a lane goes in place
+        of its head, if the credit covers both."""
+        heads: list[Message] = []
+        for head in self._store.due(self.name, most, max_bytes, self._lane_mended):
+            message = head.message
+            message.attempts = head.attempts
+            credit -= _stored_cost(message)
+            heads.append(message)
+        if self.spec.on_reject != "latest_wins":
+            return heads
+        for index, message in enumerate(heads):
+            room = (credit - STORED_OVERHEAD_BYTES) // 2
+            newest = self._store.latest(self.name, message.keys[0], room) if room > 0 else None
+            if newest is None or newest.row == message.row:
+                continue
+            if newest.change.whole or newest.change.action == "delete":
+                newest.attempts, newest.superseded = message.attempts, [message]
+                credit -= _stored_cost(newest)
+                heads[index] = newest
+        return heads
 
     async def _try_newest(self) -> None:
         """While the stream is down to single probes: the newest message, whose kind may be mended already."""

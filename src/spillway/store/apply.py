@@ -174,6 +174,8 @@ class Transaction:
                 raise ValueError(f"position {write.position} of sink {write.sink} is below {sink.position}")
             sink.position = write.position
         removed = self._lanes.remove(sink, [self._row(m) for m in write.resolved], now)
+        for message in write.superseded_by:
+            removed += self._remove_before(sink, message, now)
         if write.park:
             held |= self._park(sink, write.park, now, first)
         removed += self._bury(sink, write.bury, now) if write.bury else []
@@ -192,6 +194,18 @@ class Transaction:
                 (*values, sink.id),
             )
         return Written(frozenset(held.difference(removed)), replace(sink.counters))
+
+    def _remove_before(self, sink: SinkRow, message: Message, now: float) -> list[int]:
+        """Remove what waits under the key of a message that was resolved, up to where it stood."""
+        (key,) = message.keys
+        row = self._row(message)
+        removed: list[int] = []
+        while True:
+            found = cast("list[int]", rows_of(self._db.execute(SELECT_KEY_ROWS, (sink.id, key, 0, CHUNK))))
+            before = [r for r in found if r < row]
+            if not before:
+                return removed
+            removed += self._lanes.remove(sink, before, now)
 
     def _row(self, message: Message) -> int:
         """The row of a message: its own, or the one it gets when this transaction commits."""

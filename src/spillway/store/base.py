@@ -126,6 +126,7 @@ class Write:
     put: Sequence[Message] = ()  # in position order; each gets its ``row`` on commit
     position: Position | None = None  # never below the stored one; required with put, whose messages are above that
     resolved: Sequence[Message] = ()  # rows (row > 0) to remove; lanes advance
+    superseded_by: Sequence[Message] = ()  # resolved, with one key each: what waits of it before them goes, too
     park: Sequence[Park] = ()
     bury: Sequence[Park] = ()  # -> dead letters; lanes advance
     # dead letter (its row) -> the last of its lanes, as this message, with a row of its own; due at once when nothing
@@ -216,6 +217,9 @@ class Store(Protocol):
 
     def bytes_due(self, sink: str, regardless: bool = False) -> int | None:
         """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
+
+    def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
+        """The newest that waits under a key, if it fits; None otherwise."""
 
     def next_due_seconds(self, sink: str) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent."""

@@ -92,6 +92,9 @@ SELECT_OLDER_BYTES, SELECT_PASSED_BYTES, SELECT_REGARDLESS_BYTES = (
     _first_head_bytes(_PASSED),
     _first_head_bytes(_REGARDLESS),
 )
+SELECT_LATEST = f"""
+    SELECT {_COLUMNS} FROM message m
+    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.body) <= ?3"""
 SELECT_NEXT_DUE = f"SELECT p.run < {_RUN}, p.due FROM parked p WHERE {_DUE} ORDER BY p.run, p.due LIMIT 1"
 SELECT_OLDEST = """
     SELECT m.commit_time FROM (SELECT
@@ -203,6 +206,10 @@ class Reads:
             if found is not None:
                 return cast(int, found[0])
         return None
+
+    def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
+        found = self._first(SELECT_LATEST, (self._id(sink), key, max_bytes))
+        return None if found is None else read_message(found)
 
     def next_due_seconds(self, sink: str) -> float | None:
         found = self._first(SELECT_NEXT_DUE, (self._id(sink),))
