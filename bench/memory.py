@@ -109,7 +109,7 @@ class Case:
 def transaction(report: stage.Report, stack: ExitStack, scale: float) -> None:
     case = Case("transaction", report, stack, "create table t (id int primary key, v text)")
     rows = round(1_000_000 * scale)
-    case.execute("insert into t select i, md5(i::text) from generate_series(1, %(rows)s) i", {"rows": rows})
+    case.execute("insert into t select i, md5(i::text) from generate_series(1, %(rows)s::int) i", {"rows": rows})
     case.wait_lines(rows, 900)
     case.wait_webhook(rows, 900)
     case.finish()
@@ -118,7 +118,9 @@ def transaction(report: stage.Report, stack: ExitStack, scale: float) -> None:
 def row(report: stage.Report, stack: ExitStack, _scale: float) -> None:
     case = Case("row", report, stack, "create table t (id int primary key, v text)")
     for number in (1, 2):
-        case.execute("insert into t values (%(id)s, repeat('x', %(size)s))", {"id": number, "size": ROW_BYTES})
+        case.execute(
+            "insert into t values (%(id)s::int, repeat('x', %(size)s::int))", {"id": number, "size": ROW_BYTES}
+        )
     case.wait_lines(2, 120)
     case.wait_webhook(2, 120)
     case.finish()
@@ -131,7 +133,7 @@ def columns(report: stage.Report, stack: ExitStack, scale: float) -> None:
     rows = round(10_000 * scale)
     # Fifteen bytes a column: more would not fit a page of the source, and these are too short to leave it.
     values = ", ".join("left(md5((i + 1)::text), 12)" for _ in names)
-    case.execute(f"insert into t select i, {values} from generate_series(1, %(rows)s) i", {"rows": rows})
+    case.execute(f"insert into t select i, {values} from generate_series(1, %(rows)s::int) i", {"rows": rows})
     case.execute("update t set column_number_7 = 'changed'")
     case.wait_lines(2 * rows, 900)
     case.wait_webhook(2 * rows, 900)
@@ -149,18 +151,21 @@ def broken(report: stage.Report, stack: ExitStack, scale: float) -> None:
     )
     rows = round(50_000 * scale)
     for start in range(1, rows, 1_000):
-        query = "insert into t select i, repeat(md5(i::text), 32) from generate_series(%(first)s, %(last)s) i"
+        query = "insert into t select i, repeat(md5(i::text), 32) from generate_series(%(first)s::int, %(last)s::int) i"
         case.execute(query, {"first": start, "last": min(start + 999, rows)})
     case.wait_lines(rows, 900)
-    waits = [sink for sink in case.product.status()["sinks"] if sink["name"] != "file"]
-    fewest = min(sink["backlog_messages"] for sink in waits)
-    case.report.inform("broken: fewest messages waiting for a broken sink, as the product counts", fewest, "messages")
+
+    def waiting() -> list[int]:
+        return [s["backlog_messages"] for s in case.product.status()["sinks"] if s["name"] != "file"]
+
+    case.product.wait(lambda: set(waiting()) == {rows}, "all rows to wait for each broken sink", seconds=300, every=1)
+    case.report.equal("broken: fewest messages waiting for a broken sink", min(waiting()), rows, "messages")
     case.finish()
 
 
 def dead_letter(report: stage.Report, stack: ExitStack, _scale: float) -> None:
     case = Case("dead-letter", report, stack, "create table t (id int primary key, v text)", limit_mb=256)
-    case.execute("insert into t values (1, repeat('x', %(size)s))", {"size": DEAD_ROW_BYTES})
+    case.execute("insert into t values (1, repeat('x', %(size)s::int))", {"size": DEAD_ROW_BYTES})
     case.execute("insert into t values (2, 'behind it')")
     case.wait_lines(1, 120)
     case.product.wait(lambda: bool(_dead(case.product)), "the dead letter", seconds=60)

@@ -3,7 +3,10 @@
 A webhook that answers 503 lets rows pile up, to the smaller number first and then to the larger. With each pile the
 process is killed with SIGKILL and started ten times. Measured: the time from spawning it to the first request at the
 recording endpoint, and what had been read by then: the store's reads as the product counts them, and, as evidence not
-its own, the bytes that the process had read from files (``rchar`` of ``/proc/PID/io``).
+its own, the bytes that the process had read from files (``rchar`` of ``/proc/PID/io``). SQLite reads the log that a
+killed process left whole, and how long that is depends on the last checkpoint, not on the backlog: its size is taken
+off. The product's count is asked for right after the first request, which is held; what its timers read until then
+only adds, so the fewest of ten are compared.
 
     python bench/start.py
 """
@@ -28,7 +31,7 @@ from servers.postgres import Postgres
 
 MEDIANS_APART_SECONDS = 0.1
 FIRST_REQUEST_SECONDS = 2.0
-READ_APART_BYTES = stage.MIB  # a page of the backlog and the state file's inner nodes, not the backlog
+READ_APART_BYTES = 8 * stage.MIB  # a page of the backlog and the state file's inner nodes; the backlog has 600 MB
 
 
 class Start:
@@ -65,9 +68,9 @@ class Start:
         apart = abs(statistics.median(seconds_small) - statistics.median(seconds_large))
         self._report.at_most("medians apart", apart, MEDIANS_APART_SECONDS, "s")
         self._report.at_most("slowest first request", max(seconds_small + seconds_large), FIRST_REQUEST_SECONDS, "s")
-        reads = {*reads_small, *reads_large}
-        self._report.inform("store reads before the first request, fewest", min(reads), "reads")
-        self._report.equal("store reads before the first request, most", max(reads), min(reads), "reads")
+        self._report.inform(f"store reads before the first request, {small} waiting", min(reads_small), "reads")
+        what = f"store reads before the first request, {large} waiting"
+        self._report.equal(what, min(reads_large), min(reads_small), "reads")
         read_apart = abs(statistics.median(bytes_small) - statistics.median(bytes_large))
         what = "bytes read from files before the first request, medians apart"
         self._report.at_most(what, read_apart, READ_APART_BYTES, "B")
@@ -79,7 +82,8 @@ class Start:
         with psycopg.connect(self._conninfo) as connection:
             while self._rows < rows:
                 step = min(10_000, rows - self._rows)
-                query = "insert into t select i, md5(i::text) || md5((i + 1)::text) from generate_series(%s, %s) i"
+                series = "generate_series(%s::int, %s::int) i"
+                query = f"insert into t select i, md5(i::text) || md5((i + 1)::text) from {series}"
                 connection.execute(query, [self._rows + 1, self._rows + step])
                 connection.commit()
                 self._rows += step
@@ -99,10 +103,11 @@ class Start:
             # The first request of a life is held, so that nothing happens behind it until we have looked.
             self._recorder.script([{"do": "stall"}])
             offset = self._recorder.size
+            log_bytes = sum(path.stat().st_size for path in self._product.folder.glob("*-wal"))
             self._product.start()
             self._product.wait(lambda at=offset: self._recorder.size > at, "a request", seconds=30, every=0.01)
             first = next(self._recorder.requests(offset=offset))
-            read_bytes.append(_read_bytes(self._product.pid))
+            read_bytes.append(_read_bytes(self._product.pid) - log_bytes)
             seconds.append(first.at - self._product.started_at)
             reads.append(self._store_reads())
         self._report.inform(f"first request with {waiting} waiting, median", statistics.median(seconds), "s")
