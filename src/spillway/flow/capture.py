@@ -19,6 +19,7 @@ After a reconnect the server repeats what was not confirmed; sinks know their ta
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -45,6 +46,7 @@ RENEW_FRAME_BYTES = 8 << 20
 FEEDBACK_SECONDS = 0.2
 STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
 RECONNECT_CAP_SECONDS = 15.0
+GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
 
 _log = structlog.get_logger()
 
@@ -99,6 +101,8 @@ class Capture:
         self._routed_lsn = 0
         self._libpq_bytes = 0
         self._overhead: dict[bytes, int] = {}  # by relation OID as it stands in a row's frame
+        self._covered_lsn = 0  # what may be confirmed, and a mark covers it
+        self._covering: asyncio.Task[int] | None = None
         self._owing: set[asyncio.Task[None]] = set()
 
     def moved(self) -> None:
@@ -136,6 +140,7 @@ class Capture:
     async def _session(self, connection: Connection, stop: asyncio.Event) -> None:
         """One connection, until `stop`, the loss of the connection, or a wish to renew it."""
         stream = connection.stream
+        self.received_lsn = max(self.received_lsn, self.watermark.confirmed_lsn)
         feedback = asyncio.create_task(self._feed_back(stream), name=f"feedback {self.database}")
         reading = asyncio.create_task(self._read(connection), name=f"capture {self.database}")
         stopped = asyncio.create_task(stop.wait())
@@ -154,7 +159,7 @@ class Capture:
         """At the end of a clean stop, when everything is settled: connect once more and confirm."""
         connection = await self._connect()
         try:
-            lsn = await self._confirmable()
+            lsn = await self._cover(self._confirmable())
             connection.stream.send_feedback(lsn, lsn)
             await connection.stream.flush()
         finally:
@@ -165,6 +170,7 @@ class Capture:
         stream = connection.stream
         decoder = self._new_decoder()
         self._overhead.clear()
+        self._wait("")
         in_transaction = False
         large = min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6)
         while True:
@@ -270,11 +276,11 @@ class Capture:
         while True:
             blocking = [d for d in self._deliveries if d.blocks]
             if not blocking:
+                self._wait("")
                 return
             self._wait("blocked: " + "; ".join(f"the backlog of {d.name} is full ({d.full})" for d in blocking))
             self._room.clear()
-            await self._room.wait()
-            self._wait("")
+            await _first_of(self._room.wait(), self._clock.sleep(GATE_SECONDS))
 
     def _drop_chunk(self) -> None:
         """The connection is gone: what was not handed over is read again."""
@@ -288,7 +294,7 @@ class Capture:
         sent, sent_at, heard = 0, 0.0, -1
         while True:
             self._feedback_now.clear()
-            lsn = await self._confirmable()
+            lsn = await self._covered()
             now = self._clock.monotonic()
             quiet = heard == self.received_lsn
             if (
@@ -306,17 +312,29 @@ class Capture:
 
     _feedback_due = True
 
-    async def _confirmable(self) -> int:
-        """The LSN that may be confirmed now (I1), covered by a durable mark (I9)."""
+    def _confirmable(self) -> int:
+        """The LSN that may be confirmed now (I1), once a durable mark covers it (I9)."""
         lsns = [lsn for d in self._deliveries if (lsn := d.open_lsn) is not None]
-        lsn = self.watermark.advance(min(lsns) if lsns else None)
+        return self.watermark.advance(min(lsns) if lsns else None)
+
+    async def _covered(self) -> int:
+        """The same, as far as a mark covers it. The mark is not waited for longer than a feedback may be late."""
+        if self._covering is None:
+            self._covering = asyncio.create_task(self._cover(self._confirmable()))
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(FEEDBACK_SECONDS):
+                self._covered_lsn = await asyncio.shield(self._covering)
+                self._covering = None
+        return self._covered_lsn
+
+    async def _cover(self, lsn: int) -> int:
         await self._reserve_mark(lsn)
         return lsn
 
     def _wait(self, why: str) -> None:
-        if why != self.why_waiting:
-            self.why_waiting = why
-            self.waiting_since = self._clock.monotonic()
+        if not self.why_waiting:
+            self.waiting_since = self._clock.monotonic()  # not at a change of the reason: a source that is down is so
+        self.why_waiting = why
 
 
 async def _first_of(*waits: Awaitable[object]) -> None:

@@ -38,6 +38,7 @@ import structlog
 
 from spillway.change import NOT_STORED, PENDING, Message, table_prefix
 from spillway.clock import Clock
+from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Attempt
 from spillway.flow.budget import Budget
 from spillway.flow.limits import Limits
@@ -419,7 +420,7 @@ class Delivery:
                 self._spill()
             else:
                 wait_seconds = left
-        if self.paused or not self.participates:
+        if self.paused:
             self.drop_cache()
             return wait_seconds
         not_before = self.breaker.probe_at if self.breaker.open else 0.0
@@ -494,8 +495,9 @@ class Delivery:
         oldest = await asyncio.to_thread(self._store.oldest, self.name) if self.counters.messages else None
         self.oldest_seconds = 0.0 if oldest is None else max(0.0, self._clock.wall() - oldest)
         self._judge_limits()
-        if self.full is not None and self.spec.limits.on_full == "pause" and self.participates:
-            await self._open_gap(self.full)
+        on_disk = self._store.disk_full_since is None  # else the slot is not read, and no gap could be recorded
+        if self.full is not None and on_disk and self.spec.limits.on_full == "pause" and self.participates:
+            self._open_gap(self.full)
 
     def _judge_limits(self) -> None:
         was_full = self.full is not None
@@ -508,15 +510,21 @@ class Delivery:
         if was_full and self.full is None:
             self._moved()
 
-    async def _open_gap(self, reason: str) -> None:
+    def _open_gap(self, reason: str) -> None:
         """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""
-        self._gap_lsn = self.tail.commit_lsn
-        gap = Gap(self.tail.commit_lsn, None, self._clock.wall(), reason)
-        self.gap = gap
+        self._gap_lsn = first_lsn = self.tail.commit_lsn
+        since = self._clock.wall()
+        if self.gap is not None:  # nobody has acknowledged that one yet: this one goes on from it
+            first_lsn, since = self.gap.first_lsn, self.gap.since
+        self.gap = Gap(first_lsn, None, since, reason)
         self._spill()
-        await self._commit(Write(self.name, gap=gap))
-        self._gap_lsn = None
-        self._moved()
+
+        def durable(written: asyncio.Future[Written]) -> None:
+            if not written.cancelled() and written.exception() is None:
+                self._gap_lsn = None
+                self._moved()
+
+        self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
 
     async def pause(self) -> None:
         await self._commit(Write(self.name, paused=True))
@@ -524,13 +532,20 @@ class Delivery:
 
     async def resume(self, now_at_lsn: int) -> None:
         """Undo the first of these that holds: it is paused; it takes no part, and its gap is growing (the gap ends
-        here); it has a gap (which is acknowledged, and forgotten)."""
+        here); it has a gap (which is acknowledged, and forgotten). ``now_at_lsn``: how far the slot was received,
+        0 as long as it was not reached since the start."""
         if self.paused:
             await self._commit(Write(self.name, paused=False))
             self.paused = False
         elif self.gap is not None and self.gap.last_lsn is None:
+            if not now_at_lsn:
+                raise SpillwayError(
+                    "slot_not_reached",
+                    f"how much sink {self.name} missed is not known before the source is connected",
+                    "try again when it is",
+                )
             # Takes part from here on. If the end of the gap is not on disk at a crash, the gap is found growing.
-            self.gap = replace(self.gap, last_lsn=max(now_at_lsn, self._missed_lsn))
+            self.gap = replace(self.gap, last_lsn=max(self.gap.first_lsn, now_at_lsn, self._missed_lsn))
             await self._commit(Write(self.name, gap=self.gap))
         elif self.gap is not None:
             await self._commit(Write(self.name, clear_gap=True))
