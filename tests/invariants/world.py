@@ -205,14 +205,20 @@ class Engine:
     budget: Budget
     stop: asyncio.Event
     task: asyncio.Task[None]
+    postgres: Postgres
 
     async def settled(self, seconds: float = 60.0) -> None:
         """Until everything was read and nothing waits anywhere but in dead letters."""
         async with asyncio.timeout(seconds):
-            while any(map(_unsettled, self.deliveries.values())):
+            while self._reads or any(map(_unsettled, self.deliveries.values())):
                 if self.task.done():
                     self.task.result()
                 await asyncio.sleep(0.005)
+
+    @property
+    def _reads(self) -> bool:
+        transactions = self.postgres.transactions
+        return bool(transactions) and self.capture.received_lsn < transactions[-1][1]
 
 
 def _unsettled(delivery: Delivery) -> bool:
@@ -279,7 +285,14 @@ class World:
             return FakeConnection(FakeStream(self.postgres, events))
 
         capture = Capture(
-            "db", connect, lambda: FakeDecoder(events), router, list(deliveries.values()), budget, reserve, clock  # type: ignore[arg-type, return-value]
+            "db",
+            connect,
+            lambda: FakeDecoder(events),
+            router,
+            list(deliveries.values()),
+            budget,
+            reserve,
+            clock,  # type: ignore[arg-type, return-value]
         )
         captures.append(capture)
         capture.watermark.confirmed_lsn = self.postgres.confirmed_lsn
@@ -291,7 +304,7 @@ class World:
                     tasks.create_task(delivery.run())
                 await tasks.create_task(capture.run(stop))
 
-        return Engine(store, deliveries, capture, budget, stop, asyncio.create_task(live()))
+        return Engine(store, deliveries, capture, budget, stop, asyncio.create_task(live()), self.postgres)
 
     async def crash(self, engine: Engine) -> None:
         """What is on disk now is what is left."""
