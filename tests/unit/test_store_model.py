@@ -244,7 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
     # -- reads ------------------------------------------------------------------------------------------------------
     @initialize()
     def begin(self) -> None:
-        assert self.store.newest(SINK) is None
+        assert self.store.newest(SINK, 1 << 20) is None
 
     @invariant()
     def queue_is_right(self) -> None:
@@ -255,7 +255,7 @@ class StoreMachine(RuleBasedStateMachine):
         ]
         assert self.store.bytes_at_head(SINK, 0) == (queue[0].bytes if queue else None)
         heads = [r.row for r in queue if self.model.sendable(r)]
-        newest = self.store.newest(SINK)
+        newest = self.store.newest(SINK, 1 << 20)
         assert (newest.row if newest else None) == (max(heads) if heads else None)
         waiting = self.model.rows
         assert self.store.oldest(SINK) == (waiting[min(waiting)].change.commit_time if waiting else None)

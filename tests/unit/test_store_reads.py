@@ -75,7 +75,7 @@ class Start:
             assert store.bytes_due(SINK)
             self.due = len(store.due(SINK, 100, 1 << 20))
             assert store.oldest(SINK)
-            assert store.newest(SINK)
+            assert store.newest(SINK, 1 << 20)
             self.reads = store.reads - before
             for db in (store._reader, store._db):
                 db.set_progress_handler(None, 0)

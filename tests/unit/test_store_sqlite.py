@@ -183,7 +183,7 @@ def test_newest_jumps_over_a_hot_key(store: SqliteStore) -> None:
     """Behind the last cold message more changes of one key than are looked at: its first one is taken."""
     hot = [message(lsn, "hot") for lsn in range(2, 3 + reads.PROBED)]
     store.write(put(message(1, "cold"), *hot)).result()
-    newest = store.newest(SINK)
+    newest = store.newest(SINK, 1 << 20)
     assert newest is not None
     assert newest.row == hot[0].row
 

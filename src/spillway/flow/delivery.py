@@ -838,14 +838,20 @@ class Delivery:
         """While the stream is down to single probes: the newest message, whose kind may be mended already."""
         try:
             turns = self._turns
-            message = await asyncio.to_thread(self._store.newest, self.name)
-            if message is None or not self._share.try_take(_stored_cost(message)):
+            left = min(self._share.available_bytes(), READ_BYTES)
+            if left < 2 * STORED_OVERHEAD_BYTES or not self._share.try_take(left):
                 return
-            overtaken = turns != self._turns or self._puts or self.window.busy(message.keys)
-            if overtaken or message.row <= self._cursor or message.row in self._skip:
-                self._share.give(_stored_cost(message))
-                return
-            self._remember(message)
+            try:
+                most = (left - STORED_OVERHEAD_BYTES) // 2
+                message = await asyncio.to_thread(self._store.newest, self.name, most)
+                if message is None or turns != self._turns or self._puts or self.window.busy(message.keys):
+                    return
+                if message.row <= self._cursor or message.row in self._skip:
+                    return
+                self._remember(message)
+                left -= message.credit
+            finally:
+                self._share.give(left)
             self._skip.add(message.row)
             self.window.fly(message)
             results = await self._attempt([message])

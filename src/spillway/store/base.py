@@ -208,7 +208,7 @@ class Store(Protocol):
     def bytes_at_head(self, sink: str, after_row: int) -> int | None:
         """The bytes of the next message of the queue behind the cursor; None: there is none."""
 
-    def newest(self, sink: str) -> Message | None:
+    def newest(self, sink: str, max_bytes: int) -> Message | None:
         """For probes: a message of the queue that is the first of all its keys' rows; the newest such, if it is among
         the last few of the queue, else the first of the newest one's key; None: there is none."""
 

@@ -84,7 +84,8 @@ SELECT_NEWEST = f"""
     SELECT m.id, {_first_of("m.key1")}, iif(m.key2 IS NULL, NULL, {_first_of("m.key2")})
     FROM queue q CROSS JOIN message m ON m.id = q.id WHERE q.sink = ? ORDER BY q.id DESC LIMIT ?"""
 SELECT_IF_HEAD = f"""
-    SELECT {_COLUMNS} FROM message m WHERE m.id = ?2 AND EXISTS (SELECT 1 FROM queue WHERE sink = ?1 AND id = ?2)
+    SELECT {_COLUMNS} FROM message m WHERE m.id = ?2 AND length(m.body) <= ?3
+    AND EXISTS (SELECT 1 FROM queue WHERE sink = ?1 AND id = ?2)
     AND {_first_of("m.key1")} = m.id AND (m.key2 IS NULL OR {_first_of("m.key2")} = m.id)"""
 SELECT_OLDER, SELECT_PASSED, SELECT_REGARDLESS = _heads(_OLDER), _heads(_PASSED), _heads(_REGARDLESS)
 SELECT_OLDER_BYTES, SELECT_PASSED_BYTES, SELECT_REGARDLESS_BYTES = (
@@ -177,13 +178,13 @@ class Reads:
         found = self._first(SELECT_HEAD_BYTES, (self._id(sink), after_row))
         return None if found is None else cast(int, found[0])
 
-    def newest(self, sink: str) -> Message | None:
+    def newest(self, sink: str, max_bytes: int) -> Message | None:
         number = self._id(sink)
         newest = cast("list[tuple[int, int, int | None]]", self._rows(SELECT_NEWEST, (number, PROBED)))
         if not newest:
             return None
         heads = [row for row, first1, first2 in newest if row == first1 and first2 in (None, row)]
-        found = self._first(SELECT_IF_HEAD, (number, heads[0] if heads else newest[0][1]))
+        found = self._first(SELECT_IF_HEAD, (number, heads[0] if heads else newest[0][1], max_bytes))
         return None if found is None else read_message(found)
 
     def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
