@@ -187,6 +187,7 @@ class Run:
         settings = {"number_of_shards": 1, "number_of_replicas": 0}
         body = {"settings": settings, "mappings": {"dynamic": "strict", "properties": properties}}
         self._client.put(f"/{INDEX}", json=body).raise_for_status()
+        self._warm_up()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spillway-story-")))
         self.product = stack.enter_context(Product(folder, self._config(), cgroup=self._cgroup))
         self._load = Load(self._conninfo, self.rows, seed=1)
@@ -209,6 +210,16 @@ class Run:
                 {**ticks, "batch_size": 50, "destination": hook},
             ],
         }
+
+    def _warm_up(self) -> None:
+        """A fresh JVM is slow at first, which would flatter the comparison: the healthy run would pay for it."""
+        text = base64.b64encode(random.Random(0).randbytes(ROW_BYTES * 3 // 4)).decode()
+        action = '{"index":{}}\n'
+        for _ in range(20):
+            lines = "".join(f'{action}{{"title":"{n}","payload":"{text}"}}\n' for n in range(100))
+            headers = {"Content-Type": "application/x-ndjson"}
+            self._client.post("/warm/_bulk", content=lines, headers=headers).raise_for_status()
+        self._client.delete("/warm").raise_for_status()
 
     # -- acts -------------------------------------------------------------------------------------------------------
     def go(self) -> None:
