@@ -24,9 +24,12 @@ def test_a_probe_comes_at_least_every_thirty_seconds_and_a_retry_every_three_min
 def test_breaker_waits_longer_each_time_and_closes_at_the_first_success() -> None:
     breaker = Breaker(lambda: 0.5)
     delays = []
+    now = 100.0
     for _ in range(12):
-        breaker.failed(100.0, "timeout", "")
-        delays.append(breaker.probe_at - 100.0)
+        breaker.failed(now, "timeout", "")
+        breaker.failed(now, "timeout", "of the same wave")
+        delays.append(breaker.probe_at - now)
+        now = breaker.probe_at
     assert breaker.open
     assert delays == sorted(delays)
     assert delays[0] < 1
@@ -39,8 +42,8 @@ def test_breaker_honours_retry_after_within_its_cap() -> None:
     breaker = Breaker(lambda: 0.5)
     breaker.failed(0.0, "http_429", "", retry_after_seconds=7.0)
     assert breaker.probe_at == 7.0
-    breaker.failed(0.0, "http_429", "", retry_after_seconds=3600.0)
-    assert breaker.probe_at <= 30.0
+    breaker.failed(7.0, "http_429", "", retry_after_seconds=3600.0)
+    assert breaker.probe_at <= 37.0
 
 
 def test_a_hundred_thousand_rejections_cost_some_hundred_messages_an_hour() -> None:

@@ -59,7 +59,9 @@ class Engine:
                 await stop.wait()
                 _log.info("stopping")
                 reading_ends.set()
-                await asyncio.wait(captures)
+                _, connecting = await asyncio.wait(captures, timeout=STOP_SECONDS / 2)
+                for task in connecting:
+                    task.cancel()
                 await self._stop(deliveries)
                 for task in background:
                     task.cancel()

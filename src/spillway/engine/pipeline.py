@@ -70,6 +70,7 @@ class Pipeline:
             budget,
             self._reserve_mark,
             self._clock,
+            len(config.databases),
         )
 
     def _new_decoder(self) -> Decoder:
@@ -136,7 +137,7 @@ class Pipeline:
         )
         try:
             server = session.server
-            finding = judge(self._slot, self.identity, server)
+            finding = judge(self._slot, self.identity, server, self.capture.received_lsn)
             if finding is not None:
                 raise SpillwayError.of(finding)
             if self.identity is None:

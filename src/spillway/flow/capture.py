@@ -27,7 +27,7 @@ import structlog
 
 from spillway.change import Change
 from spillway.clock import Clock
-from spillway.errors import Finding, SourceUnavailable
+from spillway.errors import Finding, SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Budget
 from spillway.flow.delivery import Delivery
 from spillway.flow.retry import backoff_seconds
@@ -76,6 +76,7 @@ class Capture:
         budget: Budget,
         reserve_mark: Callable[[int], Awaitable[None]],
         clock: Clock,
+        slots: int = 1,
     ) -> None:
         self.database = database
         self._connect = connect
@@ -100,6 +101,8 @@ class Capture:
         self._used = 0
         self._routed_lsn = 0
         self._libpq_bytes = 0
+        self._fatal_at_start = slots == 1
+        self._libpq_most_bytes = budget.capture.limit_bytes // 3 // slots
         self._overhead: dict[bytes, int] = {}  # by relation OID as it stands in a row's frame
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
@@ -111,21 +114,26 @@ class Capture:
 
     # -- life -------------------------------------------------------------------------------------------------------
     async def run(self, stop: asyncio.Event) -> None:
-        """Read until `stop`, reconnecting with back-off. SpillwayError other than SourceUnavailable is fatal."""
-        failures = 0
+        """Read until `stop`, reconnecting with back-off. What somebody must mend ends the process only at the start of
+        a process with one slot; later it is shown and tried again, while the sinks work off what they have."""
+        failures, connected = 0, False
         while not stop.is_set():
             try:
                 self._wait("connecting")
                 connection = await self._connect()
                 try:
-                    failures = 0
+                    failures, connected = 0, True
                     self.connected = True
                     self.last_error = None
                     await self._session(connection, stop)
                 finally:
                     self.connected = False
                     await connection.close()
-            except SourceUnavailable as error:
+            except StoreFailed:
+                raise
+            except SpillwayError as error:
+                if self._fatal_at_start and not connected and not isinstance(error, SourceUnavailable):
+                    raise
                 self.last_error = str(error)
                 self._wait(f"source: {error}")
                 delay = backoff_seconds(failures, 0.25, RECONNECT_CAP_SECONDS)
@@ -224,8 +232,10 @@ class Capture:
 
     async def _take_credit(self, size: int, largest_frame_bytes: int) -> None:
         """Credit for the next chunk, the next frame included, and for what libpq's buffer has grown to."""
-        wanted = min(max(size, min(CHUNK_BYTES, self._pool.limit_bytes // 8)), self._pool.limit_bytes)
-        grown = min(2 * largest_frame_bytes, self._pool.limit_bytes // 3) - self._libpq_bytes
+        # What libpq keeps never passes a third of the pool, over all slots: so this much is always granted in the end.
+        most = self._pool.limit_bytes - self._pool.limit_bytes // 3
+        wanted = min(max(size, min(CHUNK_BYTES, self._pool.limit_bytes // 8)), most)
+        grown = min(2 * largest_frame_bytes, self._libpq_most_bytes) - self._libpq_bytes
         if not self._pool.try_take(wanted):
             self._wait("memory: everything read is held by sinks or on its way to disk")
             await self._pool.take(wanted)
@@ -237,9 +247,15 @@ class Capture:
     async def _hand_over(self) -> None:
         """Give the chunk to the sinks. When this returns, every sink answers for its part of it."""
         if not self._chunk and not self._commits:
+            self._pool.give(self._credit)
+            self._credit = self._used = 0
             return
         changes, self._chunk = self._chunk, []
         commits, self._commits = self._commits, []
+        if changes:
+            # The mark covers whatever a sink has taken, not only what is confirmed: after a failover to a server that
+            # forked below it nothing may count as known already (I9).
+            await self._reserve_mark(changes[-1].commit_lsn)
         routed = self._router.route(changes)
         asked = [d for d in routed if d.needs_look_up]
         answers = await asyncio.gather(*(d.parked_among(routed[d]) for d in asked))

@@ -20,8 +20,9 @@ from spillway.store.base import Identity
 MARK_RESERVE_BYTES = 64 << 20
 
 
-def judge(slot: str, identity: Identity | None, server: SourceState) -> Finding | None:
-    """Why the state and the slot do not belong together; None: they do."""
+def judge(slot: str, identity: Identity | None, server: SourceState, reached_lsn: int = 0) -> Finding | None:
+    """Why the state and the slot do not belong together; None: they do. ``reached_lsn``: how far this process has read,
+    0 at its start, when the mark is all that is known of it."""
     if identity is None:
         if server.slot_exists and not server.slot_created and server.slot_used:
             return _finding(
@@ -37,11 +38,14 @@ def judge(slot: str, identity: Identity | None, server: SourceState) -> Finding 
             f"the state belongs to the database system {identity.system_id}, this is {server.system_id}",
             "check the url; if the database was restored or replaced on purpose,",
         )
-    if identity.timeline != server.timeline and server.forked_lsn is not None and server.forked_lsn < identity.mark:
+    if identity.timeline != server.timeline and (
+        server.forked_lsn is None or server.forked_lsn < (reached_lsn or identity.mark)
+    ):
+        where = f" at {format_lsn(server.forked_lsn)}" if server.forked_lsn is not None else "; where is not known"
         return _finding(
             "timeline_forked",
-            f"the server is on timeline {server.timeline}, which left timeline {identity.timeline} at"
-            f" {format_lsn(server.forked_lsn)}: changes that were delivered after it may not exist any more",
+            f"the server is on timeline {server.timeline}, which left timeline {identity.timeline}{where}:"
+            " changes that were delivered after it may not exist any more",
             "compare sink and source;",
         )
     if server.slot_created or not server.slot_exists:

@@ -47,6 +47,8 @@ class Breaker:
         return self.failures > 0
 
     def failed(self, now: float, reason: str, detail: str, retry_after_seconds: float | None = None) -> None:
+        if now < self.probe_at:
+            return  # of the same wave: batches that were in flight together count once
         delay = backoff_seconds(self.failures, 0.25, PROBE_CAP_SECONDS, self._rng)
         if retry_after_seconds is not None:
             delay = min(max(delay, retry_after_seconds), PROBE_CAP_SECONDS)
@@ -56,6 +58,7 @@ class Breaker:
 
     def succeeded(self) -> None:
         self.failures = 0
+        self.probe_at = 0.0
 
 
 class Throttle:
