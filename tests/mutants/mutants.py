@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "removal not committed before the key is free",
         "flow/delivery.py",
-        "            await self._commit(Write(self.name, resolved=rows))\n            self._let_go(stored)\n",
-        "            self._let_go(stored)\n            await self._commit(Write(self.name, resolved=rows))\n",
+        "            await self._commit(Write(self.name, resolved=rows, ",
+        "            self._commit(Write(self.name, resolved=rows, ",
         (KEPT + "test_a_key_is_free_only_when_the_removal_of_its_row_has_committed",),
     ),
     Mutant(
