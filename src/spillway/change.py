@@ -86,6 +86,8 @@ class Message:
     credit: int = 0  # bytes taken from the delivery pool for it; 0: the window pool covers it
     waits: int = 0  # at how many of its keys it is not the head
     done: bool = False  # resolved, or durable: the watermark may pass it
+    passed: bool = False  # the watermark has passed it
+    left: bool = False  # it has left memory but for the watermark
     superseded: list[Message] | None = None  # earlier messages of its key that are resolved with it
 
     @property

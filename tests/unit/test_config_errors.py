@@ -291,7 +291,7 @@ TABLE = 'must be a table: schema.table, with "..." around a part that holds a do
         ("max_retry_count: -1", "", "max_retry_count: must be at least 0"),
         ("max_message_bytes: big", "", "max_message_bytes: must be a size such as 50GB, 16MB or a number of bytes"),
         ("max_message_bytes: 10", "", "max_message_bytes: must be at least 1024"),
-        ("max_message_bytes: 17MB", "", "max_message_bytes: must be at most a quarter of memory.limit_mb: 16MB"),
+        ("max_message_bytes: 17MB", "", "max_message_bytes: must be at most an eighth of memory.limit_mb: 8MB"),
         ("status: enabled", "", "status: must be active, paused or disabled; did you mean disabled?"),
         ("status: ${SECRET}", "", "status: must be active, paused or disabled"),
         ("actions: [insert, updat]", "", "actions[1]: must be insert, update or delete; did you mean update?"),

@@ -41,7 +41,7 @@ def test_messages_of_a_key_leave_in_order_and_never_two_at_once(
             window.admit(waiting[admitted])
             admitted += 1
         elif step == "take":
-            batch = window.take(data.draw(st.integers(1, 5)), 1000)
+            batch = window.take(data.draw(st.integers(1, 5)), 1000, 1 << 30)
             keys_in_flight = [k for m in [*flying, *batch] for k in m.keys]
             assert len(keys_in_flight) == len(set(keys_in_flight))
             flying += batch
@@ -71,7 +71,7 @@ def test_what_is_behind_a_parked_key_leaves_and_the_rest_flows(
     messages = [message(lsn, *keys) for lsn, keys in enumerate(keysets, 1)]
     for one in messages:
         window.admit(one)
-    batch = window.take(taken, 1000)
+    batch = window.take(taken, 1000, 1 << 30)
     parked = batch[:1]
     blocked = set(parked[0].keys)
     expected = []
@@ -85,7 +85,7 @@ def test_what_is_behind_a_parked_key_leaves_and_the_rest_flows(
     for one in batch:
         window.release(one)
     while window.ready:
-        more = window.take(100, 100000)
+        more = window.take(100, 100000, 1 << 30)
         for one in more:
             window.release(one)
         flown += more
@@ -100,12 +100,12 @@ def test_a_state_sends_the_newest_whole_image_and_counts_the_earlier_as_supersed
     partial.change.whole = False
     for one in (first, second, third, partial):
         window.admit(one)
-    assert window.take(10, 1000) == [third]
+    assert window.take(10, 1000, 1 << 30) == [third]
     assert third.superseded == [first, second]
     window.put_back([third])
     fifth = message(5, "k")
     window.admit(fifth)
-    assert window.take(10, 1000) == [fifth]
+    assert window.take(10, 1000, 1 << 30) == [fifth]
     assert fifth.superseded == [first, second, third, partial]
     window.release(fifth)
     assert not window.busy(("k",))
@@ -118,7 +118,7 @@ def test_eviction_keeps_what_is_in_flight_and_its_keys_busy() -> None:
     for row, one in enumerate(messages, 1):
         one.row = row
         window.admit(one)
-    assert window.take(1, 100) == [messages[0]]
+    assert window.take(1, 100, 1 << 30) == [messages[0]]
     assert {m.row for m in window.evict()} == {2, 3, 4}
     assert window.flying_rows() == [1]
     assert window.busy(("a",))

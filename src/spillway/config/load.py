@@ -111,9 +111,9 @@ class _Whole(Section):
     def _messages_fit(cls, sinks: tuple[Sink, ...], info: ValidationInfo) -> tuple[Sink, ...]:
         memory = info.data.get("memory")
         for index, sink in enumerate(sinks):
-            if memory is not None and sink.max_message_bytes > memory.limit_bytes // 4:
-                most = memory.limit_bytes // 4 // MB
-                raise Wrong(f"{index}.max_message_bytes", f"must be at most a quarter of memory.limit_mb: {most}MB")
+            if memory is not None and sink.max_message_bytes > memory.limit_bytes // 8:
+                most = memory.limit_bytes // 8 // MB
+                raise Wrong(f"{index}.max_message_bytes", f"must be at most an eighth of memory.limit_mb: {most}MB")
         return sinks
 
 

@@ -13,6 +13,9 @@ Shared bytes are charged once: a change held by several windows is charged to th
 and given back by the last (``Change.holders``). A sink's own ceiling (``max_memory_mb``) counts them in full; it lives
 in the sink's window.
 
+Whoever waits for common bytes holds none that another waiter could need but in flight: what is read back and not in
+flight is dropped by every sink as soon as anyone waits (`Delivery._give_way`). What is in flight ends by its deadline.
+
 A pool grants requests in the order they were made: a large request at the head of the line is not overtaken by small
 ones, so that a jumbo message gets its turn.
 """
@@ -87,12 +90,17 @@ class Pool:
 class Share:
     """A sink's part of the delivery pool: its guarantee, then what the common part has."""
 
-    def __init__(self, common: Pool, guaranteed_bytes: int, freed: Callable[[], None]) -> None:
+    def __init__(self, common: Pool, guaranteed_bytes: int, wake_all: Callable[[], None]) -> None:
         self._common = common
         self.guaranteed_bytes = guaranteed_bytes
         self.held_bytes = 0
         self._from_common = 0
-        self._freed = freed
+        self._wake_all = wake_all
+
+    @property
+    def contended(self) -> bool:
+        """Somebody waits for the common part."""
+        return self._common.waited_for
 
     @property
     def most_bytes(self) -> int:
@@ -110,6 +118,8 @@ class Share:
     async def take(self, size_bytes: int) -> None:
         """Wait in line for the common part. Raises ValueError for more than ``most_bytes``. Cancellable."""
         while missing := self._missing(size_bytes):
+            if missing + self._common.held_bytes > self._common.limit_bytes:
+                self._wake_all()  # to drop what is a cache only
             await self._common.take(missing)
             self._from_common += missing
         self.held_bytes += size_bytes
@@ -125,7 +135,7 @@ class Share:
         if surplus > 0:
             self._from_common -= surplus
             self._common.give(surplus)
-            self._freed()
+            self._wake_all()
 
     def _missing(self, size_bytes: int) -> int:
         """What must come from the common part before so much more can be held."""
@@ -152,8 +162,8 @@ class Budget:
         return self.capture.held_bytes + self.window.held_bytes + guaranteed + self.common.held_bytes
 
     def share(self, wake: Callable[[], None]) -> Share:
-        """A sink's share of the delivery pool; ``wake`` is called when common bytes are freed by anyone."""
-        share = Share(self.common, self._guaranteed_bytes, self._freed)
+        """A sink's share of the delivery pool; ``wake`` is called when anyone frees or lacks common bytes."""
+        share = Share(self.common, self._guaranteed_bytes, self._wake_all)
         self._shares.append(share)
         self._thirsty.append(wake)
         return share
@@ -162,14 +172,15 @@ class Budget:
     async def lent(self, size_bytes: int) -> AsyncIterator[None]:
         """Common delivery credit for something that people asked to see."""
         size_bytes = min(size_bytes, self.common.limit_bytes)
+        self._wake_all()
         await self.common.take(size_bytes)
         try:
             yield
         finally:
             self.common.give(size_bytes)
-            self._freed()
+            self._wake_all()
 
-    def _freed(self) -> None:
+    def _wake_all(self) -> None:
         for wake in self._thirsty:
             wake()
 

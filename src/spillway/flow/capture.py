@@ -226,7 +226,10 @@ class Capture:
         self._overhead[relation.oid.to_bytes(4, "big")] = sum(2 * len(c.name) + 8 for c in relation.columns)
         await self._hand_over()  # what was decoded by the old shape goes by the old routes
         self._router.learn(
-            schema, table, lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key)
+            schema,
+            table,
+            lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key),
+            self.received_lsn,
         )
         decoder.learn(relation, info)
 

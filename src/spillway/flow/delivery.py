@@ -43,7 +43,7 @@ from spillway.flow.attempt import BLOCKED, Attempt
 from spillway.flow.budget import Budget
 from spillway.flow.limits import Limits
 from spillway.flow.retry import PARKED_ROUNDS, Breaker, Throttle, backoff_seconds
-from spillway.flow.window import Window
+from spillway.flow.window import Window, encoded_cost
 from spillway.metrics import Metrics
 from spillway.position import ZERO, Position
 from spillway.sinks.base import Result, Sink
@@ -52,7 +52,6 @@ from spillway.store.base import Gap, Park, Select, SinkState, Store, Write, Writ
 SPILL_AGE_SECONDS = 0.25
 # What a message read back costs beyond its bytes, twice: its objects, and its place in request and answer.
 STORED_OVERHEAD_BYTES = 1536
-ENCODED_OVERHEAD_BYTES = 512  # a message's place in a request and its answer
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 DISCARD_MESSAGES = 5000  # removed per transaction
@@ -99,7 +98,9 @@ class Delivery:
         self._metrics = metrics
         self._moved = moved  # called when the watermark may have moved or a full backlog has room
         self._attempt = Attempt(spec.name, sink, clock, spec.timeout_seconds, spec.toast_fails)
-        self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
+        self.window = Window(
+            keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state", passed=self._passed
+        )
         self.counters = state.counters
         self.tail: Position = state.position or ZERO
         self.paused = False
@@ -115,12 +116,14 @@ class Delivery:
         self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
         self.last_error: str | None = None
         self.last_failure_at = 0.0
-        self.last_progress_at = clock.monotonic()
+        self.last_progress_at = self.busy_since = clock.monotonic()
         self.last_intake_at = float("-inf")
         self.delivered = 0
         self.truncates_ignored = 0
         self.memory_bytes = 0
         self.memory_messages = 0
+        self._read_back = 0  # of the messages in memory: covered by the delivery pool
+        self._next_bytes = 0  # credit for the first of the next page, if it is known to be above the sink's ceiling
         self._cursor = 0  # rows of the queue up to here are in memory, in `_skip`, or gone
         self._skip: set[int] = set()  # rows beyond the cursor that are in flight: a page must not bring them again
         self._diverted: dict[str, int] = {}  # keys of parks and diversions that have not committed
@@ -134,6 +137,8 @@ class Delivery:
         self._reading = False
         self._retrying = False
         self._in_flight = 0  # batches being sent or settled
+        self._lane_waits = False  # a retry waits for a slot
+        self._slot_freed = asyncio.Event()
         self._lanes_turn = True  # with one slot, queue and lanes take turns
         self._lane_at = 0.0  # when the lanes are worth a look
         self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
@@ -185,6 +190,8 @@ class Delivery:
             return None
         now = self._clock.monotonic()
         self.last_intake_at = now
+        if not self.counters.messages and not self.memory_messages:
+            self.busy_since = now
         for message in messages:
             message.arrived = now
         self._wake.set()
@@ -356,6 +363,16 @@ class Delivery:
         if self.stored and not self._puts and self._evict_rows is None and self.window.waiting:
             self._evict()
 
+    def _give_way(self) -> None:
+        """What could be sent is in flight by now. If anyone waits for delivery credit the rest is only a cache: those
+        who wait may hold the very slots in which it would be sent, and wait for it (I7)."""
+        if not self._share.contended or not self._read_back or not self.window.waiting:
+            return
+        if self.stored:
+            self.drop_cache()
+        else:
+            self._spill()
+
     def _too_large(self, message: Message) -> int:
         """The size of a row that this sink does not take, 0 if it does."""
         change = message.change
@@ -375,15 +392,25 @@ class Delivery:
         if message.credit:
             self._share.give(message.credit)
             self.memory_bytes -= message.credit
+            self._read_back -= 1
             message.credit = 0
+        elif not message.passed:
+            message.left = True  # but the window tracks it, and its body with it: `_passed` gives the credit back
+            return
         else:
             self._budget.drop(message.change)
             self.memory_bytes -= message.change.cost
         self.memory_messages -= 1
 
+    def _passed(self, message: Message) -> None:
+        """The watermark has passed a message: the window has let go of it."""
+        if message.left:
+            self._forget(message)
+
     def _remember(self, message: Message) -> None:
         """A message read back is in memory; its credit was taken from the share."""
         message.credit = _stored_cost(message)
+        self._read_back += 1
         self.memory_bytes += message.credit
         self.memory_messages += 1
 
@@ -395,6 +422,7 @@ class Delivery:
                 while not self._stopping:
                     self._wake.clear()
                     wait_seconds = self._work(tasks)
+                    self._give_way()
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(wait_seconds):
                             await self._wake.wait()
@@ -439,9 +467,8 @@ class Delivery:
         if now < at:
             return at - now
         others_turn = not self._lanes_turn and self.window.ready and now >= self.queue_throttle.not_before
-        if self._free_slots > 0 and not others_turn:
+        if not others_turn:
             self._retrying = True
-            self._in_flight += 1
             tasks.create_task(self._retry())
         return IDLE_SECONDS
 
@@ -472,7 +499,21 @@ class Delivery:
 
     @property
     def _free_slots(self) -> int:
-        return self._sink.max_in_flight - self._in_flight
+        return self._sink.max_in_flight - self._in_flight - self._lane_waits
+
+    async def _take_slot(self) -> None:
+        """For a retry, which has its credit already: the next slot that is free is its."""
+        self._lane_waits = True
+        while self._in_flight >= self._sink.max_in_flight:
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
+        self._lane_waits = False
+        self._in_flight += 1
+
+    def _free_slot(self) -> None:
+        self._in_flight -= 1
+        self._slot_freed.set()
+        self._wake.set()
 
     @property
     def _may_read(self) -> bool:
@@ -481,7 +522,12 @@ class Delivery:
             self.stored
             and not (self._reading or self._puts or self._evict_rows is not None)
             and self.memory_messages < self.spec.max_messages
+            and self._below_ceiling(self._next_bytes)
         )
+
+    def _below_ceiling(self, size_bytes: int) -> bool:
+        """Whether so much more may be read back. A single message may, whatever its size."""
+        return not self.memory_bytes or self.memory_bytes + size_bytes <= self.spec.max_memory_bytes
 
     # -- the backlog's cap, and what people ask for -----------------------------------------------------------------
     @property
@@ -526,6 +572,16 @@ class Delivery:
 
         self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
 
+    def missed(self, first_lsn: int, last_lsn: int, reason: str) -> None:
+        """Changes in this range were not for this sink to have, though it should have had them: a gap."""
+        since = self._clock.wall()
+        if self.gap is not None:
+            if self.gap.last_lsn is None:
+                return  # inside of a growing one
+            first_lsn, since = min(first_lsn, self.gap.first_lsn), self.gap.since
+        self.gap = Gap(first_lsn, last_lsn, since, reason)
+        self._commit(Write(self.name, gap=self.gap))
+
     async def pause(self) -> None:
         await self._commit(Write(self.name, paused=True))
         self.paused = True
@@ -567,6 +623,8 @@ class Delivery:
         """Remove what waits, but for what is in flight. Returns how many messages."""
         total = 0
         while True:
+            while self._puts and self._last_put is not None:  # what is in memory must have its row, to be spared
+                await asyncio.shield(self._last_put)
             self._turns += 1
             self.drop_cache()
             spare = frozenset(self.window.rows())
@@ -589,21 +647,18 @@ class Delivery:
         self._hold_back(keys)
         self._write_unwritten()
         self._turns += 1
-        await self._commit(Write(self.name, revive=letters))
-        self._turns += 1
-        self._hold_back_no_more(keys)
+        try:
+            await self._commit(Write(self.name, revive=letters))
+        finally:
+            self._turns += 1
+            self._hold_back_no_more(keys)
         self.try_now()
 
     # -- sending ----------------------------------------------------------------------------------------------------
     def _take(self, allowance: int) -> tuple[list[Message], int]:
         """A batch, and the credit for its encoded form that was taken for it; what was read back has its own."""
-        available = min(self._share.available_bytes(), 4 * READ_BYTES)
-        first = self.window.peek()
-        if not first.credit and len(first.change.body) + ENCODED_OVERHEAD_BYTES > available:
-            return [], 0
-        most = max(1, available // (2 * ENCODED_OVERHEAD_BYTES))
-        batch = self.window.take(min(allowance, most), max(1, available // 2))
-        encode_bytes = sum(len(m.change.body) + ENCODED_OVERHEAD_BYTES for m in batch if not m.credit)
+        batch = self.window.take(allowance, 2 * READ_BYTES, self._share.available_bytes())
+        encode_bytes = sum(encoded_cost(m) for m in batch if not m.credit)
         if not self._share.try_take(encode_bytes):
             self.window.put_back(batch)
             return [], 0
@@ -615,8 +670,7 @@ class Delivery:
         finally:
             self._share.give(encode_bytes)
         await self._settle(batch, results, self.queue_throttle)
-        self._in_flight -= 1
-        self._wake.set()
+        self._free_slot()
 
     async def _settle(self, batch: list[Message], results: list[Result], throttle: Throttle) -> None:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
@@ -642,29 +696,41 @@ class Delivery:
             self.window.put_back([m for m, _ in down])
         if down:
             self.drop_cache()
-        if any(m.row == PENDING for m in _with_superseded([*ok, *(m for m, _ in failed)])) and self._last_put:
-            await asyncio.shield(self._last_put)
-        await self._settle_ok(ok)
+        self._count(ok)
+        await self._settle_ok([m for m in ok if m.change.action != "truncate"])
         if failed:
             await self._settle_failed(failed, now, lane=lane)
+        for message in ok:  # last, so that what was parked of its own batch is gone with it
+            if message.change.action == "truncate":
+                await self._settle_truncate(message)
         self._moved()
 
     async def _settle_ok(self, ok: list[Message]) -> None:
         """Resolved. Nothing of it is done, and no key free, before the removal of all its rows has committed: else the
-        later message of a key could be confirmed while a crash brings the earlier one back."""
-        self._count(ok)
-        for message in ok:
-            if message.change.action == "truncate":  # what was parked of that table before it is gone with it
-                below = (table_prefix(message.change.schema, message.change.table), Position(*message.position))
-                self._turns += 1
-                await self._commit(Write(self.name, drop_table_below=below))
-        rows = [m for m in _with_superseded(ok) if m.row > 0]
-        if rows:
+        later message of a key could be confirmed while a crash brings the earlier one back. While we wait for that,
+        the others may be put into the store, too, since they are not done: their rows go in the next round."""
+        messages = _with_superseded(ok)
+        removed: set[int] = set()
+        while True:
+            if any(m.row == PENDING for m in messages) and self._last_put is not None:
+                await asyncio.shield(self._last_put)
+                continue
+            rows = [m for m in messages if m.row > 0 and m.row not in removed]
+            if not rows:
+                break
+            removed.update(m.row for m in rows)
             superseded_by = [m for m in ok if m.superseded and m.row > 0]
             await self._commit(Write(self.name, resolved=rows, superseded_by=superseded_by))
-        for message in _with_superseded(ok):
+        for message in messages:
             message.done = True
         self._let_go(ok)
+
+    async def _settle_truncate(self, message: Message) -> None:
+        """What waits of that table from before it is gone with it, what is parked included."""
+        prefix = table_prefix(message.change.schema, message.change.table)
+        self._turns += 1
+        await self._commit(Write(self.name, drop_table_below=(prefix, Position(*message.position))))
+        await self._settle_ok([message])
 
     async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float, *, lane: bool) -> None:
         park: list[Park] = []
@@ -695,7 +761,12 @@ class Delivery:
             if not keys.isdisjoint(message.keys):
                 keys.update(message.keys)
                 stuck.append(message)
-        await self._write_unwritten(park=park, bury=bury, stuck=stuck)
+        if lane:  # heads of lanes have rows, and their keys are parked already
+            self._turns += 1
+            await self._commit(Write(self.name, park=park, bury=bury))
+            self._turns += 1
+        else:
+            await self._write_unwritten(park=park, bury=bury, stuck=stuck)
         for message in self.window.drop_behind(stuck):
             self._forget(message)
         self._let_go([m for m, r in failed if r is not BLOCKED])
@@ -733,6 +804,10 @@ class Delivery:
                 if turns == self._turns and all_committed and puts == self._put_count:
                     self.stored = False
                 return
+            self._next_bytes = 2 * head_bytes + STORED_OVERHEAD_BYTES
+            if not self._below_ceiling(self._next_bytes):
+                return
+            self._next_bytes = 0
             left = grant = await self._grant(head_bytes)
             try:
                 most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
@@ -757,7 +832,14 @@ class Delivery:
     async def _grant(self, head_bytes: int) -> int:
         """Credit for a page: what is there now, or what its first message needs when its turn comes."""
         least = 2 * head_bytes + STORED_OVERHEAD_BYTES
-        available = min(self._share.available_bytes(), 4 * READ_BYTES)
+        if least > self._share.most_bytes:
+            raise SpillwayError(
+                "memory_limit",
+                f"a message of {head_bytes} bytes waits for sink {self.name}: memory.limit_mb is too small to send it",
+                f"raise memory.limit_mb to at least {8 * head_bytes // (1 << 20) + 1}",
+            )
+        room = max(least, self.spec.max_memory_bytes - self.memory_bytes)
+        available = min(self._share.available_bytes(), 4 * READ_BYTES, room)
         if available >= least and self._share.try_take(available):
             return available
         await self._share.take(least)
@@ -771,10 +853,13 @@ class Delivery:
                 self.lane_throttle.allowance(self.spec.batch_size),
                 min(self.spec.batch_size, -(-parked // PARKED_ROUNDS)),
             )
+            # Credit before the slot: what holds the credit may need the slot to give it back.
             heads = await self._read_heads(1 if self.breaker.open else most)
             if heads:
+                await self._take_slot()
                 results = await self._attempt(heads)
                 await self._settle(heads, results, self.lane_throttle)
+                self._free_slot()
                 mended = [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
                 self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
             else:
@@ -787,7 +872,6 @@ class Delivery:
         finally:
             self._retrying = False
             self._lanes_turn = False
-            self._in_flight -= 1
             self._wake.set()
 
     async def _read_heads(self, most: int) -> list[Message]:
@@ -825,7 +909,9 @@ class Delivery:
             return heads
         for index, message in enumerate(heads):
             room = (credit - STORED_OVERHEAD_BYTES) // 2
-            newest = self._store.latest(self.name, message.keys[0], room) if room > 0 else None
+            newest = None
+            if len(message.keys) == 1 and room > 0:
+                newest = self._store.latest(self.name, message.keys[0], room)
             if newest is None or newest.row == message.row:
                 continue
             if newest.change.whole or newest.change.action == "delete":
@@ -857,8 +943,7 @@ class Delivery:
             results = await self._attempt([message])
             await self._settle([message], results, self.queue_throttle)
         finally:
-            self._in_flight -= 1
-            self._wake.set()
+            self._free_slot()
 
 
 def _stored_cost(message: Message) -> int:

@@ -9,8 +9,8 @@ gap        it missed changes, knowingly and on record; nothing but a reload of i
 full       its backlog is at its cap
 down       the sink as a whole does not answer or refuses us; the breaker probes it
 retrying   all that is sent fails; the stream is narrowed to probes
-parked     some keys wait for their retry, the others flow
 stalled    there is work, nothing forbids it, and nothing has moved for a minute
+parked     some keys wait for their retry, the others flow
 behind     it works off a backlog, or its oldest open message is older than five seconds
 caught_up  everything is delivered
 idle       everything is delivered, and nothing has come for a minute
@@ -78,6 +78,9 @@ def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
             f"every message is rejected, last: {delivery.last_error}",
             f"mend what the sink rejects, then: spillway backlog retry {name} --all",
         )
+    waiting = counters.queued + delivery.memory_messages
+    if waiting and now - max(delivery.last_progress_at, delivery.busy_since) > STALLED_SECONDS:
+        return "stalled", f"{waiting} messages wait and none was delivered for a minute", "see the log of the process"
     if counters.parked_keys:
         return (
             "parked",
@@ -101,9 +104,6 @@ def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:
     counters = delivery.counters
     first = delivery.window.first_open()
     open_seconds = now - first.arrived if first is not None else 0.0
-    waiting = counters.messages + delivery.memory_messages
-    if waiting and now - max(delivery.last_progress_at, delivery.last_intake_at) > STALLED_SECONDS:
-        return "stalled", f"{waiting} messages wait and none was delivered for a minute", "see the log of the process"
     if counters.messages or open_seconds > BEHIND_SECONDS:
         warning = delivery.spec.limits.warning(counters)
         oldest = max(delivery.oldest_seconds, open_seconds)

@@ -11,6 +11,7 @@ when it changes): the sinks whose source includes the table, which actions they 
 
 A table that a sink cannot take (its key is not part of the replica identity) is refused for that sink when the
 Relation message comes: `refused` names it and the finding; its changes are not routed to that sink, and health says so.
+When it is mended, what the sink missed becomes a gap on record.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Router:
         self._subscriptions = subscriptions
         self._routes: dict[tuple[str, str], list[_Route]] = {}
         self.refused: dict[tuple[str, str, str], Finding] = {}  # sink, schema, table
+        self._refused_since: dict[tuple[str, str, str], int] = {}  # from which LSN on
 
     def group_columns(self, schema: str, table: str) -> tuple[tuple[str, ...], ...]:
         """The column sets by which some sink orders this table: what the decoder must make ``Change.groups`` of."""
@@ -65,8 +67,8 @@ class Router:
                 sets.append(columns)
         return tuple(sets)
 
-    def learn(self, schema: str, table: str, unkeyable: Unkeyable) -> None:
-        """A table's shape is known: plan its routes."""
+    def learn(self, schema: str, table: str, unkeyable: Unkeyable, lsn: int = 0) -> None:
+        """A table's shape is known as of ``lsn``: plan its routes."""
         sets = self.group_columns(schema, table)
         routes: list[_Route] = []
         for subscription in self._subscriptions:
@@ -77,8 +79,12 @@ class Router:
             finding = unkeyable(columns, subscription.needs_key) if subscription.grouping else None
             if finding is not None:
                 self.refused[name, schema, table] = finding
+                self._refused_since.setdefault((name, schema, table), lsn)
                 continue
-            self.refused.pop((name, schema, table), None)
+            mended = self.refused.pop((name, schema, table), None)
+            if mended is not None:
+                since = self._refused_since.pop((name, schema, table))
+                subscription.delivery.missed(since, lsn, f"table {schema}.{table} was refused: {mended.what}")
             routes.append(_Route(subscription, None if columns is None else sets.index(columns)))
         self._routes[schema, table] = routes
 

@@ -20,15 +20,18 @@ later of the key can be sent and confirmed while a crash would bring the earlier
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from spillway.change import Message
 
 _Line = deque[Message]
 
+ENCODED_OVERHEAD_BYTES = 512
+
 
 class Window:
-    def __init__(self, *, keyed: bool, supersedes: bool) -> None:
+    def __init__(self, *, keyed: bool, supersedes: bool, passed: Callable[[Message], None] = lambda _: None) -> None:
+        self._passed = passed  # told of each message that the watermark passes
         self._keyed = keyed
         self._supersedes = supersedes
         self._open: deque[Message] = deque()
@@ -46,7 +49,9 @@ class Window:
     def first_open(self) -> Message | None:
         """The oldest message that is neither resolved nor durable."""
         while self._open and self._open[0].done:
-            self._open.popleft()
+            message = self._open.popleft()
+            message.passed = True
+            self._passed(message)
         return self._open[0] if self._open else None
 
     def unwritten(self) -> list[Message]:
@@ -85,10 +90,11 @@ class Window:
                 return
         self._ready.append(message)
 
-    def take(self, max_messages: int, max_bytes: int) -> list[Message]:
-        """The next batch, at least one message if any is ready. They are in flight until `finish`.
+    def take(self, max_messages: int, max_bytes: int, encode_bytes: int) -> list[Message]:
+        """The next batch. They are in flight until `release` or `put_back`.
 
-        ``max_bytes`` counts bodies; the first message is taken whatever its size.
+        ``max_bytes`` counts bodies; the first message is taken whatever its size. ``encode_bytes`` is the credit there
+        is for encoding those that have none of their own (see `encoded_cost`): without it nothing of them is taken.
         """
         batch: list[Message] = []
         size = 0
@@ -97,6 +103,10 @@ class Window:
             size += len(message.change.body)
             if batch and size > max_bytes:
                 break
+            if not message.credit:
+                encode_bytes -= encoded_cost(message)
+                if encode_bytes < 0:
+                    break
             self._ready.popleft()
             if self._supersedes and len(message.keys) == 1:
                 message = self._newest(message)
@@ -104,10 +114,6 @@ class Window:
             self._flying[id(message)] = message
         self.waiting -= len(batch)
         return batch
-
-    def peek(self) -> Message:
-        """The first ready message; only when `ready`."""
-        return self._ready[0]
 
     @property
     def ready_count(self) -> int:
@@ -235,6 +241,11 @@ class Window:
         newest.superseded = [earlier for m in before for earlier in (*(m.superseded or ()), m)]
         self.waiting -= last + 1
         return newest
+
+
+def encoded_cost(message: Message) -> int:
+    """Credit for the place of a message in a request, and its answer."""
+    return len(message.change.body) + ENCODED_OVERHEAD_BYTES
 
 
 _FREE: _Line = deque()  # stands for "not busy" in look-ups

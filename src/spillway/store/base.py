@@ -37,8 +37,8 @@ newcomer is put into the lane if any of its keys is parked then (its other keys 
 the queue. The caller learns which.
 
 **Reads** never see uncommitted rows, run beside writes, and read at most the rows they return plus a constant number
-(I5). No read loads a body that does not fit ``max_bytes`` — except the first of a page, so that progress is possible;
-the caller takes its credit from ``bytes_at_head`` first.
+(I5). No read of the stream loads a body that does not fit ``max_bytes``: the caller asks `bytes_at_head` or `bytes_due`
+first, and takes its credit by that. What people ask for is read on a connection of its own.
 
 **Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
 touching them (a row's due time carries the number of the run that wrote it).
@@ -219,7 +219,7 @@ class Store(Protocol):
         """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
 
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
-        """The newest that waits under a key, if it fits; None otherwise."""
+        """The newest that waits under a key, if it fits and no message with two keys waits there; None otherwise."""
 
     def next_due_seconds(self, sink: str) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent."""

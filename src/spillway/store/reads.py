@@ -36,22 +36,23 @@ _PASSED = f"{_DUE} AND p.run = {_RUN} AND p.due <= ?2"
 _REGARDLESS = f"{_DUE} AND ?2 IS NOT NULL"
 
 
-def _fitting(select: str, max_bytes: str, source: str = "message") -> str:
-    """The messages of a selection (id, bytes) as long as the sum of their bytes fits; the first in any case."""
+def _fitting(select: str, max_bytes: str, source: str = "message", *, first: bool) -> str:
+    """The messages of a selection (id, bytes) as long as the sum of their bytes fits; ``first``: that in any case."""
+    or_first = " OR q.total = q.bytes" if first else ""
     return f"""
     SELECT {_COLUMNS} FROM (SELECT id, bytes, sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS total FROM ({select})) q
-    CROSS JOIN {source} m ON m.id = q.id WHERE q.total <= {max_bytes} OR q.total = q.bytes"""
+    CROSS JOIN {source} m ON m.id = q.id WHERE q.total <= {max_bytes}{or_first}"""
 
 
 def _heads(which: str) -> str:
-    """The same for heads of lanes, with their attempts and reason; the first in any case only if ?5."""
+    """The same for heads of lanes, with their attempts and reason."""
     return f"""
     SELECT {_COLUMNS}, q.attempts, q.reason FROM (
         SELECT id, bytes, attempts, reason, sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS total FROM (
             SELECT p.head AS id, p.attempts, p.reason, length(m.body) AS bytes
             FROM parked p INDEXED BY parked_due CROSS JOIN message m ON m.id = p.head
             WHERE {which} ORDER BY p.run, p.due LIMIT ?3)) q
-    CROSS JOIN message m ON m.id = q.id WHERE q.total <= ?4 OR (?5 AND q.total = q.bytes)"""
+    CROSS JOIN message m ON m.id = q.id WHERE q.total <= ?4"""
 
 
 def _first_head_bytes(which: str) -> str:
@@ -65,7 +66,8 @@ def _first_of(key: str) -> str:
 
 
 def _letters(where: str) -> str:
-    return _fitting(f"SELECT id, length(body) AS bytes FROM dead WHERE {where} ORDER BY id LIMIT ?4", "?5", "dead")
+    letters = f"SELECT id, length(body) AS bytes FROM dead WHERE {where} ORDER BY id LIMIT ?4"
+    return _fitting(letters, "?5", "dead", first=True)
 
 
 def _dead_keys(where: str) -> str:
@@ -78,7 +80,9 @@ def _dead_keys(where: str) -> str:
 SELECT_SINK_ID = "SELECT id FROM sink WHERE name = ?"
 SELECT_IDENTITY = "SELECT system_id, timeline, name, epoch, mark FROM slot WHERE name = ?"
 SELECT_PARKED = "SELECT p.key FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"
-SELECT_PAGE = _fitting("SELECT id, bytes FROM queue WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?3", "?4")
+SELECT_PAGE = _fitting(
+    "SELECT id, bytes FROM queue WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?3", "?4", first=False
+)
 SELECT_HEAD_BYTES = "SELECT bytes FROM queue WHERE sink = ? AND id > ? ORDER BY id LIMIT 1"
 SELECT_NEWEST = f"""
     SELECT m.id, {_first_of("m.key1")}, iif(m.key2 IS NULL, NULL, {_first_of("m.key2")})
@@ -95,7 +99,8 @@ SELECT_OLDER_BYTES, SELECT_PASSED_BYTES, SELECT_REGARDLESS_BYTES = (
 )
 SELECT_LATEST = f"""
     SELECT {_COLUMNS} FROM message m
-    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.body) <= ?3"""
+    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.body) <= ?3
+    AND NOT EXISTS (SELECT 1 FROM lane WHERE sink = ?1 AND key = ?2 AND other IS NOT NULL)"""
 SELECT_NEXT_DUE = f"SELECT p.run < {_RUN}, p.due FROM parked p WHERE {_DUE} ORDER BY p.run, p.due LIMIT 1"
 SELECT_OLDEST = """
     SELECT m.commit_time FROM (SELECT
@@ -114,7 +119,7 @@ SELECT_WAITING_FOR = """
     FROM parked p CROSS JOIN message m
     ON m.id = (SELECT l.id FROM lane l WHERE l.sink = p.sink AND l.key = p.key ORDER BY l.id LIMIT 1)
     WHERE p.sink = ?1 AND p.key > ?2 AND p.reason = ?4 ORDER BY p.key LIMIT ?3"""
-SELECT_KEY = _fitting("SELECT id, bytes FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id LIMIT ?3", "?4")
+SELECT_KEY = _fitting("SELECT id, bytes FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id LIMIT ?3", "?4", first=True)
 SELECT_DEAD = _dead_keys("sink = ?1 AND key1 > ?2 AND ?3 IS NULL")
 SELECT_DEAD_FOR = _dead_keys("sink = ?1 AND key1 > ?2 AND reason = ?3")
 SELECT_LETTERS = _letters("sink = ?1 AND id > ?2 AND ?3 IS NULL")
@@ -133,16 +138,23 @@ class Reads:
         self._clock = clock
         self._reader = open_reader(path)
         self._reading = Lock()
+        self._people = open_reader(path)  # what people ask for never stands before what the stream asks for
+        self._asking = Lock()
         self._sink_ids: dict[str, int] = {}
 
     def close_reader(self) -> None:
-        with self._reading:
+        with self._reading, self._asking:
             self._reader.close()
+            self._people.close()
 
     def _rows(self, statement: str, given: Sequence[Value]) -> list[Row]:
         with self._reading:
             self.reads += 1
             return self._reader.execute(statement, given).fetchall()
+
+    def _asked(self, statement: str, given: Sequence[Value]) -> list[Row]:
+        with self._asking:
+            return self._people.execute(statement, given).fetchall()
 
     def _first(self, statement: str, given: Sequence[Value]) -> Row | None:
         rows = self._rows(statement, given)
@@ -192,7 +204,7 @@ class Reads:
         for statement in (SELECT_REGARDLESS,) if regardless else (SELECT_OLDER, SELECT_PASSED):
             if len(heads) == max_keys:
                 break
-            given = (self._id(sink), self._clock.monotonic(), max_keys - len(heads), max_bytes, not heads)
+            given = (self._id(sink), self._clock.monotonic(), max_keys - len(heads), max_bytes)
             for row in self._rows(statement, given):
                 attempts, reason = cast("tuple[int, str]", row[-2:])
                 message = read_message(row)
@@ -226,15 +238,17 @@ class Reads:
     # -- for people -------------------------------------------------------------------------------------------------
     def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
         given: tuple[Value, ...] = (self._id(sink), after_key or "", limit)
-        rows = self._rows(SELECT_WAITING, given) if reason is None else self._rows(SELECT_WAITING_FOR, (*given, reason))
+        rows = (
+            self._asked(SELECT_WAITING, given) if reason is None else self._asked(SELECT_WAITING_FOR, (*given, reason))
+        )
         return [_waiting(row) for row in rows]
 
     def show(self, sink: str, key: str, limit: int) -> list[Message]:
-        return [read_message(r) for r in self._rows(SELECT_KEY, (self._id(sink), key, limit, PEOPLE_BYTES))]
+        return [read_message(r) for r in self._asked(SELECT_KEY, (self._id(sink), key, limit, PEOPLE_BYTES))]
 
     def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
         statement = SELECT_DEAD if reason is None else SELECT_DEAD_FOR
-        return [_waiting(row) for row in self._rows(statement, (self._id(sink), after_key or "", reason, limit))]
+        return [_waiting(row) for row in self._asked(statement, (self._id(sink), after_key or "", reason, limit))]
 
     def show_dead(self, sink: str, key: str, limit: int) -> list[Message]:
         return self.read_dead(sink, Select(key=key), 0, limit)
@@ -246,7 +260,7 @@ class Reads:
         elif select.reason is not None:
             statement, value = SELECT_LETTERS_FOR, select.reason
         given = (self._id(sink), after_row, value, limit, PEOPLE_BYTES)
-        return [read_message(row) for row in self._rows(statement, given)]
+        return [read_message(row) for row in self._asked(statement, given)]
 
     def free_bytes(self) -> int:
         return free_bytes(self._path.parent)
