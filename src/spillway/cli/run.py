@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -24,12 +25,16 @@ from spillway.config import Config
 from spillway.engine import Engine
 
 STOPPED_AT_ONCE = 130
+SWITCH_SECONDS = 0.0005
 
 
 def run(file: Path, json: bool) -> None:
     config = load(file)
     token = config.server.token
     logs.configure(os.environ, json=json, secrets=[token.get_secret_value()] if token else [])
+    # SQLite gives up the interpreter at every step of a statement: at the default of 5 ms a busy loop would starve the
+    # store's thread.
+    sys.setswitchinterval(SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(config))
 

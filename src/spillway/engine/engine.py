@@ -160,6 +160,7 @@ class Engine:
             "delivered": delivery.delivered,
             "truncates_ignored": delivery.truncates_ignored,
             "last_error": delivery.last_error,
+            "store_reads_at_first_request": delivery.reads_before_first_request,
             "position": str(delivery.tail),
             "gap": None
             if gap is None

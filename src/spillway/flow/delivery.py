@@ -119,6 +119,7 @@ class Delivery:
         self.last_progress_at = self.busy_since = clock.monotonic()
         self.last_intake_at = float("-inf")
         self.delivered = 0
+        self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self.truncates_ignored = 0
         self.memory_bytes = 0
         self.memory_messages = 0
@@ -666,11 +667,16 @@ class Delivery:
 
     async def _deliver(self, batch: list[Message], encode_bytes: int) -> None:
         try:
-            results = await self._attempt(batch)
+            results = await self._ask(batch)
         finally:
             self._share.give(encode_bytes)
         await self._settle(batch, results, self.queue_throttle)
         self._free_slot()
+
+    async def _ask(self, batch: list[Message]) -> list[Result]:
+        if self.reads_before_first_request is None:
+            self.reads_before_first_request = self._store.reads
+        return await self._attempt(batch)
 
     async def _settle(self, batch: list[Message], results: list[Result], throttle: Throttle) -> None:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
@@ -857,7 +863,7 @@ class Delivery:
             heads = await self._read_heads(1 if self.breaker.open else most)
             if heads:
                 await self._take_slot()
-                results = await self._attempt(heads)
+                results = await self._ask(heads)
                 await self._settle(heads, results, self.lane_throttle)
                 self._free_slot()
                 mended = [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
@@ -940,7 +946,7 @@ class Delivery:
                 self._share.give(left)
             self._skip.add(message.row)
             self.window.fly(message)
-            results = await self._attempt([message])
+            results = await self._ask([message])
             await self._settle([message], results, self.queue_throttle)
         finally:
             self._free_slot()

@@ -50,6 +50,7 @@ LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq's buffer starts with
 # A bite of this size is load: the socket gets a moment to fill.
 FILL_AFTER_BYTES = LIBPQ_BUFFER_BYTES
 FILL_SECONDS = 0.001
+LARGE_BYTES = 1 << 20
 START_TIMEOUT_SECONDS = 30
 # TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
 TLS_RECHECK_SECONDS = 0.05
@@ -66,7 +67,7 @@ _FEEDBACK = struct.Struct(">cQQQqB")  # write, flush, apply, time, reply request
 class XLogData(NamedTuple):
     wal_start: int
     wal_end: int
-    payload: bytes
+    payload: bytes | memoryview  # a view only of what is too large to be copied once more
 
 
 class Keepalive(NamedTuple):
@@ -149,7 +150,8 @@ class Stream:
             tag = view[0]
             if tag == _XLOG_DATA:
                 wal_start, wal_end, _ = _XLOG_HEADER.unpack_from(view)
-                return XLogData(wal_start, wal_end, bytes(view[_XLOG_HEADER.size :]))
+                payload = view[_XLOG_HEADER.size :]
+                return XLogData(wal_start, wal_end, payload if size > LARGE_BYTES else bytes(payload))
             if tag == _KEEPALIVE:
                 wal_end, _, reply_requested = _KEEPALIVE_FRAME.unpack_from(view)
                 return Keepalive(wal_end, reply_requested != 0)

@@ -73,7 +73,7 @@ def _letters(where: str) -> str:
 def _dead_keys(where: str) -> str:
     # With min(id) alone, the columns beside it are those of the oldest letter (SQLite: bare columns).
     return f"""
-    SELECT key1, reason, detail, attempts, stored, sum(length(body)), count(*), min(id) FROM dead
+    SELECT key1, reason, detail, attempts, stored, sum(max(length(body), too_large_bytes)), count(*), min(id) FROM dead
     WHERE {where} GROUP BY key1 ORDER BY key1 LIMIT ?4"""
 
 
