@@ -39,11 +39,15 @@ async def turns() -> None:
 
 
 class HeldStore:
-    """The real store, whose commits wait while it is held; they keep their order. Nothing else is changed."""
+    """The real store, whose commits wait while it is held; they keep their order. Nothing else is changed.
+
+    The mark (I9), which is asked for before a sink takes anything, waits only if ``holds_mark``.
+    """
 
     def __init__(self, store: Any) -> None:
         self.real = store
         self.held = False
+        self.holds_mark = False
         self.waiting: list[tuple[str, object, Future[Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -53,7 +57,7 @@ class HeldStore:
         return self._ask("write", write)
 
     def write_identity(self, identity: Identity) -> Future[Any]:
-        return self._ask("write_identity", identity)
+        return self._ask("write_identity", identity) if self.holds_mark else self.real.write_identity(identity)
 
     def _ask(self, method: str, what: object) -> Future[Any]:
         if not self.held:
