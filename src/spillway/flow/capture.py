@@ -258,7 +258,9 @@ class Capture:
         if changes:
             # The mark covers whatever a sink has taken, not only what is confirmed: after a failover to a server that
             # forked below it nothing may count as known already (I9).
+            self._wait("state: the mark is on its way to disk")
             await self._reserve_mark(changes[-1].commit_lsn)
+            self._wait("")
         routed = self._router.route(changes)
         asked = [d for d in routed if d.needs_look_up]
         answers = await asyncio.gather(*(d.parked_among(routed[d]) for d in asked))
