@@ -15,6 +15,7 @@ from typing import NoReturn
 import httpx
 import pytest
 
+import spillway.engine
 import spillway.source
 from spillway.cli import main
 from spillway.errors import Finding, SourceUnavailable
@@ -152,6 +153,12 @@ def use_preflight(monkeypatch: pytest.MonkeyPatch, found: Callable[[], list[Find
 
     monkeypatch.setattr(spillway.source, "preflight", SimpleNamespace(check=check), raising=False)
     monkeypatch.setitem(sys.modules, "spillway.source.preflight", ModuleType("preflight"))
+
+    async def identity_findings(config: object) -> list[Finding]:
+        await asyncio.sleep(0)
+        return []
+
+    monkeypatch.setattr(spillway.engine, "identity_findings", identity_findings)
 
 
 def run_check(*argv: str) -> int:

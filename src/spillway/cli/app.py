@@ -88,7 +88,7 @@ def status(json: options.Json = False, url: options.Url = None, config: options.
         held, limit = output.size(memory.get("held_bytes")), output.size(memory.get("limit_bytes"))
         output.emit(f"memory {held} held of {limit}")
     output.emit("")
-    output.table(DATABASE_COLUMNS, map(_database_cells, output.rows(answer, "databases")))
+    _show_databases(output.rows(answer, "databases"))
     output.emit("")
     _show_sinks(output.rows(answer, "sinks"))
 
@@ -173,6 +173,14 @@ def _show_sinks(found: list[output.Row]) -> None:
             parts = [reason, "" if last_error in reason else last_error, str(sink.get("remedy") or "")]
             if any(parts):
                 output.emit(output.printable(f"{sink.get('name')}: {'; '.join(filter(None, parts))}"))
+
+
+def _show_databases(found: list[output.Row]) -> None:
+    output.table(DATABASE_COLUMNS, map(_database_cells, found))
+    for database in found:
+        if not database.get("connected"):
+            why = database.get("last_error") or database.get("waiting")
+            output.emit(output.printable(f"{database.get('name')}: not connected; {why}"))
 
 
 def _sink_cells(sink: output.Row) -> list[str]:

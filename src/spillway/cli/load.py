@@ -33,9 +33,9 @@ def check(file: Path) -> Sequence[Finding]:
     try:
         findings = asyncio.run(preflight.check(config))
         if not any(finding.severity == "error" for finding in findings):
-            from spillway.engine import missing_state  # noqa: PLC0415 - heavy
+            from spillway.engine import identity_findings  # noqa: PLC0415 - heavy
 
-            findings += asyncio.run(missing_state(config))
+            findings += asyncio.run(identity_findings(config))
         return findings
     except ConfigError:
         raise

@@ -233,6 +233,9 @@ def _one_spelling(block: Block, reading: Reading) -> None:
         reading.problem(block.line_of("ssl"), block.key_path("ssl"), "url has an sslmode already; give one of the two")
     ports = {"port": parameters.pop("port")} if "," in parameters.get("port", "") else {}  # of a list of hosts
     parameters.setdefault("dbname", parameters.get("user", ""))  # libpq's rule
+    if "@" in parameters.get("host", ""):  # a part of the password, most likely: it must not be shown
+        reading.problem(line, path, "has an @ in its host; write special characters in a password as %XX, @ as %40")
+        parameters["host"] = ""
     for key, parameter in _DISCRETE.items():
         block[key], block.lines[key] = parameters.pop(parameter, _UNSAID.get(key)), line
     block["options"] = parameters | ports

@@ -54,7 +54,7 @@ class Config:
     @property
     def base_dir(self) -> Path:
         """Relative paths start here."""
-        return self.file.parent
+        return self.file.parent.absolute()
 
     @property
     def state_path(self) -> Path:
@@ -119,7 +119,7 @@ class _Whole(Section):
 
 def load(path: Path, env: Mapping[str, str]) -> Config:
     """Read and validate a configuration file. Raises ConfigErrors, a ConfigError, with everything that is wrong."""
-    reading = Reading(str(path), path.parent)
+    reading = Reading(str(path), path.parent.absolute())
     root = _read(path, reading)
     known = _Whole.known_keys()
     used = Block("", root.line)

@@ -17,9 +17,7 @@ from spillway.config import Config, Database
 from spillway.errors import Finding, SpillwayError
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.position import format_lsn
-from spillway.source.connect import querying
-from spillway.source.session import SourceState, open_session
-from spillway.source.slot import slot_state
+from spillway.source.session import observe, open_session
 from spillway.store.base import Gap, Identity, Store, Write
 from spillway.store.sqlite import open_store
 
@@ -47,17 +45,18 @@ async def _adopt(config: Config, database: Database, store: Store) -> str:
         return f"{database.name}: state and slot belong together, nothing to adopt"
     if not server.slot_exists and not server.slot_created:
         raise SpillwayError.of(finding)
-    epoch = identity.epoch + 1 if identity else 1
+    # Without a state the epoch of the lost one is not known: the first has number 1, so this is at least one above it.
+    epoch = identity.epoch + 1 if identity else 2
     if epoch > MAX_EPOCH:
         raise SpillwayError("epochs_used_up", "this state has been adopted 31 times", "start with a new state file")
     gaps = 0
     for sink in sinks:
         state = store.open_sink(sink.name, slot)
-        if identity is not None:
-            first = state.gap.first_lsn if state.gap is not None else max(0, identity.mark - MARK_RESERVE_BYTES)
-            gap = Gap(first, server.confirmed_lsn, time.time(), finding.what)
-            await asyncio.wrap_future(store.write(Write(sink.name, gap=gap)))
-            gaps += 1
+        known = max(0, identity.mark - MARK_RESERVE_BYTES) if identity is not None else 0
+        first = state.gap.first_lsn if state.gap is not None else known
+        gap = Gap(first, server.confirmed_lsn, time.time(), finding.what)
+        await asyncio.wrap_future(store.write(Write(sink.name, gap=gap)))
+        gaps += 1
     mark = server.confirmed_lsn + MARK_RESERVE_BYTES
     await asyncio.wrap_future(store.write_identity(Identity(server.system_id, server.timeline, slot, epoch, mark)))
     return (
@@ -66,19 +65,26 @@ async def _adopt(config: Config, database: Database, store: Store) -> str:
     )
 
 
-async def missing_state(config: Config) -> list[Finding]:
-    """For `spillway check`: slots that have been read before, while there is no state file at all."""
-    found: list[Finding] = []
+async def identity_findings(config: Config) -> list[Finding]:
+    """For `spillway check`: what would keep `run` from starting on this state. Nothing if it is running."""
+    store: Store | None = None
     if config.state_path.exists():
+        try:
+            store = open_store(config.state_path)
+        except SpillwayError as error:
+            return [] if error.code == "state_locked" else [Finding(error.code, error.what, error.remedy)]
+    try:
+        found = []
+        for database in config.databases:
+            identity = store.identity(database.slot.name) if store is not None else None
+            server = await observe(database, identity.timeline if identity is not None else None)
+            finding = judge(database.slot.name, identity, server)
+            if finding is not None:
+                found.append(replace(finding, database=database.name))
         return found
-    for database in config.databases:
-        async with querying(database.conninfo(), database.slot.name) as query:
-            slot = await slot_state(query, database.slot.name)
-        server = SourceState("", 0, None, slot.exists, False, slot.used, slot.confirmed_flush_lsn)
-        finding = judge(database.slot.name, None, server)
-        if finding is not None:
-            found.append(replace(finding, database=database.name))
-    return found
+    finally:
+        if store is not None:
+            store.close()
 
 
 MAX_EPOCH = 31  # five bits of a version

@@ -146,7 +146,7 @@ class Engine:
             "database": sink.database,
             "type": sink.destination.type,
             "state": health.state,
-            "reason": "; ".join(filter(None, [health.reason, self._blocked_by(pipeline, delivery)])),
+            "reason": health.reason,
             "since": datetime.fromtimestamp(health.since, UTC).isoformat(),
             "remedy": health.remedy,
             "backlog_messages": counters.messages,
@@ -171,11 +171,6 @@ class Engine:
                 "reason": gap.reason,
             },
         }
-
-    def _blocked_by(self, pipeline: Pipeline, delivery: Delivery) -> str:
-        """A block holds the slot for every sink, and every sink says so."""
-        others = [d.name for d in pipeline.deliveries if d.blocks and d is not delivery]
-        return f"the slot is not read: the backlog of {', '.join(others)} is full" if others else ""
 
     # -- what people ask for ----------------------------------------------------------------------------------------
     def _of(self, sink: str) -> tuple[Pipeline, Delivery]:

@@ -37,6 +37,7 @@ from spillway.store.base import Identity, Store
 
 LAG_SECONDS = 1.0
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
+UNREACHABLE_SECONDS = 10.0  # of a source: a restart of the server passes in less
 
 _log = structlog.get_logger()
 
@@ -196,18 +197,25 @@ class Pipeline:
         """As of now."""
         health = self.health[delivery.name]
         health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+        health.not_read = self.not_read()
         health.update(delivery, self._clock.monotonic(), self._clock.wall())
         return health
 
-    def stalled(self) -> str | None:
-        """Why the slot is not being read, if that is so for longer than is normal."""
+    def not_read(self) -> str:
+        """Why the slot is not being read, "" while it is."""
         blocking = [d for d in self.deliveries if d.blocks]
         if blocking:
             return "; ".join(f"the backlog of {d.name} is full: {d.full}" for d in blocking)
+        capture = self.capture
+        if capture.connected or self._clock.monotonic() - capture.waiting_since < UNREACHABLE_SECONDS:
+            return ""
+        return f"the source cannot be read: {capture.last_error or capture.why_waiting}"
+
+    def stalled(self) -> str:
+        """What makes this process not ready: the slot is not read, or nothing has moved in it for too long."""
         why = self.capture.why_waiting
-        if why and self._clock.monotonic() - self.capture.waiting_since > STALLED_SECONDS:
-            return why
-        return None
+        long = self._clock.monotonic() - self.capture.waiting_since > STALLED_SECONDS
+        return self.not_read() or (why if long else "")
 
     def delivery(self, sink: str) -> Delivery | None:
         return next((d for d in self.deliveries if d.name == sink), None)

@@ -54,6 +54,7 @@ SPILL_AGE_SECONDS = 0.25
 STORED_OVERHEAD_BYTES = 1536
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
+BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
 DISCARD_MESSAGES = 5000  # removed per transaction
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
@@ -594,6 +595,7 @@ class Delivery:
         if self.paused:
             await self._commit(Write(self.name, paused=False))
             self.paused = False
+            self.busy_since = self._clock.monotonic()  # what waited for this has not stalled
         elif self.gap is not None and self.gap.last_lsn is None:
             if not now_at_lsn:
                 raise SpillwayError(
@@ -682,6 +684,7 @@ class Delivery:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
         now = self._clock.monotonic()
         lane = throttle is self.lane_throttle
+        results = self._blame(results, now)
         ok = [m for m, r in zip(batch, results, strict=True) if r.outcome == "ok"]
         failed = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome in ("retry", "reject")]
         down = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome == "sink_down"]
@@ -710,6 +713,14 @@ class Delivery:
             if message.change.action == "truncate":
                 await self._settle_truncate(message)
         self._moved()
+
+    def _blame(self, results: list[Result], now: float) -> list[Result]:
+        """A time-out concerns the sink; but one message alone that times out while others go through is itself to
+        blame, and must not be the probe for ever: its key is parked. It is never buried for that."""
+        alone = len(results) == 1 and results[0].outcome == "sink_down" and results[0].reason == "timeout"
+        if alone and now - self.last_progress_at < BLAME_SECONDS:
+            return [replace(results[0], outcome="retry")]
+        return results
 
     async def _settle_ok(self, ok: list[Message]) -> None:
         """Resolved. Nothing of it is done, and no key free, before the removal of all its rows has committed: else the
@@ -755,7 +766,7 @@ class Delivery:
             elif message.superseded:
                 # Not sent themselves yet: they go first, one by one, from the lane.
                 park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
-            elif (limit is not None and attempts > limit) or (
+            elif (limit is not None and attempts > limit and result.reason != "timeout") or (
                 self.spec.on_reject == "dead_letter" and result.outcome == "reject"
             ):
                 bury.append(Park(message, result.reason, result.detail, 0.0))

@@ -9,7 +9,7 @@ gap        it missed changes, knowingly and on record; nothing but a reload of i
 full       its backlog is at its cap
 down       the sink as a whole does not answer or refuses us; the breaker probes it
 retrying   all that is sent fails; the stream is narrowed to probes
-stalled    there is work, nothing forbids it, and nothing has moved for a minute
+stalled    there is work, nothing forbids it, and nothing has moved for a minute; or the slot is not being read
 parked     some keys wait for their retry, the others flow
 behind     it works off a backlog, or its oldest open message is older than five seconds
 caught_up  everything is delivered
@@ -43,9 +43,14 @@ class Health:
     remedy: str = ""
     since: float = 0.0
     refused: list[Finding] = field(default_factory=list)
+    not_read: str = ""  # why the slot is not read, which every sink of it says
 
     def update(self, delivery: Delivery, now: float, wall: float) -> None:
         state, self.reason, self.remedy = judge(delivery, now)
+        if self.not_read and not (delivery.blocks and state == "full"):
+            state = "stalled" if state in ("idle", "caught_up", "behind") else state
+            self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")
+            self.remedy = self.remedy or "mend what keeps the slot from being read"
         if self.refused:
             self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in self.refused)]))
             self.remedy = "; ".join(filter(None, [self.remedy, *(f.remedy for f in self.refused)]))

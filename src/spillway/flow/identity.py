@@ -24,6 +24,12 @@ def judge(slot: str, identity: Identity | None, server: SourceState, reached_lsn
     """Why the state and the slot do not belong together; None: they do. ``reached_lsn``: how far this process has read,
     0 at its start, when the mark is all that is known of it."""
     if identity is None:
+        if server.slot_reader:
+            return Finding(
+                "slot_active",
+                f"slot {slot} is being read by {server.slot_reader} now, and it is not this state that it belongs to",
+                "stop that process, or give this one a slot of its own",
+            )
         if server.slot_exists and not server.slot_created and server.slot_used:
             return _finding(
                 "state_missing",

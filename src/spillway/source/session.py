@@ -21,7 +21,7 @@ from spillway.pgoutput.identity import quote_identifier, unkeyable
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.position import parse_lsn
 from spillway.source import catalog
-from spillway.source.connect import Connection, connect_query, connect_replication
+from spillway.source.connect import Connection, connect_query, connect_replication, querying
 from spillway.source.refusal import query_refusal
 from spillway.source.slot import ensure_publication, ensure_slot, slot_state, system
 from spillway.source.stream import Stream
@@ -37,6 +37,7 @@ class SourceState:
     slot_exists: bool
     slot_created: bool  # by us, just now
     slot_used: bool  # somebody has read from it
+    slot_reader: str  # who is reading from it now, "" if nobody is
     confirmed_lsn: int
 
 
@@ -96,10 +97,6 @@ async def open_session(
     try:
         replication = await connect_replication(conninfo, slot.name)
         try:
-            identified = await system(replication)
-            forked = None
-            if known_timeline is not None and known_timeline != identified.timeline:
-                forked = await _forked_lsn(replication, identified.timeline, known_timeline)
             tables = [(t.schema, t.table) for source in sources for t in source.include_tables or ()]
             await ensure_publication(
                 query,
@@ -111,22 +108,43 @@ async def open_session(
             created = create_slot and await ensure_slot(
                 query, replication, slot.name, publication.name, create_if_not_exists=slot.create_if_not_exists
             )
+            server = await _observe(query, replication, slot.name, known_timeline, created=created)
         finally:
             await replication.close()
-        state = await slot_state(query, slot.name)
-        server = SourceState(
-            system_id=identified.system_id,
-            timeline=identified.timeline,
-            forked_lsn=forked,
-            slot_exists=state.exists,
-            slot_created=created,
-            slot_used=state.used,
-            confirmed_lsn=state.confirmed_flush_lsn,
-        )
-        return Session(database, query, server, identified.server_version)
+        return Session(database, query, server, query.info.server_version)
     except BaseException:
         await query.close()
         raise
+
+
+async def observe(database: Database, known_timeline: int | None) -> SourceState:
+    """What `open_session` would report, without making or taking anything."""
+    async with querying(database.conninfo(), database.slot.name) as query:
+        replication = await connect_replication(database.conninfo(), database.slot.name)
+        try:
+            return await _observe(query, replication, database.slot.name, known_timeline, created=False)
+        finally:
+            await replication.close()
+
+
+async def _observe(
+    query: Connection, replication: Connection, slot: str, known_timeline: int | None, *, created: bool
+) -> SourceState:
+    identified = await system(replication)
+    forked = None
+    if known_timeline is not None and known_timeline != identified.timeline:
+        forked = await _forked_lsn(replication, identified.timeline, known_timeline)
+    state = await slot_state(query, slot)
+    return SourceState(
+        system_id=identified.system_id,
+        timeline=identified.timeline,
+        forked_lsn=forked,
+        slot_exists=state.exists,
+        slot_created=created,
+        slot_used=state.used,
+        slot_reader=state.active_application or str(state.active_pid or ""),
+        confirmed_lsn=state.confirmed_flush_lsn,
+    )
 
 
 async def _forked_lsn(replication: Connection, timeline: int, known: int) -> int | None:

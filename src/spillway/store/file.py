@@ -29,6 +29,8 @@ PAGE_BYTES = 8192
 CACHE_KIB = 8192
 RESERVE_BYTES = 32 << 20
 STATEMENTS = 256  # prepared statements that a connection keeps; there are about a hundred
+SQLITE_HEAD = b"SQLite format 3\0"
+UNREADABLE_REMEDY = "check state.url; restore the file, or remove it to start anew"
 BUSY_MILLISECONDS = 1000  # how long a checkpoint waits for readers
 
 
@@ -61,8 +63,14 @@ def lock(path: Path) -> IO[str]:
 def open_writer(path: Path) -> sqlite3.Connection:
     """The writing connection; creates the file when it is not there."""
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        path.chmod(0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            head = os.read(file, len(SQLITE_HEAD))
+            if head not in (b"", SQLITE_HEAD):
+                raise SpillwayError("state_unreadable", f"{path} is no state file", UNREADABLE_REMEDY)
+            os.fchmod(file, 0o600)
+        finally:
+            os.close(file)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
         try:
             _configure(db)
@@ -74,8 +82,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
         remedy = "state.url must name a file that this user may write"
         raise SpillwayError("state_unwritable", f"{path}: {error}", remedy) from error
     except sqlite3.DatabaseError as error:
-        remedy = "restore it, or remove it to start anew"
-        raise SpillwayError("state_unreadable", f"{path} is no state file: {error}", remedy) from error
+        raise SpillwayError("state_unreadable", f"{path} is no state file: {error}", UNREADABLE_REMEDY) from error
     return db
 
 
