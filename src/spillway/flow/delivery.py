@@ -117,7 +117,8 @@ class Delivery:
         self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
         self.last_error: str | None = None
         self.last_failure_at = 0.0
-        self.last_progress_at = self.busy_since = clock.monotonic()
+        self.last_progress_at = float("-inf")
+        self.busy_since = clock.monotonic()
         self.last_intake_at = float("-inf")
         self.delivered = 0
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
