@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from spillway.config.database import Database
-from spillway.config.destination import NOT_YET, TYPES
+from spillway.config.destination import NOT_YET, TYPES, File, Sqlite
 from spillway.config.document import Block, DocumentError, Items, read
 from spillway.config.endpoint import HttpEndpoint
 from spillway.config.interpolate import interpolate
@@ -114,6 +114,24 @@ class _Whole(Section):
             if memory is not None and sink.max_message_bytes > memory.limit_bytes // 8:
                 most = memory.limit_bytes // 8 // MB
                 raise Wrong(f"{index}.max_message_bytes", f"must be at most an eighth of memory.limit_mb: {most}MB")
+        return sinks
+
+    @field_validator("sinks")
+    @classmethod
+    def _each_its_own(cls, sinks: tuple[Sink, ...]) -> tuple[Sink, ...]:
+        """Two sinks in one file would tear its lines, two in one table would undo each other's rows."""
+        written: dict[tuple[object, ...], str] = {}
+        for index, sink in enumerate(sinks):
+            destination = sink.destination
+            if isinstance(destination, File):
+                place: tuple[object, ...] = (destination.path,)
+            elif isinstance(destination, Sqlite):
+                place = (destination.path, destination.table or sink.source)
+            else:
+                continue
+            if place in written:
+                raise Wrong(f"{index}.destination.path", f"is written by the sink {written[place]} already")
+            written[place] = sink.name
         return sinks
 
 
