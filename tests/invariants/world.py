@@ -21,7 +21,8 @@ from spillway.change import Change, Message
 from spillway.errors import Finding
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
-from spillway.flow.delivery import Delivery, SinkSpec
+from spillway.flow.delivery import Delivery
+from spillway.flow.inflow import SinkSpec
 from spillway.flow.route import Router, Subscription
 from spillway.metrics import Metrics
 from spillway.pgoutput.messages import Begin, Commit

@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         "parked key overtaken after a restart",
-        "flow/delivery.py",
+        "flow/inflow.py",
         "        if not self.counters.parked_keys and not self._diverted:\n",
         "        if not self._diverted:\n",
         (KEPT + "test_a_parked_key_is_not_overtaken_after_a_restart",),

@@ -20,9 +20,10 @@ from spillway.config import Config, Database, Sink
 from spillway.errors import Finding, SpillwayError
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
-from spillway.flow.delivery import Delivery, SinkSpec
+from spillway.flow.delivery import Delivery
 from spillway.flow.health import Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
+from spillway.flow.inflow import SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.route import Router, Subscription
 from spillway.metrics import Metrics

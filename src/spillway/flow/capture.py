@@ -168,8 +168,13 @@ class Capture:
         connection = await self._connect()
         try:
             lsn = await self._cover(self._confirmable())
-            connection.stream.send_feedback(lsn, lsn)
-            await connection.stream.flush()
+            # Who hangs up with something unread makes the other side forget what it has not read: the server is asked
+            # until it answers from there. What it sends before that was confirmed just now.
+            reached = 0
+            while reached < lsn:
+                connection.stream.send_feedback(lsn, lsn, reply=True)
+                await connection.stream.flush()
+                reached = await _next_keepalive(connection.stream)
         finally:
             await connection.close()
 
@@ -356,6 +361,13 @@ class Capture:
         if not self.why_waiting:
             self.waiting_since = self._clock.monotonic()  # not at a change of the reason: a source that is down is so
         self.why_waiting = why
+
+
+async def _next_keepalive(stream: Stream) -> int:
+    while not isinstance(frame := stream.next(), Keepalive):
+        if frame is None:
+            await stream.more()
+    return frame.wal_end
 
 
 async def _first_of(*waits: Awaitable[object]) -> None:

@@ -121,7 +121,7 @@ class Window:
 
     def flying_rows(self) -> list[int]:
         """The rows of everything in flight, superseded ones included."""
-        return [one.row for m in self._flying.values() for one in (*(m.superseded or ()), m) if one.row > 0]
+        return [one.row for one in with_superseded(self._flying.values()) if one.row > 0]
 
     def fly(self, message: Message) -> None:
         """Admit a message that is sent at once (a probe, a retry); its keys are free."""
@@ -166,7 +166,7 @@ class Window:
     # -- leaving memory ---------------------------------------------------------------------------------------------
     def evict(self) -> list[Message]:
         """Drop everything that is not in flight; all of it is in the store. Returns what was dropped."""
-        dropped = [earlier for m in self._ready for earlier in (*(m.superseded or ()), m)]
+        dropped = with_superseded(self._ready)
         seen = {id(m) for m in dropped}
         for line in self._lines.values():
             for message in line or ():
@@ -214,7 +214,7 @@ class Window:
                 # It was the head of this key (it waited at the other one): the key has no head any more.
                 if self._keyed and not self._lines.get(key) and not self._heads(key):
                     self._lines.pop(key, None)
-        return [earlier for m in dropped.values() for earlier in (*(m.superseded or ()), m)]
+        return with_superseded(dropped.values())
 
     def _heads(self, key: str) -> bool:
         """Whether anything in memory still has this key."""
@@ -238,9 +238,14 @@ class Window:
         newest = line[last]
         newest.waits = 0
         before = [message, *(line.popleft() for _ in range(last + 1))][:-1]
-        newest.superseded = [earlier for m in before for earlier in (*(m.superseded or ()), m)]
+        newest.superseded = with_superseded(before)
         self.waiting -= last + 1
         return newest
+
+
+def with_superseded(messages: Iterable[Message]) -> list[Message]:
+    """The messages, each behind those it supersedes."""
+    return [one for m in messages for one in (*(m.superseded or ()), m)]
 
 
 def encoded_cost(message: Message) -> int:
