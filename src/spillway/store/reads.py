@@ -13,13 +13,16 @@ messages are joined. What people ask for is bounded to `PEOPLE_BYTES` a page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import cast
 
 from spillway.change import Message
 from spillway.clock import Clock
+from spillway.errors import StoreFailed
 from spillway.store.base import Identity, LaneHead, Select, Waiting
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.rows import CHUNK, MESSAGE_COLUMNS, Row, Value, as_json, read_message
@@ -148,12 +151,12 @@ class Reads:
             self._people.close()
 
     def _rows(self, statement: str, given: Sequence[Value]) -> list[Row]:
-        with self._reading:
+        with self._reading, _failing():
             self.reads += 1
             return self._reader.execute(statement, given).fetchall()
 
     def _asked(self, statement: str, given: Sequence[Value]) -> list[Row]:
-        with self._asking:
+        with self._asking, _failing():
             return self._people.execute(statement, given).fetchall()
 
     def _first(self, statement: str, given: Sequence[Value]) -> Row | None:
@@ -264,6 +267,14 @@ class Reads:
 
     def free_bytes(self) -> int:
         return free_bytes(self._path.parent)
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise StoreFailed("store_failed", f"the state file cannot be read: {error}", "see the disk it is on") from error
 
 
 def _waiting(row: Row) -> Waiting:
