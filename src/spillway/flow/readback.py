@@ -8,37 +8,19 @@ is read while something in memory is on its way to the store, since it could com
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from spillway.change import Message
-from spillway.clock import Clock
 from spillway.errors import SpillwayError
-from spillway.flow.budget import Budget
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, SinkSpec, stored_cost
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, stored_cost
 from spillway.flow.window import with_superseded
-from spillway.metrics import Metrics
-from spillway.sinks.base import Sink
-from spillway.store.base import SinkState, Store
 
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
 
 
 class Readback(Inflow):
-    def __init__(
-        self,
-        spec: SinkSpec,
-        sink: Sink,
-        store: Store,
-        state: SinkState,
-        budget: Budget,
-        clock: Clock,
-        metrics: Metrics,
-        moved: Callable[[], None],
-    ) -> None:
-        super().__init__(spec, sink, store, state, budget, clock, metrics, moved)
-        self._next_bytes = 0  # credit for the first of the next page, if it is known to be above the sink's ceiling
-        self._reading = False
-        self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
+    _next_bytes = 0  # credit for the first of the next page, if it is known to be above the sink's ceiling
+    _reading = False
+    _lane_mended = False  # the last retry brought back a key that had failed: try all the others
 
     @property
     def _may_read(self) -> bool:
