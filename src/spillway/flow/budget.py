@@ -26,12 +26,21 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from spillway.change import Change
 
 CAPTURE_EIGHTHS = 3
 WINDOW_EIGHTHS = 2
 DELIVERY_EIGHTHS = 3
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A place in the line of a pool."""
+
+    size_bytes: int
+    granted: asyncio.Future[None]
 
 
 class Pool:
@@ -41,7 +50,7 @@ class Pool:
         self.name = name
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._line: deque[Turn] = deque()
 
     def try_take(self, size_bytes: int) -> bool:
         """Take now, or not at all; not past those who wait."""
@@ -56,18 +65,33 @@ class Pool:
             raise ValueError(f"{size_bytes} bytes can never be granted by the {self.name} pool of {self.limit_bytes}")
         if self.try_take(size_bytes):
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.append((size_bytes, turn))
+        await self.granted(self.line_up(size_bytes))
+
+    def line_up(self, size_bytes: int) -> Turn:
+        """A place at the end of the line, to be awaited by `granted`."""
+        turn = Turn(size_bytes, asyncio.get_running_loop().create_future())
+        self._line.append(turn)
+        return turn
+
+    async def granted(self, turn: Turn) -> None:
         try:
-            await turn
+            await turn.granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give(size_bytes)
+            if turn.granted.done() and not turn.granted.cancelled():
+                self.give(turn.size_bytes)
             else:
                 with contextlib.suppress(ValueError):  # somebody gave back meanwhile, and it was passed over
-                    self._line.remove((size_bytes, turn))
+                    self._line.remove(turn)
                 self._grant()
             raise
+
+    def shrink(self, turn: Turn, size_bytes: int) -> None:
+        """Who stands in line needs less than it did; it keeps its place. Who needs nothing need not stand there."""
+        turn.size_bytes = size_bytes
+        if not size_bytes:
+            self._line.remove(turn)
+            turn.granted.set_result(None)
+        self._grant()
 
     def give(self, size_bytes: int) -> None:
         self.held_bytes -= size_bytes
@@ -80,11 +104,11 @@ class Pool:
         return bool(self._line)
 
     def _grant(self) -> None:
-        while self._line and self.held_bytes + self._line[0][0] <= self.limit_bytes:
-            size_bytes, turn = self._line.popleft()
-            if not turn.done():
-                self.held_bytes += size_bytes
-                turn.set_result(None)
+        while self._line and self.held_bytes + self._line[0].size_bytes <= self.limit_bytes:
+            turn = self._line.popleft()
+            if not turn.granted.done():
+                self.held_bytes += turn.size_bytes
+                turn.granted.set_result(None)
 
 
 class Share:
@@ -96,6 +120,7 @@ class Share:
         self.held_bytes = 0
         self._from_common = 0
         self._wake_all = wake_all
+        self._waiting: list[tuple[int, Turn]] = []  # what was asked for, and its place in the common part's line
 
     @property
     def contended(self) -> bool:
@@ -117,10 +142,19 @@ class Share:
 
     async def take(self, size_bytes: int) -> None:
         """Wait in line for the common part. Raises ValueError for more than ``most_bytes``. Cancellable."""
+        if size_bytes > self.most_bytes:
+            raise ValueError(f"{size_bytes} bytes can never be granted by a share of {self.most_bytes}")
         while missing := self._missing(size_bytes):
-            if missing + self._common.held_bytes > self._common.limit_bytes:
+            if not self._common.try_take(missing):
+                turn = self._common.line_up(missing)
+                waiting = (size_bytes, turn)
+                self._waiting.append(waiting)
                 self._wake_all()  # to drop what is a cache only
-            await self._common.take(missing)
+                try:
+                    await self._common.granted(turn)
+                finally:
+                    self._waiting.remove(waiting)
+                missing = turn.size_bytes
             self._from_common += missing
         self.held_bytes += size_bytes
 
@@ -136,6 +170,9 @@ class Share:
             self._from_common -= surplus
             self._common.give(surplus)
             self._wake_all()
+        for asked_bytes, turn in self._waiting:  # what the guarantee covers by now need not come from the others
+            if not turn.granted.done() and self._missing(asked_bytes) < turn.size_bytes:
+                self._common.shrink(turn, self._missing(asked_bytes))
 
     def _missing(self, size_bytes: int) -> int:
         """What must come from the common part before so much more can be held."""
