@@ -325,6 +325,34 @@ async def test_a_sinks_own_ceiling_sends_the_rest_over_the_spillway(world: World
 
 
 # -- pools and shares, with waiters that are cancelled -----------------------------------------------------------------
+async def test_a_sinks_own_guarantee_serves_those_who_stand_in_line(watched: None) -> None:
+    """Whoever is in line for the common part is not held up by it once what the sink gave back itself suffices."""
+    budget = Budget(1 << 20, sinks=2)
+    greedy, modest = budget.share(lambda: None), budget.share(lambda: None)
+    assert greedy.try_take(greedy.most_bytes)
+    assert modest.try_take(modest.guaranteed_bytes)
+    jumbo = asyncio.create_task(modest.take(modest.guaranteed_bytes + 10))
+    small = asyncio.create_task(modest.take(1000))
+    await turns()
+    assert not jumbo.done()
+    assert not small.done()
+    modest.give(modest.guaranteed_bytes)
+    await turns()
+    assert small.done(), "it needs nothing of what the greedy one has"
+    assert not jumbo.done()
+    greedy.give(greedy.most_bytes)
+    modest.give(1000)
+    await jumbo
+    modest.give(modest.guaranteed_bytes + 10)
+    assert budget.held_bytes == budget.common.held_bytes == 0
+
+
+async def test_more_than_a_share_can_ever_have_is_an_error_and_no_wait(watched: None) -> None:
+    share = Budget(1 << 20, sinks=2).share(lambda: None)
+    with pytest.raises(ValueError, match="never"):
+        await share.take(share.most_bytes + 1)
+
+
 TAKES = st.lists(
     st.tuples(st.sampled_from(["take", "give", "cancel", "try", "turn"]), st.integers(0, 3), st.integers(1, 60_000)),
     max_size=60,

@@ -180,6 +180,40 @@ async def test_stalled_sinks_with_jumbo_messages_leave_every_other_its_guarantee
         await engine.settled()
 
 
+async def test_what_a_stalled_sink_has_read_ahead_is_given_up_for_a_jumbo_message(world: World) -> None:
+    """It is only a cache: whoever waits for credit gets it, although the request of the other never ends."""
+    world.limit_bytes = 1 << 20
+    stalled = script(world, "stalled", lambda _: OK, semantics="ordered", timeout_seconds=1e6, batch_size=20)
+    stalled.stalled = True
+    well = script(world, "well", lambda _: OK, max_message_bytes=150_000)
+    async with world.running() as engine:
+        slow, fast = engine.deliveries["stalled"], engine.deliveries["well"]
+        slow.paused = fast.paused = True
+        for n in range(20):
+            commit_sized(world, *((f"k{n}-{i}", 5000) for i in range(3)))
+        await until(lambda: slow.counters.messages == fast.counters.messages == 60)
+        fast.paused = False
+        fast.wake()
+        await until(lambda: len(well.applied) == 60)
+        commit_sized(world, ("jumbo", 78_000))
+        fast.paused = True
+        await until(lambda: fast.counters.messages == 1 or len(well.applied) == 61)
+        slow.paused = False
+        slow.wake()
+        await until(lambda: stalled.requests and slow.window.waiting, "it has read ahead")
+        commit_sized(world, ("another", 78_000))
+        await until(lambda: fast.counters.messages or len(well.applied) == 62)
+        least = 2 * 78_000
+        common = engine.budget.common
+        assert common.held_bytes + least - fast._share.guaranteed_bytes > common.limit_bytes, "the test is of something"
+        fast.paused = False
+        fast.wake()
+        await until(lambda: len(well.applied) == 62, "the jumbo messages are delivered")
+        assert not stalled.applied
+        stalled.stalled = False
+        await engine.settled()
+
+
 async def test_twenty_five_sinks_and_one_of_each_trouble(world: World) -> None:
     wells = [script(world, f"well{n}", lambda _: OK) for n in range(20)]
     for name, break_it in TROUBLES.items():

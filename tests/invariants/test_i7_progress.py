@@ -82,6 +82,25 @@ async def test_feedback_goes_on_while_the_state_disk_takes_nothing(
         await until(lambda: world.postgres.confirmed_lsn == world.postgres.transactions[-1][1])
 
 
+async def test_feedback_goes_on_while_a_keepalive_beyond_the_mark_waits_for_it(
+    world: World, stores: list[HeldStore], streams: list[RecordedStream]
+) -> None:
+    script(world, "s", lambda _: OK)
+    async with world.running() as engine:
+        world.postgres.commit(("insert", "a"))
+        await engine.settled()
+        await until(lambda: world.postgres.confirmed_lsn == world.postgres.transactions[0][1])
+        before = world.postgres.confirmed_lsn
+        stores[-1].held = stores[-1].holds_mark = True
+        streams[-1].say(1 << 40)
+        await until(lambda: stores[-1].waiting)
+        await replies(streams, 5)
+        assert world.postgres.confirmed_lsn == before
+        stores[-1].holds_mark = False
+        stores[-1].let_go()
+        await until(lambda: world.postgres.confirmed_lsn == 1 << 40)
+
+
 async def test_an_idle_connection_sends_status_updates(world: World, streams: list[RecordedStream]) -> None:
     script(world, "s", lambda _: OK)
     async with world.running():
