@@ -33,6 +33,8 @@ RECORD_START = len(BODY_START)
 
 # What a change costs in memory beyond its bytes: the objects around it (Change, Message, dict and deque entries).
 CHANGE_OVERHEAD_BYTES = 768
+# And what each further sink that it is on its way to adds: a Message of its own, and its places in lines.
+MESSAGE_OVERHEAD_BYTES = 512
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from spillway.change import Change
+from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
 from spillway.flow.budget import Budget, Pool
 from spillway.flow.retry import PROBE_CAP_SECONDS, Breaker, Throttle, backoff_seconds
 from spillway.flow.watermark import Watermark
@@ -153,8 +153,9 @@ def test_a_shared_change_is_charged_once() -> None:
     budget = Budget(1 << 20, sinks=2)
     change = Change(1, 0, "public", "t", "insert", "k", ("k",), b"x" * 1000, 0, 1, True, 0.0)
     assert budget.hold(change)
-    assert budget.hold(change)
     assert budget.held_bytes == change.cost
+    assert budget.hold(change)
+    assert budget.held_bytes == change.cost + MESSAGE_OVERHEAD_BYTES
     budget.drop(change)
     assert budget.held_bytes == change.cost
     budget.drop(change)

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from spillway.change import Change
+from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
 
 CAPTURE_EIGHTHS = 3
 WINDOW_EIGHTHS = 2
@@ -222,13 +222,13 @@ class Budget:
             wake()
 
     def hold(self, change: Change) -> bool:
-        """Take a window's credit for a change, unless another window already holds it. False: no room."""
-        if change.holders == 0 and not self.window.try_take(change.cost):
+        """Take a window's credit for a change: all of it, or for one message if another window holds it already.
+        False: no room."""
+        if not self.window.try_take(change.cost if change.holders == 0 else MESSAGE_OVERHEAD_BYTES):
             return False
         change.holders += 1
         return True
 
     def drop(self, change: Change) -> None:
         change.holders -= 1
-        if change.holders == 0:
-            self.window.give(change.cost)
+        self.window.give(change.cost if change.holders == 0 else MESSAGE_OVERHEAD_BYTES)

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import structlog
 
-from spillway.change import Change
+from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
 from spillway.clock import Clock
 from spillway.errors import Finding, SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Budget
@@ -103,6 +103,7 @@ class Capture:
         self._libpq_bytes = 0
         self._fatal_at_start = slots == 1
         self._libpq_most_bytes = budget.capture.limit_bytes // 3 // slots
+        self._frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
         self._overhead: dict[bytes, int] = {}  # by relation OID as it stands in a row's frame
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
@@ -202,7 +203,7 @@ class Capture:
                     self._feedback_now.set()
                 continue
             payload = frame.payload
-            size = 3 * len(payload) + FRAME_OVERHEAD_BYTES + self._overhead.get(bytes(payload[1:5]), 0)
+            size = 3 * len(payload) + self._frame_overhead_bytes + self._overhead.get(bytes(payload[1:5]), 0)
             if self._used + size > self._credit or len(self._chunk) >= CHUNK_MESSAGES:
                 await self._hand_over()
                 await self._take_credit(size, stream.largest_frame_bytes)
@@ -281,7 +282,10 @@ class Capture:
             self.received_lsn = commit.end_lsn
             routed_any = commit.commit_lsn in lsns or commit.commit_lsn == self._routed_lsn
             self.watermark.commit(commit.commit_lsn, commit.end_lsn, routed=routed_any)
-        kept = min(self._credit, sum(c.cost for c in changes)) if stored else 0
+        kept = 0
+        if stored:
+            messages_bytes = MESSAGE_OVERHEAD_BYTES * sum(map(len, routed.values()))
+            kept = min(self._credit, sum(c.cost for c in changes) + messages_bytes)
         self._pool.give(self._credit - kept)
         self._credit = self._used = 0
         if kept:
