@@ -67,7 +67,7 @@ class Delivery(Readback):
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
         self._in_flight = 0  # batches being sent or settled
-        self._lane_waits = False  # a retry waits for a slot
+        self._lane_waits = 0  # retries that wait for a slot
         self._slot_freed = asyncio.Event()
         self._lanes_turn = True  # with one slot, queue and lanes take turns
         self._probe_newest = False
@@ -159,11 +159,11 @@ class Delivery(Readback):
 
     async def _take_slot(self) -> None:
         """For a retry, which has its credit already: the next slot that is free is its."""
-        self._lane_waits = True
+        self._lane_waits += 1
         while self._in_flight >= self._sink.max_in_flight:
             self._slot_freed.clear()
             await self._slot_freed.wait()
-        self._lane_waits = False
+        self._lane_waits -= 1
         self._in_flight += 1
 
     def _free_slot(self) -> None:
@@ -276,17 +276,14 @@ class Delivery(Readback):
                 self.lane_throttle.allowance(self.spec.batch_size),
                 min(self.spec.batch_size, -(-parked // PARKED_ROUNDS)),
             )
-            # Credit before the slot: what holds the credit may need the slot to give it back.
+            if not self.lane_throttle.streak:
+                most *= self._sink.max_in_flight
+            # Credit before the slots: what holds the credit may need a slot to give it back.
             heads = await self._read_heads(1 if self.breaker.open else most)
-            if heads:
-                await self._take_slot()
-                results = await self._ask(heads)
-                await self._settle(heads, results, self.lane_throttle)
-                self._free_slot()
-                mended = [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
-                self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
-            else:
-                self._lane_mended = False
+            size = self.spec.batch_size
+            batches = [heads[start : start + size] for start in range(0, len(heads), size)]
+            mended = [m for ok in await asyncio.gather(*map(self._retry_batch, batches)) for m in ok]
+            self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
             due = await asyncio.to_thread(self._store.next_due_seconds, self.name)
             now = self._clock.monotonic()
             self._lane_at = (
@@ -296,6 +293,14 @@ class Delivery(Readback):
             self._retrying = False
             self._lanes_turn = False
             self._wake.set()
+
+    async def _retry_batch(self, heads: list[Message]) -> list[Message]:
+        """Returns what went through."""
+        await self._take_slot()
+        results = await self._ask(heads)
+        await self._settle(heads, results, self.lane_throttle)
+        self._free_slot()
+        return [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
 
     async def _try_newest(self) -> None:
         """While the stream is down to single probes: the newest message, whose kind may be mended already."""
