@@ -11,7 +11,7 @@ the times that a proxy before OpenSearch and the recording webhook wrote down, `
 ``pg_xact_commit_timestamp``, the index itself. The one figure of the product's own, its backlog metric, is held
 against these.
 
-    python bench/story.py                                                  full size, about 20 minutes
+    python bench/story.py                                                  full size, about 12 minutes
     python bench/story.py --scale 0.1 --limit-mb 32 --batch-size 1         as in CI
 """
 
