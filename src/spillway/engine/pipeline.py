@@ -37,6 +37,7 @@ from spillway.source.slot import lag
 from spillway.store.base import Identity, Store
 
 LAG_SECONDS = 1.0
+REPLAYED = b',"replayed":true'  # ends the body of an event that was a dead letter
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
 UNREACHABLE_SECONDS = 10.0  # of a source: a restart of the server passes in less
 
@@ -184,7 +185,7 @@ class Pipeline:
                 reread = Rereader(query, self._new_decoder)
                 fresh = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
         else:
-            fresh = [replace(m.change, body=m.change.body + b',"replayed":true') for m in letters]
+            fresh = [replace(m.change, body=m.change.body.removesuffix(REPLAYED) + REPLAYED) for m in letters]
         revived = [(m.row, Message(change, m.keys)) for m, change in zip(letters, fresh, strict=True)]
         await delivery.revive(revived)
         return len(revived)

@@ -37,6 +37,7 @@ from spillway.store.base import Park, Select, SinkState, Store, Write
 SPILL_AGE_SECONDS = 0.25
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
+CLOSE_SECONDS = 5.0
 DISCARD_MESSAGES = 5000  # removed per transaction
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
@@ -86,7 +87,9 @@ class Delivery(Readback):
                         async with self._clock.timeout(wait_seconds):
                             await self._wake.wait()
         finally:
-            await self._sink.close()
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(CLOSE_SECONDS):
+                    await self._sink.close()
 
     def stop(self) -> None:
         """Start nothing new; `run` returns when what is in flight is settled."""

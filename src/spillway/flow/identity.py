@@ -17,7 +17,7 @@ from spillway.position import format_lsn
 from spillway.source.session import SourceState
 from spillway.store.base import Identity
 
-MARK_RESERVE_BYTES = 64 << 20
+MARK_RESERVE_BYTES = 16 << 20
 
 
 def judge(slot: str, identity: Identity | None, server: SourceState, reached_lsn: int = 0) -> Finding | None:
