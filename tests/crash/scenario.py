@@ -204,7 +204,7 @@ class Scenario:
         product.wait(
             lambda: self._confirmed() >= target, "confirmation of all that was committed", seconds=QUIET_SECONDS
         )
-        product.wait(lambda: self._nothing_waits(product), "an empty backlog of every sink", seconds=QUIET_SECONDS)
+        product.wait(lambda: self._nothing_waits(product), "an empty backlog of every sink", seconds=QUIET_SECONDS + 3 * self._kills)
 
     def _confirmed(self) -> int:
         with psycopg.connect(self._conninfo, autocommit=True) as connection:
