@@ -204,7 +204,8 @@ class Scenario:
         product.wait(
             lambda: self._confirmed() >= target, "confirmation of all that was committed", seconds=QUIET_SECONDS
         )
-        product.wait(lambda: self._nothing_waits(product), "an empty backlog of every sink", seconds=QUIET_SECONDS + 3 * self._kills)
+        work_off_seconds = QUIET_SECONDS + 3 * self._kills  # each kill leaves some behind
+        product.wait(lambda: self._nothing_waits(product), "an empty backlog of every sink", seconds=work_off_seconds)
 
     def _confirmed(self) -> int:
         with psycopg.connect(self._conninfo, autocommit=True) as connection:
