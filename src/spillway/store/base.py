@@ -6,39 +6,46 @@ dead letters; the position; counters. Plus, per slot, the identity of the histor
 **Two homes, one truth.** A message is *waiting* in the store from the commit of its ``Write`` until the commit that
 resolves it. Waiting messages are in one of two places:
 
-- the *queue*: unheld, in position order, read in pages from a cursor;
-- the *lane* of a parked key: held. Only the head of a lane may be sent, when it is due, and only if it is the head of
-  every lane it is in (an event that changes its key is in two). The others follow one at a time, in position order.
+- the *queue*: spans (spillway.chunk), each a row of its own with the columns of its chunk, in position order, read in
+  pages from a cursor. What of a span is gone is a bit per message; a span of which all is gone is removed. Nothing is
+  looked up, indexed or moved per message of the queue.
+- the *lane* of a parked key: single messages, held. Only the head of a lane may be sent, when it is due, and only if it
+  is the head of every lane it is in (an event that changes its key is in two). The others follow one at a time, in
+  position order.
 
-A row never goes from a lane back to the queue. When a key is parked, its rows leave the queue; when the head of its
-lane is resolved, the next row becomes the head, due at once, with no attempts; an empty lane is no longer parked.
+Rows. A message's row is ``base | number`` (`spillway.chunk.Span`): ``base`` is that of its span in the queue, and the
+row stays the same when the message goes to a lane. Row numbers rise with position within a sink (those of revived dead
+letters aside, which are never in the queue). A row never goes from a lane back to the queue.
 
-Where a held row has a second key, that key is parked behind it, from this row on: its later rows leave the queue, too,
-its earlier ones stay there and flow, and its lane waits for them. So of any key all rows in the queue come before all
-rows in its lane, and newcomers of a parked key go to the lane. The caller keeps the keys of what it has in flight busy
-until the removal has committed; then nothing of a key is ever sent past an earlier row, whatever home that has.
+**Who holds.** What is parked is decided by the caller, never by the store: a `Park` takes its message out of the queue
+into the lanes of its keys, and ``hold`` names the messages of parked keys that must follow. What of a parked key is in
+the queue, unread, stays there: the caller holds it when it reads it (`parked` tells it which keys are), and reads the
+queue in order, so that of any key a lane gets its rows in position order. When the head of a lane is resolved, the next
+row becomes the head, due at once, with no attempts; an empty lane is no longer parked. What is held for a key that is
+not parked (any more) parks it, due at once.
 
-A message without keys is its own lane when it is parked or asked for: under a private key, ``public.jobs:\\#17``, that
-begins with its table's prefix. It is read back without keys.
+The head of a lane has earlier rows of its keys in the queue only if it is in two lanes or was revived; such a head is
+``waits_for`` its own row: it is due only when the caller says that it has read the queue beyond that
+(``read_up_to``). What the caller has read and not sent it knows by itself: it keeps the keys of what it has in memory
+busy until the removal has committed. So nothing of a key is ever sent past an earlier row, whatever home that has.
 
-**The position of a sink covers its rows.** Every ``Write`` that puts messages for a sink puts *every* unresolved
-message of that sink up to ``position`` that is not in the store yet, in position order. So rows are only ever
-appended, rows above the position do not exist, and a restart that reads the slot again skips what is at or below it:
-nothing is stored twice, nothing that was resolved from the store is sent again by the slot. Row numbers rise with
-position within a sink (those of revived dead letters aside, which are never in the queue).
+A message without keys is its own lane when it is parked: under a private key, ``public.jobs:\\#17``, that begins with
+its table's prefix. It is read back without keys.
+
+**The position of a sink covers its rows.** Every ``Write`` that puts spans for a sink puts *every* unresolved message
+of that sink up to ``position`` that is not in the store yet, in position order. So rows are only ever appended, rows
+above the position do not exist, and a restart that reads the slot again skips what is at or below it: nothing is stored
+twice, nothing that was resolved from the store is sent again by the slot.
 
 **Commits.** ``write`` may be called many times without waiting; writes commit in the order of the calls (group
 commit: all that is queued goes into one transaction), each whole or not at all. A future resolves after the commit is
 on disk (fsync returned). Therefore what is on disk is always a prefix of what was asked. A write that fails for any
 reason but a full disk ends the process (`StoreFailed` through ``failed``): after a failed fsync nothing is known.
 
-**Held is decided at the write**, by the committed state as the writing transaction sees it, never by the caller: a
-newcomer is put into the lane if any of its keys is parked then (its other keys become parked behind it), else into
-the queue. The caller learns which.
-
 **Reads** never see uncommitted rows, run beside writes, and read at most the rows they return plus a constant number
 (I5). No read of the stream loads a body that does not fit ``max_bytes``: the caller asks `bytes_at_head` or `bytes_due`
-first, and takes its credit by that. What people ask for is read on a connection of its own.
+first, and takes its credit by that. What people ask for is read on a connection of its own; what they ask by key may
+scan the key texts of the queue, never its bodies.
 
 **Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
 touching them (a row's due time carries the number of the run that wrote it).
@@ -51,7 +58,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from spillway.change import Message
+from spillway.chunk import Message, Piece, Span
 from spillway.position import Position
 
 
@@ -99,12 +106,10 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """The head of a lane failed: its key (all its keys) is parked until ``due_seconds`` from now.
+    """The head of a key (of all its keys) failed: they are parked until ``due_seconds`` from now.
 
-    ``message`` is put by this or an earlier Write, committed or not; in the queue, or the head of a lane (a failed
-    retry). All rows of its keys leave the queue, earlier ones included (superseded by it, say): the first of them is
-    the head then, and gets attempt, reason and due time. If its row is gone (discarded meanwhile), or held behind
-    another head, nothing happens: its turn will come.
+    ``message`` is in the queue, put by this or an earlier Write, committed or not, and goes to its lanes; or it is the
+    head of its lanes already (a failed retry). If its row is gone (discarded meanwhile) nothing happens.
     """
 
     message: Message
@@ -118,21 +123,24 @@ class Park:
 class Write:
     """One atomic change of one sink's state. Applied in the order of the fields. An empty one asks for the counters.
 
-    Messages to park, bury or resolve may have been put by an earlier Write that has not committed yet; rows that are
-    gone already are passed over.
+    What is to be resolved, parked, held or buried may have been put by an earlier Write that has not committed yet;
+    rows that are gone already are passed over.
     """
 
     sink: str
-    put: Sequence[Message] = ()  # in position order; each gets its ``row`` on commit
-    position: Position | None = None  # never below the stored one; required with put, whose messages are above that
-    resolved: Sequence[Message] = ()  # rows (row > 0) to remove; lanes advance
-    superseded_by: Sequence[Message] = ()  # resolved, with one key each: what waits of it before them goes, too
+    # Of each span what is not resolved by the time of the call; it gets its ``base`` (and ``numbers``) on commit.
+    put: Sequence[Span] = ()
+    position: Position | None = None  # never below the stored one; required with put, whose messages are up to it
+    resolved: Sequence[Piece] = ()  # of the queue, to remove
+    resolved_held: Sequence[Message] = ()  # of lanes, to remove; lanes advance
+    superseded_by: Sequence[Message] = ()  # of these lanes, with one key each, what waits before them goes, too
     park: Sequence[Park] = ()
-    bury: Sequence[Park] = ()  # -> dead letters; lanes advance
+    hold: Sequence[Message] = ()  # of the queue, to their lanes, in position order
+    bury: Sequence[Park] = ()  # of the queue or the heads of lanes -> dead letters; lanes advance
     # dead letter (its row) -> the last of its lanes, as this message, with a row of its own; due at once when nothing
     # of its keys is before it
     revive: Sequence[tuple[int, Message]] = ()
-    drop_table_below: tuple[str, Position] | None = None  # TRUNCATE: table_prefix, position: remove waiting below it
+    drop_table_below: tuple[str, str, Position] | None = None  # TRUNCATE: schema, table, position: what waits below it
     paused: bool | None = None
     gap: Gap | None = None
     clear_gap: bool = False
@@ -140,10 +148,9 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a Write did, after its commit. ``counters`` are the sink's as of this commit."""
+    """What a Write did, after its commit: the sink's counters as of the end of this Write."""
 
-    held: frozenset[int]  # rows of ``put`` that are in a lane at the end of this Write
-    counters: Counters  # at the end of this Write
+    counters: Counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,24 +209,29 @@ class Store(Protocol):
     def parked(self, sink: str, keys: Sequence[str]) -> set[str]:
         """Which of these keys are parked, by the committed state."""
 
-    def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Message]:
-        """The next of the queue in position order, behind the cursor."""
+    def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Span]:
+        """The next spans of the queue behind the cursor: whole ones, until one reaches ``max_messages`` or the next
+        does not fit ``max_bytes`` of bodies. Of the span that the cursor is in, what is behind it. ``resolved`` marks
+        what is gone."""
 
-    def bytes_at_head(self, sink: str, after_row: int) -> int | None:
-        """The bytes of the next message of the queue behind the cursor; None: there is none."""
+    def bytes_at_head(self, sink: str, after_row: int) -> tuple[int, int] | None:
+        """Bytes of bodies and number of messages of the first span that `page` would bring; None: there is none."""
 
     def newest(self, sink: str, max_bytes: int) -> Message | None:
-        """For probes: a message of the queue that is the first of all its keys' rows; the newest such, if it is among
-        the last few of the queue, else the first of the newest one's key; None: there is none."""
+        """For probes: a message of the queue, alone in its span, that is the first of all its keys' rows; the newest
+        such among the last few of the queue; None: there is none, or it does not fit. May scan the key texts."""
 
-    def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
-        """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times."""
+    def due(
+        self, sink: str, max_keys: int, max_bytes: int, read_up_to: int, regardless: bool = False
+    ) -> list[LaneHead]:
+        """Heads of lanes that may be sent now, the longest due first; ``regardless`` of their due times. The messages
+        are alone in their spans. ``read_up_to``: the row up to which the caller has read the queue."""
 
-    def bytes_due(self, sink: str, regardless: bool = False) -> int | None:
+    def bytes_due(self, sink: str, read_up_to: int, regardless: bool = False) -> int | None:
         """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
 
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
-        """The newest that waits under a key, if it fits and no message with two keys waits there; None otherwise."""
+        """The newest in a key's lane, if it fits and no message with two keys is there; None otherwise."""
 
     def next_due_seconds(self, sink: str) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent."""
@@ -228,11 +240,16 @@ class Store(Protocol):
         """Commit time of the oldest waiting message, wall seconds."""
 
     # -- for people -------------------------------------------------------------------------------------------------
-    def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        """What waits, held or not, by key, in key order behind ``after_key``; with ``reason``: parked keys of that
-        reason. A message with two keys counts under both."""
+    def held(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
+        """What is held, by key, in key order behind ``after_key``; with ``reason``: parked keys of that reason. A
+        message with two keys counts under both."""
 
-    def show(self, sink: str, key: str, limit: int) -> list[Message]: ...
+    def queued(self, sink: str, after_row: int, limit: int) -> list[tuple[int, Waiting]]:
+        """What is in the queue, message by message with its row, in position order behind the cursor. Without keys:
+        under the private key that it would have in a lane. Of two keys: the new one."""
+
+    def show(self, sink: str, key: str, limit: int) -> list[Message]:
+        """What waits under a key, its lane first, then the queue."""
 
     def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]: ...
 
