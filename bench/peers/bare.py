@@ -1,0 +1,54 @@
+"""The bare socket reader: what a walsender can send to somebody who does nothing with it. See ``bare_reader.c``.
+
+Eager, it reads whenever there is something. With ``pause_us=1000`` it sleeps a millisecond before each read, so that
+it takes large bites and the walsender is not woken and interrupted for every row: *the limit* of the benches. It is
+compiled once with gcc, into the cache of the servers. Time is from START_REPLICATION to the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from peers import Measured, PeerFailed
+from peers.source import Slot, lsn_number
+from peers.watch import watched
+from servers.cache import ensure, run
+
+_SOURCE = Path(__file__).with_name("bare_reader.c")
+
+
+def program() -> Path:
+    def build(folder: Path) -> None:
+        shutil.copy(_SOURCE, folder)
+        run("gcc", "-O2", "-Wall", "-o", "bare_reader", _SOURCE.name, cwd=folder)
+
+    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
+    return ensure(f"bench-bare-reader-{digest}", build) / "bare_reader"
+
+
+def drain(slot: Slot, *, pause_us: int = 0, unix: bool = False) -> Measured:
+    host = slot.socket_dir if unix else slot.host
+    to = (host, str(slot.port), slot.user, slot.database)
+    what = (slot.name, slot.publication, str(lsn_number(slot.end_lsn)), str(pause_us))
+    with tempfile.TemporaryDirectory(prefix="spillway-bare-") as folder:
+        done = watched([program(), *to, *what], slot, folder=Path(folder))
+    told = json.loads(done.output)
+    if told["rows"] != slot.rows:
+        raise PeerFailed(f"the bare reader saw {told['rows']} rows of {slot.rows}")
+    return Measured(
+        told["rows"],
+        told["seconds"],
+        done.cpu_seconds,
+        done.peak_rss_bytes,
+        {
+            "transport": "unix" if unix else "tcp",
+            "pause_us": pause_us,
+            "bytes": told["bytes"],
+            "reads": told["reads"],
+            "walsender_cpu_seconds": done.walsender_cpu_seconds,
+        },
+    )
