@@ -140,7 +140,7 @@ def mixed(row_bytes: int = 200, *, name: str = "mixed") -> Table:
         f"""\
 CREATE TABLE {name} ({_COLUMNS});
 CREATE FUNCTION {name}_batch(first bigint, last bigint) RETURNS void LANGUAGE plpgsql AS $$
-DECLARE i bigint; change bigint; tens bigint; inserted bigint; oldest bigint;
+DECLARE i bigint; tens bigint; inserted bigint; oldest bigint;
 BEGIN
   FOR change IN first .. last LOOP
     tens := (change - 1) / 10;
@@ -149,7 +149,7 @@ BEGIN
     CASE substr('IIUIIUIDIU', ((change - 1) % 10 + 1)::int, 1)
     WHEN 'I' THEN i := inserted; INSERT INTO {name} VALUES ({values} {_payload(row_bytes - _OTHER_COLUMNS_BYTES)});
     WHEN 'U' THEN UPDATE {name} SET amount = 1000 + change % 9000 WHERE id =
-      1000000 + inserted - (change * 7919) % greatest(1, least(1000, inserted - oldest));
+      1000000 + inserted - (change::bigint * 7919) % greatest(1, least(1000, inserted - oldest));
     WHEN 'D' THEN DELETE FROM {name} WHERE id = 1000000 + oldest;
     END CASE;
   END LOOP;

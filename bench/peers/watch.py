@@ -40,7 +40,8 @@ class Process:
     """A child that dies with us. ``sample`` now and then, ``finish`` once it has ended or shall end."""
 
     def __init__(self, command: Sequence[str | Path], *, folder: Path, env: Mapping[str, str] | None = None) -> None:
-        self._log = folder / f"{Path(command[0]).name}.log"
+        self._name = Path(command[0]).name
+        self._log = folder / f"{self._name}.log"
         with self._log.open("wb") as log:
             self.began = time.monotonic()
             self._child = subprocess.Popen(
@@ -69,7 +70,7 @@ class Process:
         self._child.returncode = os.waitstatus_to_exitcode(status)
         tell_reaper(f"forget {self.pid}")
         if number is None and self._child.returncode != 0:
-            raise PeerFailed(f"{self._child.args} ended with {self._child.returncode}:\n{self.output[-4000:]}")
+            raise PeerFailed(f"{self._name} ended with {self._child.returncode}:\n{self.output[-4000:]}")
         return usage.ru_utime + usage.ru_stime
 
 
