@@ -30,10 +30,10 @@ def program() -> Path:
     return ensure(f"bench-bare-reader-{digest}", build) / "bare_reader"
 
 
-def drain(slot: Slot, *, pause_us: int = 0, unix: bool = False) -> Measured:
+def drain(slot: Slot, *, pause_us: int = 0, receive_buffer_bytes: int = 0, unix: bool = False) -> Measured:
     host = slot.socket_dir if unix else slot.host
     to = (host, str(slot.port), slot.user, slot.database)
-    what = (slot.name, slot.publication, str(lsn_number(slot.end_lsn)), str(pause_us))
+    what = (slot.name, slot.publication, str(lsn_number(slot.end_lsn)), str(pause_us), str(receive_buffer_bytes))
     with tempfile.TemporaryDirectory(prefix="spillway-bare-") as folder:
         done = watched([program(), *to, *what], slot, folder=Path(folder))
     told = json.loads(done.output)
@@ -47,6 +47,7 @@ def drain(slot: Slot, *, pause_us: int = 0, unix: bool = False) -> Measured:
         {
             "transport": "unix" if unix else "tcp",
             "pause_us": pause_us,
+            "receive_buffer_bytes": receive_buffer_bytes,
             "bytes": told["bytes"],
             "reads": told["reads"],
             "walsender_cpu_seconds": done.walsender_cpu_seconds,

@@ -1,11 +1,12 @@
 /* The bare reader: takes what a walsender sends and decodes nothing.
  *
- * Usage: bare_reader HOST PORT USER DATABASE SLOT PUBLICATION END_LSN PAUSE_US
+ * Usage: bare_reader HOST PORT USER DATABASE SLOT PUBLICATION END_LSN PAUSE_US RECEIVE_BUFFER_BYTES
  * HOST is an IPv4 address, or the folder of a Unix socket. END_LSN is a decimal number.
  *
  * It speaks the protocol itself (trust authentication, no TLS). Of each message it looks at the type, the length and,
  * in a row's case, at the one byte that says what it is: so it knows how many rows came, which keepalive wants an
- * answer, and the end: anything from END_LSN on. PAUSE_US > 0 sleeps so long before each read.
+ * answer, and the end: anything from END_LSN on. PAUSE_US > 0 sleeps so long before each read. RECEIVE_BUFFER_BYTES > 0 is set as SO_RCVBUF before
+ * connecting (set later, it would not move the window's scale).
  *
  * Prints one line of JSON: rows, bytes, reads, seconds (from the request to start to the end), and ends with 0.
  */
@@ -59,16 +60,23 @@ static void put(const void *data, size_t bytes) {
     }
 }
 
-static void connect_to(const char *host, int port) {
+static void size_buffer(int receive_buffer_bytes) {
+    if (!receive_buffer_bytes) return;
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer_bytes, sizeof receive_buffer_bytes) < 0) die("SO_RCVBUF");
+}
+
+static void connect_to(const char *host, int port, int receive_buffer_bytes) {
     if (host[0] == '/') {
         struct sockaddr_un a = {.sun_family = AF_UNIX};
         snprintf(a.sun_path, sizeof a.sun_path, "%s/.s.PGSQL.%d", host, port);
         fd = socket(AF_UNIX, SOCK_STREAM, 0);
+        size_buffer(receive_buffer_bytes);
         if (connect(fd, (struct sockaddr *)&a, sizeof a) < 0) die("connect");
     } else {
         struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
         inet_pton(AF_INET, host, &a.sin_addr);
         fd = socket(AF_INET, SOCK_STREAM, 0);
+        size_buffer(receive_buffer_bytes);
         if (connect(fd, (struct sockaddr *)&a, sizeof a) < 0) die("connect");
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     }
@@ -106,7 +114,7 @@ static void send_status(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 9) return 2;
+    if (argc != 10) return 2;
     uint64_t end_lsn = strtoull(argv[7], NULL, 10), rows = 0, bytes = 0, reads = 0;
     long pause_us = atol(argv[8]);
     struct timespec pause = {pause_us / 1000000, pause_us % 1000000 * 1000};
@@ -115,7 +123,7 @@ int main(int argc, char **argv) {
     size_t have = 0;
     int ended = 0;
 
-    connect_to(argv[1], atoi(argv[2]));
+    connect_to(argv[1], atoi(argv[2]), atoi(argv[9]));
     start_up(argv[3], argv[4]);
     snprintf(start, sizeof start,
              "START_REPLICATION SLOT \"%s\" LOGICAL 0/0 (proto_version '1', publication_names '\"%s\"')", argv[5], argv[6]);
