@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peers import Measured, bare, recvlogical
+from peers import Measured, bare, debezium, recvlogical
 from peers.source import TABLES, Slot, Source
 
 PEERS: dict[str, Callable[[Slot], Measured]] = {
@@ -21,6 +21,8 @@ PEERS: dict[str, Callable[[Slot], Measured]] = {
     "bare-unix": lambda slot: bare.drain(slot, unix=True),
     "limit": lambda slot: bare.drain(slot, pause_us=1000),
     "limit-unix": lambda slot: bare.drain(slot, pause_us=1000, unix=True),
+    "debezium": debezium.drain,
+    "debezium-schemas": lambda slot: debezium.drain(slot, schemas=True),
 }
 
 
