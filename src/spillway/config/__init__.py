@@ -6,7 +6,17 @@ Every key is described in docs/configuration.md.
 """
 
 from spillway.config.database import Database, Publication, Slot, Ssl, stable_id
-from spillway.config.destination import Destination, Elasticsearch, File, OpenSearch, Search, Sqlite, Stdout, Webhook
+from spillway.config.destination import (
+    Blackhole,
+    Destination,
+    Elasticsearch,
+    File,
+    OpenSearch,
+    Search,
+    Sqlite,
+    Stdout,
+    Webhook,
+)
 from spillway.config.endpoint import HttpEndpoint
 from spillway.config.load import Config, ConfigErrors, load
 from spillway.config.memory import default_limit_mb
@@ -16,6 +26,7 @@ from spillway.config.values import TableName, parse_table
 
 __all__ = [
     "Backlog",
+    "Blackhole",
     "Config",
     "ConfigErrors",
     "Database",

@@ -121,7 +121,7 @@ def relative(path: Path, info: ValidationInfo) -> Path:
 
 
 class File(_Destination):
-    default_batch_size: ClassVar[int] = 1000
+    default_batch_size: ClassVar[int] = 10_000  # each batch is one fsync
 
     type: Literal["file"]
     path: Annotated[Path, AfterValidator(relative)]
@@ -129,7 +129,7 @@ class File(_Destination):
 
 
 class Stdout(_Destination):
-    default_batch_size: ClassVar[int] = 100
+    default_batch_size: ClassVar[int] = 10_000
 
     type: Literal["stdout"]
 
@@ -144,5 +144,13 @@ class Sqlite(_Destination):
     table: Name | None = None  # None: the source table's name
 
 
-Destination = Annotated[Elasticsearch | OpenSearch | Webhook | File | Stdout | Sqlite, Field(discriminator="type")]
-TYPES = ("elasticsearch", "opensearch", "webhook", "file", "stdout", "sqlite")
+class Blackhole(_Destination):
+    default_batch_size: ClassVar[int] = 10_000
+
+    type: Literal["blackhole"]
+
+
+Destination = Annotated[
+    Elasticsearch | OpenSearch | Webhook | File | Stdout | Sqlite | Blackhole, Field(discriminator="type")
+]
+TYPES = ("elasticsearch", "opensearch", "webhook", "file", "stdout", "sqlite", "blackhole")

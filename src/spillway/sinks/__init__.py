@@ -1,7 +1,7 @@
 """Sinks: where changes go. `base` is the contract, one file is one kind, `build` makes one from its configuration.
 
 A kind is named here as ``module:Class`` and imported when a sink of it is built, so that a client library is loaded
-only where it is used. ``http``, ``disk`` and ``thread`` are what several kinds share.
+only where it is used. ``encode``, ``http``, ``disk`` and ``thread`` are what several kinds share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
-from spillway.config import Config, File, Search, Sqlite, Stdout, Webhook
+from spillway.config import Blackhole, Config, File, Search, Sqlite, Stdout, Webhook
 from spillway.config import Sink as SinkConfig
 from spillway.errors import Finding
 from spillway.sinks.base import Sink, SinkContext
@@ -22,6 +22,7 @@ CLASSES = {
     "file": "spillway.sinks.file:FileSink",
     "stdout": "spillway.sinks.stdout:StdoutSink",
     "sqlite": "spillway.sinks.sqlite:SqliteSink",
+    "blackhole": "spillway.sinks.blackhole:BlackholeSink",
 }
 
 
@@ -61,7 +62,7 @@ def build(config: Config, sink: SinkConfig, context: SinkContext) -> Sink:
             arguments = {"path": destination.path, "rotate_bytes": destination.rotate_bytes}
         case Sqlite():
             arguments = {"path": destination.path, "table": destination.table}
-        case Stdout():
+        case Stdout() | Blackhole():
             arguments = {}
     return _class(destination.type)(context, **arguments)
 

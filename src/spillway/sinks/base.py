@@ -17,9 +17,15 @@ applied, and the batch comes again.
   earlier messages of a key are left out of a batch when a later whole image or delete is in it.
 - ``events``: independent results, every message counts. Several batches in flight, never two of a key at once.
 
-``send`` returns one `Result` per message, in the order of the batch, or one `Result` alone when the answer concerned
-the batch as a whole. A whole-batch ``reject`` (400, 413) is halved by the caller until the culprit is alone.
+A batch is columns (`spillway.chunk.Batch`): ``send`` turns them into bytes without an object per message, and looks at
+single messages only where something about them calls for it. It never keeps a batch beyond its answer.
+
+``send`` returns one `Result` alone when the answer concerns the batch as a whole, and that is always so when everything
+is ``ok``: the caller then does nothing per message either. Else it returns one `Result` per message, in the order of
+the batch. A whole-batch ``reject`` (400, 413) is halved by the caller until the culprit is alone.
 It raises nothing for what a server or a network does: a refused connection is ``sink_down``.
+
+The caller has taken credit for one encoded copy of the batch, and for the answer; a sink holds no more than that.
 
 - ``ok``: acknowledged durably, or superseded there (a version conflict with a version this sink can have written).
 - ``retry``: this message may go through later (429 of one item, 503 of one shard); counts as an attempt on it.
@@ -41,7 +47,7 @@ from typing import Literal, Protocol
 
 import orjson
 
-from spillway.change import Message
+from spillway.chunk import Batch
 
 Semantics = Literal["ordered", "atomic", "state", "events"]
 Outcome = Literal["ok", "retry", "reject", "sink_down"]
@@ -91,14 +97,9 @@ class Sink(Protocol):
     async def open(self) -> None:
         """Connect or open files. Raises SpillwayError for what no retry mends; a server that is down is no error."""
 
-    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result: ...
+    async def send(self, batch: Batch) -> Sequence[Result] | Result: ...
 
     async def close(self) -> None: ...
-
-
-def message_json(message: Message, suffix: bytes) -> bytes:
-    """The message in Sequin's format, as this sink gets it: one line of JSON."""
-    return message.change.body + suffix
 
 
 def message_suffix(sink_id: str, name: str, annotations: dict[str, object]) -> bytes:

@@ -1,13 +1,11 @@
-"""What the sinks that write to files share: lines, names for what a disk does, and whether a file is where it was."""
+"""What the sinks that write to files share: names for what a disk does, and whether a file is where it was."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from spillway.change import Message
 from spillway.sinks.base import Result, sink_down
 
 _REASONS = {
@@ -18,12 +16,6 @@ _REASONS = {
     errno.EACCES: "permission_denied",
     errno.EPERM: "permission_denied",
 }
-
-
-def json_lines(batch: Sequence[Message], suffix: bytes) -> bytes:
-    """The messages, one a line: one copy of them, made at once."""
-    line_end = suffix + b"\n"
-    return b"".join([part for message in batch for part in (message.change.body, line_end)])
 
 
 def disk_failed(error: OSError) -> Result:

@@ -1,7 +1,7 @@
 """A file of JSON lines: one message a line, in order.
 
-**Semantics ``ordered``.** A batch is appended with one write, and is ok when fsync has returned. A write that fails is
-cut off again, so the file never ends in a part of a batch that was refused, unless the cut fails too.
+**Semantics ``ordered``.** A batch is appended, and is ok when fsync has returned. One that fails is cut off again, so
+the file never ends in a part of a batch that was refused, unless the cut fails too.
 
 **Every line is always JSON.** Opening cuts off a last line without its newline: what a crash tore. The whole lines
 before it stay, and come again: readers see each message at least once.
@@ -19,16 +19,17 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
-from spillway.change import Message
+from spillway.chunk import Batch
 from spillway.clock import Clock, SystemClock
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, sink_down
-from spillway.sinks.disk import disk_failed, is_at, json_lines, sync_folder
+from spillway.sinks.disk import disk_failed, is_at, sync_folder
+from spillway.sinks.encode import lines, lines_bytes, runs
 from spillway.sinks.thread import OwnThread
 
 _BLOCK_BYTES = 64 * 1024
@@ -55,11 +56,11 @@ class FileSink:
         self._good_bytes = 0  # everything up to here is acknowledged
 
     async def open(self) -> None:
-        await self._thread.run(self._try, b"")
+        await self._thread.run(self._try, (), 0)
 
-    async def send(self, batch: Sequence[Message]) -> Result:
-        lines = json_lines(batch, self._suffix)
-        return await self._thread.run(self._try, lines)
+    async def send(self, batch: Batch) -> Result:
+        # A cancelled batch may go on in the thread: it holds its chunks itself.
+        return await self._thread.run(self._try, lines(runs(batch), self._suffix), lines_bytes(batch, self._suffix))
 
     async def close(self) -> None:
         with suppress(RuntimeError):  # the thread has ended: closed before
@@ -68,9 +69,9 @@ class FileSink:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _try(self, lines: bytes) -> Result:
+    def _try(self, pieces: Iterable[bytes], size_bytes: int) -> Result:
         try:
-            self._append(lines, self._file(len(lines)))
+            self._append(pieces, size_bytes, self._file(size_bytes))
         except BlockingIOError:
             return sink_down("locked", f"another process or sink has {self._path} open for writing")
         except _NotAFile:
@@ -110,18 +111,19 @@ class FileSink:
             raise
         self._fd, self._good_bytes = fd, whole
 
-    def _append(self, lines: bytes, fd: int) -> None:
-        view = memoryview(lines)
+    def _append(self, pieces: Iterable[bytes], size_bytes: int, fd: int) -> None:
         try:
-            while view:
-                view = view[os.write(fd, view) :]
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
             os.fsync(fd)
         except OSError:
             with suppress(OSError):  # then the whole lines of this batch stay, and come twice
                 os.ftruncate(fd, self._good_bytes)
             self._close_file()  # after a failed fsync nothing is known of what this descriptor wrote
             raise
-        self._good_bytes += len(lines)
+        self._good_bytes += size_bytes
 
     def _rotated_path(self) -> Path:
         second = datetime.fromtimestamp(self._clock.wall(), UTC).strftime("%Y%m%dT%H%M%S")

@@ -1,8 +1,8 @@
 """What the sinks that speak HTTP share: one request, its bounds, and a name for everything that can go wrong.
 
-- **A body is never copied as a whole.** It is given as parts (slices of the rendered changes, see spillway.change), and
-  goes to the socket in pieces of `PIECE_BYTES`, each after the socket has taken the one before. Its length is stated,
-  so nothing is sent chunked. With gzip the compressed body is in memory once.
+- **A body is never copied as a whole.** It is given as parts, which may be made one by one, and goes to the socket in
+  pieces of at most `PIECE_BYTES`, each after the socket has taken the one before. Its length is stated, so nothing is
+  sent chunked. With gzip the compressed body is in memory once; large ones are compressed in a thread.
 - **An answer is read up to a limit**; what is beyond is never held and ends the connection. It is asked for
   uncompressed: a compressed one could be of any size.
 - **One deadline** covers a request from the connection to the last byte of the answer.
@@ -21,7 +21,7 @@ import functools
 import socket
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -33,11 +33,20 @@ from spillway import __version__
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
 
-PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 1024 * 1024
+SMALL_BYTES = 64 * 1024  # parts below are put together
 GZIP_LEVEL = 1  # a larger one costs more processor time than the network between the two is usually worth
 IDLE_SECONDS = 4.0  # below the 5 s after which common servers close an idle connection
 
-Part = bytes | memoryview
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    length_bytes: int
+    parts: Iterable[bytes]
+
+    @classmethod
+    def of(cls, *parts: bytes) -> Body:
+        return cls(sum([len(part) for part in parts]), parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +109,7 @@ class Http:
         method: Literal["GET", "HEAD", "PUT", "POST"],
         url: httpx.URL,
         headers: httpx.Headers | Mapping[str, str],
-        parts: Sequence[Part] = (),
+        content: Body | None = None,
         *,
         gzip: bool = False,
         max_answer_bytes: int = 64 * 1024,
@@ -110,14 +119,14 @@ class Http:
         headers = httpx.Headers(headers)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                if gzip and parts:
-                    parts = await _compressed(parts)
-                    headers["content-encoding"] = "gzip"
-                content = None
-                if parts:
-                    headers["content-length"] = str(sum(len(part) for part in parts))
-                    content = _stream(parts)
-                async with self._client.stream(method, url, headers=headers, content=content) as response:
+                stream = None
+                if content is not None:
+                    if gzip:
+                        content = await _compressed(content)
+                        headers["content-encoding"] = "gzip"
+                    headers["content-length"] = str(content.length_bytes)
+                    stream = _stream(content)
+                async with self._client.stream(method, url, headers=headers, content=stream) as response:
                     body, whole = await _read(response, max_answer_bytes)
         except (TimeoutError, httpx.TimeoutException):
             return Failure("timeout", "timeout", f"no answer within {self._timeout_seconds:g} s")
@@ -153,38 +162,44 @@ def parse_url(what: str, url: str) -> httpx.URL:
     return parsed
 
 
-def _pieces(parts: Sequence[Part]) -> Iterator[bytes]:
-    """The parts, put together to pieces of about ``PIECE_BYTES``: larger ones cost memory, smaller ones time."""
-    pending: list[Part] = []
+def _pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts, small ones put together and large ones divided."""
+    pending: list[bytes] = []
     size = 0
     for part in parts:
-        if size + len(part) > PIECE_BYTES and pending:
+        if len(part) < SMALL_BYTES:
+            pending.append(part)
+            size += len(part)
+            if size < SMALL_BYTES:
+                continue
+        if pending:
             yield b"".join(pending)
             pending, size = [], 0
-        if len(part) > PIECE_BYTES:
+        if SMALL_BYTES <= len(part) <= PIECE_BYTES:
+            yield part
+        elif len(part) > PIECE_BYTES:
             view = memoryview(part)
             for start in range(0, len(part), PIECE_BYTES):
                 yield bytes(view[start : start + PIECE_BYTES])
-        else:
-            pending.append(part)
-            size += len(part)
     if pending:
         yield b"".join(pending)
 
 
-async def _stream(parts: Sequence[Part]) -> AsyncIterator[bytes]:
-    for piece in _pieces(parts):
+async def _stream(content: Body) -> AsyncIterator[bytes]:
+    for piece in _pieces(content.parts):
         yield piece
 
 
-async def _compressed(parts: Sequence[Part]) -> list[Part]:
+async def _compressed(content: Body) -> Body:
     compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    compressed: list[Part] = []
-    for piece in _pieces(parts):
-        compressed.append(compressor.compress(piece))
-        await asyncio.sleep(0)  # a large body would hold up everything else on the loop
+    compressed: list[bytes] = []
+    for piece in _pieces(content.parts):
+        if len(piece) < SMALL_BYTES:
+            compressed.append(compressor.compress(piece))
+        else:  # piece by piece: whoever is cancelled leaves one piece behind, not a body
+            compressed.append(await asyncio.to_thread(compressor.compress, piece))
     compressed.append(compressor.flush())
-    return compressed
+    return Body.of(*compressed)
 
 
 async def _read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:

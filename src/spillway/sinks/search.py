@@ -1,8 +1,9 @@
 """Elasticsearch and OpenSearch: an index that holds, under one ``_id`` per row, what the row is now.
 
-**Semantics ``state``.** One ``_bulk`` request per batch, made of slices of the rendered changes; nothing is parsed or
-rendered again. Inserts, updates and reads index a whole document, deletes delete it. The document is the row
-(``record``) or Sequin's message (``message``).
+**Semantics ``state``.** One ``_bulk`` request per batch, made of slices of the rendered changes (`spillway.impl.bulk`);
+nothing is parsed or rendered again, and nothing is done per message as long as all goes well. Inserts, updates and
+reads index a whole document, deletes delete it. The document is the row (``record``) or Sequin's message
+(``message``).
 
 **Versions.** Every operation carries the version of its change (`spillway.position.version`) as ``external_gte``: what
 comes again is applied again, what comes late changes nothing. The index answers a late one with a conflict. That is
@@ -32,17 +33,20 @@ import re
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from urllib.parse import quote
 
 import orjson
 
-from spillway.change import RECORD_START, Message
+from spillway import impl
+from spillway.change import ACTIONS, key_values
+from spillway.chunk import ACTION, FLAGS, HASH, MOVED, OLD, TOO_LARGE, WHOLE, WORD_BYTES, Batch, Chunk, Message
 from spillway.clock import Clock, SystemClock
 from spillway.errors import Finding, SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, retry, sink_down
-from spillway.sinks.http import Answer, Failure, Http, Part, parse_url
+from spillway.sinks.encode import runs
+from spillway.sinks.http import Answer, Body, Failure, Http, parse_url
 
 AuthType = Literal["none", "api_key", "basic", "bearer"]
 Document = Literal["record", "message"]
@@ -70,10 +74,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(nanos|micros|ms|s|m|h|d)")
 _DURATION_SECONDS = {"nanos": 1e-9, "micros": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class _Sent(NamedTuple):
-    place: int  # in the batch
-    id: str
-    is_delete: bool
+_DELETE, _TRUNCATE = ACTIONS.index("delete"), ACTIONS.index("truncate")
 
 
 class SearchSink:
@@ -123,35 +124,43 @@ class SearchSink:
     async def close(self) -> None:
         await self._http.close()
 
-    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+    async def send(self, batch: Batch) -> Sequence[Result] | Result:
         if not self._prepared:
             down = await self._prepare()
             if down is not None:
                 return down
-        results = [OK] * len(batch)
-        parts: list[Part] = []
-        sent: list[_Sent] = []
-        for place, message in enumerate(batch):
-            unfit = self._unfit(message)
-            if unfit is not None:
-                results[place] = unfit
-            else:
-                sent.append(self._add(parts, place, message))
-        if not sent:
-            return results
+        unfit = self._unfit(batch)
+        fit = [place for place in range(len(batch)) if place not in unfit] if unfit else range(len(batch))
+        if unfit:
+            batch = Batch.of([batch[place] for place in fit])
+        failed = await self._index_all(batch) if fit else {}
+        if isinstance(failed, Result):
+            return failed
+        if not unfit and not failed:
+            return OK
+        results = [OK] * (len(unfit) + len(fit))
+        for place, result in unfit.items():
+            results[place] = result
+        for place, result in failed.items():
+            results[fit[place]] = result
+        return results
+
+    async def _index_all(self, batch: Batch) -> dict[int, Result] | Result:
+        """What became of those that failed, by place in the batch; or of all."""
+        suffix = None if self._document == "record" else self._context.suffix
         answer = await self._http.request(
             "POST",
             self._bulk_url,
             self._headers | {"content-type": "application/x-ndjson"},
-            parts,
+            Body.of(*[impl.bulk(*run, self._context.epoch, suffix, document_id) for run in runs(batch)]),
             gzip=self._gzip,
-            max_answer_bytes=_ANSWER_BYTES + _ANSWER_ITEM_BYTES * len(sent),
+            max_answer_bytes=_ANSWER_BYTES + _ANSWER_ITEM_BYTES * len(batch),
         )
         whole = self._whole(answer)
         if whole is not None:
             return whole
         assert isinstance(answer, Answer)
-        return self._settle(answer, sent, results)
+        return self._failures(answer, batch)
 
     async def findings(self) -> list[Finding]:
         """What is wrong with the index that is there; for ``spillway check``."""
@@ -186,7 +195,7 @@ class SearchSink:
         # 400: the server does not like the name; it says why only to the request that creates.
         if isinstance(answer, Answer) and answer.status in (400, 404):
             settings = orjson.dumps({"settings": {"index": {"gc_deletes": f"{_GC_DELETES_SECONDS}s"}}})
-            answer = await self._http.request("PUT", self._index_url, self._headers, [settings])
+            answer = await self._http.request("PUT", self._index_url, self._headers, Body.of(settings))
             if isinstance(answer, Answer) and answer.status == 400:
                 return self._not_created(answer)
         if isinstance(answer, Answer) and (answer.status < 300 or answer.status == 403):
@@ -208,36 +217,37 @@ class SearchSink:
 
     # -- the request --------------------------------------------------------------------------------------------------
 
-    def _unfit(self, message: Message) -> Result | None:
-        change = message.change
-        if not change.pks:
-            return reject("no_primary_key", f"{change.schema}.{change.table} has no primary key to make an _id of")
-        if change.action == "truncate":
+    def _unfit(self, batch: Batch) -> dict[int, Result]:
+        """Those that no operation can be made of, by place in the batch."""
+        found: dict[int, Result] = {}
+        first = 0
+        for span, start, stop in batch.pieces:
+            indices = span.indices[start:stop]
+            if not _all_fit(span.chunk, indices):
+                for place, index in enumerate(indices, first):
+                    why = self._why_unfit(span.chunk, index)
+                    if why is not None:
+                        found[place] = why
+            first += stop - start
+        return found
+
+    def _why_unfit(self, chunk: Chunk, index: int) -> Result | None:
+        if not chunk.word(index, HASH):
+            return reject("no_primary_key", f"{'.'.join(chunk.table(index))} has no primary key to make an _id of")
+        action, flags = chunk.byte(index, ACTION), chunk.byte(index, FLAGS)
+        if action == _TRUNCATE:
             return reject("truncate", "an index does not take a TRUNCATE")
-        if change.action != "delete" and not change.whole and not self._takes_partial:
+        if action == _DELETE:
+            return None
+        if flags & TOO_LARGE:
+            return reject("too_large", "the row was above max_message_bytes: only its key is known")
+        if not flags & WHOLE and not self._takes_partial:
             return reject(
                 "unchanged_toast",
                 "PostgreSQL did not send the row's unchanged TOAST columns; the document would lose these fields. "
-                f"ALTER TABLE {change.schema}.{change.table} REPLICA IDENTITY FULL, or set toast: omit",
+                f"ALTER TABLE {'.'.join(chunk.table(index))} REPLICA IDENTITY FULL, or set toast: omit",
             )
         return None
-
-    def _add(self, parts: list[Part], place: int, message: Message) -> _Sent:
-        change = message.change
-        identity = document_id(change.pks)
-        number = version(self._context.epoch, change.commit_lsn, change.n)
-        is_delete = change.action == "delete"
-        operation = b"delete" if is_delete else b"index"
-        parts.append(
-            b'{"%b":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n'
-            % (operation, orjson.dumps(identity), number)
-        )
-        if not is_delete:
-            if self._document == "record":
-                parts += (memoryview(change.body)[RECORD_START : RECORD_START + change.record_bytes], b"\n")
-            else:
-                parts += (change.body, self._context.suffix, b"\n")
-        return _Sent(place, identity, is_delete)
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
@@ -258,22 +268,24 @@ class SearchSink:
         words = " ".join(part for part in (f"HTTP {answer.status}", *_error(answer.body)) if part)
         return words.replace(self._auth_value, "***") if self._auth_value else words
 
-    def _settle(self, answer: Answer, sent: Sequence[_Sent], results: list[Result]) -> list[Result] | Result:
+    def _failures(self, answer: Answer, batch: Batch) -> dict[int, Result] | Result:
         if b'"errors":false' in answer.body[:256]:
-            return results
+            return {}
         try:
             items = orjson.loads(answer.body)["items"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             items = None
-        if not isinstance(items, list) or len(items) != len(sent):
+        if not isinstance(items, list) or len(items) != len(batch):
             return sink_down("bad_answer", f"this is no answer to a bulk request: {answer.text[:200]}")
-        for one, item in zip(sent, items, strict=True):
+        failures: dict[int, Result] = {}
+        for place, (message, item) in enumerate(zip(batch, items, strict=True)):
             (outcome,) = item.values()
-            if outcome.get("_id") != one.id:
-                results[one.place] = retry("answer_mismatch", f"the answer for {outcome.get('_id')!r} is in its place")
-            elif "error" in outcome or (outcome["status"] >= 300 and not (one.is_delete and outcome["status"] == 404)):
-                results[one.place] = self._failed(outcome["status"], outcome.get("error"))
-        return results
+            identity, is_delete = _operation(message)
+            if outcome.get("_id") != identity:
+                failures[place] = retry("answer_mismatch", f"the answer for {outcome.get('_id')!r} is in its place")
+            elif "error" in outcome or (outcome["status"] >= 300 and not (is_delete and outcome["status"] == 404)):
+                failures[place] = self._failed(outcome["status"], outcome.get("error"))
+        return failures
 
     def _failed(self, status: int, error: object) -> Result:
         reason, detail = _describe(error)
@@ -308,6 +320,28 @@ class SearchSink:
     @property
     def _highest(self) -> int:
         return version(self._context.epoch, -1, 0xFF)
+
+
+def _all_fit(chunk: Chunk, indices: Sequence[int]) -> bool:
+    """Every change is of a whole row with a key, by its columns; False: they must be looked at one by one."""
+    words = chunk.stride
+    stride = words * WORD_BYTES
+    if isinstance(indices, range) and indices.step == 1:
+        start, stop = indices.start, indices.stop
+        actions, flags = (chunk.meta[start * stride + at : stop * stride : stride] for at in (ACTION, FLAGS))
+        hashes = chunk.words[start * words + HASH : stop * words : words].tolist()
+    else:
+        actions, flags = (bytes([chunk.meta[index * stride + at] for index in indices]) for at in (ACTION, FLAGS))
+        hashes = [chunk.words[index * words + HASH] for index in indices]
+    whole = flags.count(WHOLE) + flags.count(WHOLE | OLD) + flags.count(WHOLE | MOVED)
+    return whole == len(indices) and _TRUNCATE not in actions and 0 not in hashes
+
+
+def _operation(message: Message) -> tuple[str, bool]:
+    """The message's ``_id``, and whether it is a delete."""
+    chunk, index = message.span.chunk, message.span.indices[message.place]
+    pks = key_values(*chunk.table(index), chunk.key_texts(index)[0].decode())
+    return document_id(pks), chunk.byte(index, ACTION) == _DELETE
 
 
 def document_id(pks: Sequence[str]) -> str:

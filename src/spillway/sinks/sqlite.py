@@ -40,7 +40,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from spillway.change import Change, Message, table_prefix
+from spillway.change import Change, table_prefix
+from spillway.chunk import Batch
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, sink_down
 from spillway.sinks.disk import disk_failed, is_at
 from spillway.sinks.thread import OwnThread
@@ -94,8 +95,9 @@ class SqliteSink:
     async def open(self) -> None:
         await self._thread.run(self._try, ())
 
-    async def send(self, batch: Sequence[Message]) -> Result:
-        return await self._thread.run(self._try, batch)
+    async def send(self, batch: Batch) -> Result:
+        # A cancelled batch may go on in the thread, when the batch is no longer what it was.
+        return await self._thread.run(self._try, [message.change for message in batch])
 
     async def close(self) -> None:
         with suppress(RuntimeError):  # the thread has ended: closed before
@@ -104,11 +106,11 @@ class SqliteSink:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _try(self, batch: Sequence[Message]) -> Result:
+    def _try(self, changes: Sequence[Change]) -> Result:
         try:
             connection = self._connected()
             try:
-                self._transact(connection, batch)
+                self._transact(connection, changes)
             except BaseException:
                 self._schema_version = -1  # what this transaction added is gone
                 connection.rollback()
@@ -155,20 +157,19 @@ class SqliteSink:
         if connection is not None:
             connection.close()
 
-    def _transact(self, connection: sqlite3.Connection, batch: Sequence[Message]) -> None:
-        if not batch:
+    def _transact(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> None:
+        if not changes:
             return
         connection.execute("BEGIN IMMEDIATE")
         (found,) = connection.execute("PRAGMA schema_version").fetchone()
         if found != self._schema_version:
             self._columns.clear()
-        for message in batch:
-            self._apply(connection, message)
+        for change in changes:
+            self._apply(connection, change)
         (self._schema_version,) = connection.execute("PRAGMA schema_version").fetchone()
         connection.execute("COMMIT")
 
-    def _apply(self, connection: sqlite3.Connection, message: Message) -> None:
-        change = message.change
+    def _apply(self, connection: sqlite3.Connection, change: Change) -> None:
         table = self._table_of(change)
         columns = self._columns_of(connection, table)
         if change.action == "truncate":
@@ -183,9 +184,8 @@ class SqliteSink:
             return
         values = dict(record_values(change.record.decode()))
         self._add_columns(connection, table, columns, values)
-        # As two messages (sub 0 the delete, sub 1 this) the move has been made already, and is not made twice.
-        if change.old is not None and message.sub == 0:
-            _move(connection, table, change.old.key, change.key)
+        if change.was is not None:
+            _move(connection, table, change.was, change.key)
         if not change.whole and not _has_row(connection, table, change.key):
             raise _Rejected(
                 "unchanged_toast",
@@ -232,9 +232,9 @@ class SqliteSink:
             columns.add(name)
 
 
-def _move(connection: sqlite3.Connection, table: str, old: str | None, new: str) -> None:
+def _move(connection: sqlite3.Connection, table: str, old: str, new: str) -> None:
     """Gives the row its new key. A row that has it already is the same one, moved at an earlier attempt."""
-    if old is None or old == new:
+    if old == new:
         return
     if not _has_row(connection, table, new):
         connection.execute(f"UPDATE {_quoted(table)} SET {KEY_COLUMN} = ? WHERE {KEY_COLUMN} = ?", (new, old))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from spillway.change import Message
+from spillway.chunk import Batch
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, sink_down
-from spillway.sinks.disk import disk_failed, json_lines
+from spillway.sinks.disk import disk_failed
+from spillway.sinks.encode import lines, runs
 from spillway.sinks.thread import OwnThread
 
 _PIECE_BYTES = select.PIPE_BUF
@@ -35,24 +36,24 @@ class StdoutSink:
     async def open(self) -> None:
         """Nothing to do: it is open already."""
 
-    async def send(self, batch: Sequence[Message]) -> Result:
-        lines = json_lines(batch, self._suffix)
-        return await self._thread.run(self._write, lines)
+    async def send(self, batch: Batch) -> Result:
+        return await self._thread.run(self._write, lines(runs(batch), self._suffix))
 
     async def close(self) -> None:
         self._closed.set()
         await self._thread.close()
 
-    def _write(self, lines: bytes) -> Result:
+    def _write(self, pieces: Iterable[bytes]) -> Result:
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        view = memoryview(lines)
         try:
-            while view:
-                if self._closed.is_set():
-                    return sink_down("closed", "the sink was closed while its reader did not read")
-                if poll.poll(_LOOK_UP_MS):
-                    view = view[self._write_piece(view) :]
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    if self._closed.is_set():
+                        return sink_down("closed", "the sink was closed while its reader did not read")
+                    if poll.poll(_LOOK_UP_MS):
+                        view = view[self._write_piece(view) :]
         except BrokenPipeError:
             return sink_down("broken_pipe", "nobody reads the standard output any more")
         except OSError as error:

@@ -19,21 +19,24 @@ must not hold up the others. The other 4xx reject; of a batch, as a whole, and t
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import httpx
 
-from spillway.change import RECORD_START, Change, Message
+from spillway.change import ACTIONS, RECORD_START
+from spillway.chunk import ACTION, INDEX, LOW, LSN, Batch, Chunk
 from spillway.clock import Clock, SystemClock
 from spillway.errors import SpillwayError
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, retry, sink_down
-from spillway.sinks.http import Failure, Http, Part, parse_url
+from spillway.sinks.encode import array, array_bytes, runs
+from spillway.sinks.http import Body, Failure, Http, parse_url
 
 _ENDPOINT_DOWN = (401, 429, 503)
 _DETAIL_CHARACTERS = 300
 _KEY_NAME = b'"idempotency_key":"'
+_READ = ACTIONS.index("read")
 
 
 class WebhookSink:
@@ -71,30 +74,23 @@ class WebhookSink:
     async def close(self) -> None:
         await self._http.close()
 
-    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+    async def send(self, batch: Batch) -> Sequence[Result] | Result:
         if not self.single:
-            return await self._post(self._batch_parts(batch), _batch_key(batch))
+            body = Body(array_bytes(batch, self._suffix), array(runs(batch), self._suffix))
+            return await self._post(body, _batch_key(batch))
         results: list[Result] = []
-        for message in batch:
-            result = await self._post([message.change.body, self._suffix], idempotency_key(message.change))
+        for chunk, index in _changes(batch):
+            result = await self._post(Body.of(chunk.body(index), self._suffix), idempotency_key(chunk, index).decode())
             results.append(result)
             if result.outcome == "sink_down":
-                return results + [result] * (len(batch) - len(results))
-        return results
+                results += [result] * (len(batch) - len(results))
+                break
+        return results if any(result is not OK for result in results) else OK
 
-    def _batch_parts(self, batch: Sequence[Message]) -> list[Part]:
-        parts: list[Part] = []
-        separator = b'{"data":['
-        for message in batch:
-            parts += (separator, message.change.body, self._suffix)
-            separator = b","
-        parts.append(b"]}")
-        return parts
-
-    async def _post(self, parts: Sequence[Part], key: str) -> Result:
+    async def _post(self, body: Body, key: str) -> Result:
         headers = self._headers.copy()
         headers["idempotency-key"] = key
-        answer = await self._http.request("POST", self._url, headers, parts, gzip=self._gzip)
+        answer = await self._http.request("POST", self._url, headers, body, gzip=self._gzip)
         if isinstance(answer, Failure):
             return (retry if answer.kind == "cut" else sink_down)(answer.reason, answer.detail)
         status = answer.status
@@ -124,17 +120,23 @@ def join_url(url: str, path: str) -> str:
     return url.removesuffix("/") + "/" + path.removeprefix("/")
 
 
-def idempotency_key(change: Change) -> str:
+def idempotency_key(chunk: Chunk, index: int) -> bytes:
     """``metadata.idempotency_key`` of the message. For changes it follows from the position; that of a backfilled row
     is read from the body, where its ``changes`` are null and the metadata, names and strings first, follows."""
-    if change.action != "read":
-        return base64.b64encode(f"{change.commit_lsn}:{change.commit_idx}".encode()).decode()
-    start = change.body.index(_KEY_NAME, RECORD_START + change.record_bytes) + len(_KEY_NAME)
-    return change.body[start : change.body.index(b'"', start)].decode()
+    position = chunk.word(index, INDEX)
+    if chunk.byte(index, ACTION) != _READ:
+        return base64.b64encode(b"%d:%d" % (chunk.word(index, LSN), position & LOW))
+    body = chunk.body(index)
+    start = body.index(_KEY_NAME, RECORD_START + (position >> 32)) + len(_KEY_NAME)
+    return body[start : body.index(b'"', start)]
 
 
-def _batch_key(batch: Sequence[Message]) -> str:
-    return sha256("\n".join(idempotency_key(message.change) for message in batch).encode()).hexdigest()
+def _batch_key(batch: Batch) -> str:
+    return sha256(b"\n".join([idempotency_key(chunk, index) for chunk, index in _changes(batch)])).hexdigest()
+
+
+def _changes(batch: Batch) -> Iterator[tuple[Chunk, int]]:
+    return ((span.chunk, index) for span, start, stop in batch.pieces for index in span.indices[start:stop])
 
 
 def _headers(configured: Mapping[str, str]) -> httpx.Headers:
