@@ -100,7 +100,7 @@ def drain(slot: Slot, *, schemas: bool = False, settings: Mapping[str, str] | No
 
 
 class Callbacks:
-    """The engine at work, with the time of each callback: ``with Callbacks(slot, rows, poll_interval_ms=10) as engine``.
+    """The engine at work, with the time of each callback: ``with Callbacks(slot, rows) as engine``.
 
     It ends after ``rows`` changes, those that waited included. ``seen`` gives what came so far: (microseconds since
     1970, the key as JSON), in the order of the callbacks.
