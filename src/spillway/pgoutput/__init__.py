@@ -1,25 +1,37 @@
-"""pgoutput: bytes of logical replication to changes rendered as JSON. The contract is in `decoder`.
+"""pgoutput: bytes of logical replication to chunks of changes rendered as JSON. The contract is in `frames` and
+`decoder`; `Decoder` here is the twin that runs (`spillway.impl`).
 
-Read in this order: relation (what is known of a table), messages, scalars, nested, types, plan, decoder, identity.
+Read in this order: relation (what is known of a table), frames, messages, scalars, nested, types, plan, decoder,
+identity.
 """
 
-from spillway.pgoutput.decoder import Decoder, Event
+from typing import TYPE_CHECKING
+
+from spillway import impl
+from spillway.pgoutput.frames import Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.identity import unkeyable
-from spillway.pgoutput.messages import Begin, Commit, ProtocolError, Truncation
+from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.plan import DatabaseMeta, primary_key
 from spillway.pgoutput.relation import Column, Relation, TableInfo, TypeInfo
 
+if TYPE_CHECKING or impl.native is None:
+    from spillway.pgoutput.decoder import Decoder
+else:
+    Decoder = impl.native.Decoder
+
 __all__ = [
-    "Begin",
     "Column",
-    "Commit",
+    "Copy",
     "DatabaseMeta",
     "Decoder",
-    "Event",
+    "Ended",
+    "Full",
+    "Keepalive",
     "ProtocolError",
     "Relation",
+    "Renew",
+    "Stop",
     "TableInfo",
-    "Truncation",
     "TypeInfo",
     "primary_key",
     "unkeyable",

@@ -1,16 +1,27 @@
-"""pgoutput, protocol version 1, text format: frames in, changes out. No input or output, no clock.
+"""pgoutput, protocol version 1, text format: frames in, a chunk of changes out. No clock; of the connection it takes
+frames that have arrived, no more (`frames`).
 
-One `Decoder` per replication connection: the server names every relation anew on a new one. The caller feeds the
-payload of each XLogData message in order. After a `Relation` it asks the catalogue and calls `learn` before the next
-frame; a row of a relation that was not learned is an error of ours.
+One `Decoder` per replication connection: the server names every relation anew on a new one. `Decoder.fill` takes frames
+and adds to the chunk that is being filled, until there is a reason to stop; `Decoder.take` hands the chunk out. After
+a `Relation` the caller asks the catalogue and calls `learn` before it goes on; a row of a relation that was not learned
+is an error of ours. After an error the decoder is of no use any more.
+
+**Credit.** Every frame costs three times its payload (libpq holds it twice while it is received), a fixed sum, and, if
+it is a row, what the names of its columns come to in JSON. What the frames of a chunk cost never exceeds the credit
+that `fill` was given for the chunk: a frame that would is kept undecoded.
 
 Promises:
 
 - A row is rendered once (see spillway.change). Its position is the transaction's final LSN and ``commit_idx``, which
   counts row operations, a TRUNCATE (once, however many tables) and transactional logical messages, annotations
   included; the same at every replay, as is ``n``.
-- An unchanged TOAST column is taken from the old row where that was sent, else left out (``Change.whole`` is False);
-  it is never null. A delete is always ``whole``: under replica identity default or index it has the key's columns,
+- A row of an action that no sink wants is passed over: it counts for ``commit_idx``, and not for ``n``. A TRUNCATE is
+  always reported, one record per table.
+- An update that has changed the primary key is two records: the delete of the old key (flag OLD), if that is known, and
+  right behind it the update (flag MOVED). One that has changed a group's key alone is one record, with that group's
+  WAS.
+- An unchanged TOAST column is taken from the old row where that was sent, else left out (flag WHOLE is missing);
+  it is never null. A delete is always whole: under replica identity default or index it has the key's columns,
   and null in the others.
 - A row that is too large (its frame or its body above ``max_message_bytes``) becomes a change that holds its key's
   columns alone. Of a frame that is too large only those values are copied.
@@ -30,19 +41,19 @@ from __future__ import annotations
 
 import struct
 from binascii import b2a_base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Final
 from zlib import crc32
 
 import orjson
 
-from spillway.change import BODY_START, RECORD_START, Action, Change
+from spillway.change import ACTIONS, BODY_START, RECORD_START, Action
+from spillway.chunk import LOW, MOVED, OLD, TOO_LARGE, WHOLE, Chunk, ChunkBuilder
 from spillway.errors import Finding
+from spillway.pgoutput.frames import Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.messages import (
-    Begin,
-    Commit,
     ProtocolError,
-    Truncation,
     read_begin,
     read_commit,
     read_logical_message,
@@ -64,29 +75,38 @@ from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.pgoutput.scalars import json as embed_json
 from spillway.position import format_lsn
 
-Event = Begin | Commit | Relation | Change | Truncation
-
 ANNOTATION_SET = b"sequin:transaction_annotations.set"
 ANNOTATION_CLEAR = b"sequin:transaction_annotations.clear"
 
-# Kinds of frames and, inside of a row's frame, of tuples.
+# Of the replication protocol: XLogData, whose header is wal_start, wal_end and the time; keepalive.
+_XLOG_DATA, _KEEPALIVE = b"wk"
+_XLOG_HEADER_BYTES: Final = 25
+_keepalive = struct.Struct(">xQqB").unpack_from  # wal_end, time, reply requested
+
+# Kinds of pgoutput's messages and, inside of a row's, of tuples.
 _BEGIN, _COMMIT, _RELATION, _TRUNCATE, _MESSAGE = b"BCRTM"
-_INSERT, _UPDATE, _DELETE = _ROWS = b"IUD"
-_ACTIONS: dict[int, Action] = {_INSERT: "insert", _UPDATE: "update", _DELETE: "delete"}
 _IGNORED = b"OYA"  # origin, type; stream abort, which PostgreSQL 18 may send though nothing is streamed
 _NEW, _OLD = b"NO"  # the third, K, is an old row of which only the replica identity is there
 
+# Codes of actions, as a chunk has them.
+_INSERTED, _UPDATED, _DELETED, _, _TRUNCATED = range(len(ACTIONS))
+_ROWS: Final = {ord("I"): _INSERTED, ord("U"): _UPDATED, ord("D"): _DELETED}
+
 _row_head = struct.Struct(">xIB").unpack_from
-_ROW_START = 6
+_oid_at = struct.Struct(">xI").unpack_from
+_ROW_START: Final = 6
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Earlier changes of a key are counted per bucket, in one byte each.
-_BUCKETS = 65536
-_MOST = 255
+_BUCKETS: Final = 65536
+_MOST: Final = 255
+
+# A record has one byte for the place within a TRUNCATE. What counts is that the places do not fall.
+_LAST_SUB: Final = 255
 
 # No byte of text becomes more than six bytes of JSON.
-_LARGEST_GROWTH = 6
+_LARGEST_GROWTH: Final = 6
 
 
 class _TooLargeError(Exception):
@@ -95,75 +115,156 @@ class _TooLargeError(Exception):
 
 
 class Decoder:
-    """``group_columns``: the sets of group columns configured for a table, by schema and name (of its root)."""
+    """``group_columns``: the ``groups`` sets of group columns for a table, by schema and name (of its root); None for a
+    set that is the primary key."""
 
     def __init__(
         self,
         database: DatabaseMeta,
-        group_columns: Callable[[str, str], tuple[tuple[str, ...], ...]],
+        group_columns: Callable[[str, str], tuple[tuple[str, ...] | None, ...]],
+        groups: int,
         max_message_bytes: int,
+        frame_overhead_bytes: int,
+        renew_frame_bytes: int,
         on_warning: Callable[[Finding], None] = lambda _: None,
     ) -> None:
+        self.largest_frame_bytes = 0  # its payload, since the decoder was made
+        self.taken_bytes = 0  # in frames, since the caller last set it to 0
+        self.used_bytes = 0  # credit used by the chunk that is being filled
         self._database_name = database.name
         self._database_json = database.as_json()
         self._group_columns = group_columns
+        self._groups = groups
         self._max_message_bytes = max_message_bytes
         self._max_annotation_bytes = max_message_bytes // 4  # so that every body has room for it
+        self._frame_overhead_bytes = frame_overhead_bytes
+        self._renew_frame_bytes = renew_frame_bytes
         self._on_warning = on_warning
         self._plans: dict[int, TablePlan] = {}
+        self._kept: memoryview | None = None  # the frame that the chunk had no credit for
+        # The chunk that is being filled.
+        self._builder = ChunkBuilder(groups)
+        self._unmoved = (b"",) * (1 + groups)  # what the keys were before, where nothing has changed them
+        self._commit_lsn = self._end_lsn = self._truncates = 0
         # Of the open transaction; without one, final_lsn is 0.
         self._final_lsn = 0
-        self._commit_time = 0.0
+        self._commit_microseconds = 0
         self._idx = 0
         self._counts = bytearray()
         self._commit_json = b""  # commit_timestamp's value and commit_lsn
         self._database_part = b""  # database_name's value, transaction_annotations and database
 
-    def feed(self, payload: bytes | memoryview) -> Event | None:
-        """The payload of one XLogData message. A memoryview is not kept, and copied only if it is not too large."""
-        kind = payload[0]
-        try:
-            if kind in _ROWS:
-                return self._row(kind, payload)
-            if kind == _MESSAGE:
-                self._logical_message(memoryview(payload))
-                return None
-            return self._other(kind, bytes(payload))
-        except (struct.error, IndexError, OverflowError) as error:
-            raise ProtocolError(f"a frame of kind {chr(kind)!r} ends too early or is garbled") from error
+    @property
+    def in_transaction(self) -> bool:
+        return self._final_lsn != 0
 
-    def learn(self, relation: Relation, info: TableInfo) -> None:
-        """What the catalogue says of the relation that `feed` has returned."""
+    @property
+    def count(self) -> int:
+        """Changes in the chunk that is being filled."""
+        return self._builder.count
+
+    def fill(self, copy: Copy, credit_bytes: int, max_changes: int) -> Stop:
+        """Take frames until there is a reason to stop. ``credit_bytes`` and ``max_changes`` are for the chunk as a
+        whole, over all calls since the last `take`."""
+        while True:
+            frame, self._kept = self._kept, None
+            if frame is None:
+                size, frame = copy.get_copy_data(1)
+                if size <= 0:
+                    return Ended(size) if size else None
+                self.taken_bytes += size
+            try:
+                stop = self._frame(frame, credit_bytes, max_changes)
+            except (struct.error, IndexError, OverflowError) as error:
+                kind = bytes(frame[_XLOG_HEADER_BYTES:][:1]).decode("latin-1")
+                raise ProtocolError(f"a frame of kind {kind!r} ends too early or is garbled") from error
+            if stop is not None:
+                return stop
+
+    def take(self) -> Chunk:
+        """What was filled, and the last commit that was read meanwhile. The next chunk begins."""
+        if self._idx > LOW:
+            raise ProtocolError(f"a transaction of more than {LOW} operations")
+        chunk = self._builder.take(self._commit_lsn, self._end_lsn, self._truncates)
+        self._commit_lsn = self._end_lsn = self._truncates = 0
+        self.used_bytes = 0
+        return chunk
+
+    def learn(self, relation: Relation, info: TableInfo, wanted: frozenset[Action]) -> None:
+        """What the catalogue says of the relation that `fill` has returned, and the actions that any sink wants."""
         schema, table = info.root or (relation.schema, relation.table)
-        self._plans[relation.oid] = TablePlan(relation, info, self._group_columns(schema, table))
+        groups = self._group_columns(schema, table)
+        if len(groups) != self._groups:
+            raise ProtocolError(
+                f"{len(groups)} sets of group columns for {schema}.{table} where {self._groups} are due"
+            )
+        self._plans[relation.oid] = TablePlan(relation, info, groups, wanted)
+
+    # Frames.
+
+    def _frame(self, frame: memoryview, credit_bytes: int, max_changes: int) -> Stop:
+        if frame[0] != _XLOG_DATA:
+            return self._keepalive(frame)
+        payload = frame[_XLOG_HEADER_BYTES:]
+        kind = payload[0]
+        payload_bytes = len(payload)
+        needed_bytes = 3 * payload_bytes + self._frame_overhead_bytes
+        action = _ROWS.get(kind)
+        if action is not None:
+            plan = self._plan(_oid_at(payload)[0])
+            needed_bytes += plan.overhead_bytes
+        if self.used_bytes + needed_bytes > credit_bytes or self._builder.count >= max_changes:
+            self._kept = memoryview(bytes(frame))
+            return Full(needed_bytes)
+        self.used_bytes += needed_bytes
+        self.largest_frame_bytes = max(self.largest_frame_bytes, payload_bytes)
+        if action is not None:
+            self._row(plan, action, payload)
+            return None
+        return self._other(kind, payload)
+
+    def _keepalive(self, frame: memoryview) -> Keepalive | None:
+        if frame[0] != _KEEPALIVE:
+            raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
+        wal_end, _, reply_requested = _keepalive(frame)
+        if self._final_lsn and not reply_requested:
+            return None
+        return Keepalive(wal_end, reply_requested != 0)
 
     # Transactions, and what is not a row.
 
-    def _other(self, kind: int, payload: bytes) -> Event | None:
+    def _other(self, kind: int, payload: memoryview) -> Relation | Renew | None:
         if kind == _BEGIN:
-            return self._start(read_begin(payload))
-        if kind == _COMMIT:
-            self._final_lsn = 0
-            return read_commit(payload)
-        if kind == _RELATION:
-            relation = read_relation(payload)
+            self._begin(bytes(payload))
+        elif kind == _COMMIT:
+            return self._commit(bytes(payload))
+        elif kind == _RELATION:
+            relation = read_relation(bytes(payload))
             self._plans.pop(relation.oid, None)
             return relation
-        if kind == _TRUNCATE:
-            return self._truncate(payload)
-        if kind in _IGNORED:
-            return None
-        raise ProtocolError(f"a frame of kind {chr(kind)!r}")
+        elif kind == _TRUNCATE:
+            self._truncate(bytes(payload))
+        elif kind == _MESSAGE:
+            self._logical_message(payload)
+        elif kind not in _IGNORED:
+            raise ProtocolError(f"a frame of kind {chr(kind)!r}")
+        return None
 
-    def _start(self, begin: Begin) -> Begin:
-        self._final_lsn, self._commit_time = begin.final_lsn, begin.commit_time
+    def _begin(self, payload: bytes) -> None:
+        begin = read_begin(payload)
+        self._final_lsn, self._commit_microseconds = begin.final_lsn, begin.commit_microseconds
         self._idx = 0
         self._counts = bytearray(_BUCKETS)
         time = _EPOCH + timedelta(microseconds=begin.commit_microseconds)
         timestamp = time.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
         self._commit_json = b'"%b","commit_lsn":%d' % (timestamp, begin.final_lsn)
         self._annotate(b"null")
-        return begin
+
+    def _commit(self, payload: bytes) -> Renew | None:
+        commit = read_commit(payload)
+        self._commit_lsn, self._end_lsn = commit.commit_lsn, commit.end_lsn
+        self._final_lsn = 0
+        return Renew() if self.largest_frame_bytes > self._renew_frame_bytes else None
 
     def _annotate(self, annotations: bytes) -> None:
         self._database_part = b'%b,"transaction_annotations":%b,"database":%b' % (
@@ -203,53 +304,48 @@ class Decoder:
         self._on_warning(finding)
         return b"null"
 
-    def _truncate(self, payload: bytes) -> Truncation:
-        changes = []
-        for oid in read_truncate(payload):
+    def _truncate(self, payload: bytes) -> None:
+        for sub, oid in enumerate(read_truncate(payload)):
             plan = self._plan(oid)
-            tail = self._tail(plan, "truncate", b"null", ())
+            tail = self._tail(plan, _TRUNCATED, b"null", b"[]")
             body = BODY_START + b"null" + tail
-            change = self._assemble(plan, "truncate", (), (), body, tail, True)
-            change.schema, change.table = plan.own_name
-            changes.append(change)
+            self._add(plan.own_name, _TRUNCATED, body, tail, self._unmoved, sub=min(sub, _LAST_SUB))
+        self._truncates += 1
         self._idx += 1
-        return Truncation(tuple(changes))
 
     # Rows.
 
-    def _row(self, kind: int, payload: bytes | memoryview) -> Change:
+    def _row(self, plan: TablePlan, action: int, payload: memoryview) -> None:
         if not self._final_lsn:
             raise ProtocolError("a row outside of a transaction")
-        size_bytes = len(payload)
-        if size_bytes > self._max_message_bytes:
-            change = self._large_row(kind, memoryview(payload), size_bytes)
-        else:
-            payload = bytes(payload)
-            try:
-                change = self._update(payload) if kind == _UPDATE else self._insert_or_delete(kind, payload)
-            except _TooLargeError as too_large:
-                change = self._large_row(kind, memoryview(payload), too_large.size_bytes)
+        if action in plan.wanted:
+            if len(payload) > self._max_message_bytes:
+                self._large_row(plan, action, payload, len(payload))
+            else:
+                whole_payload = bytes(payload)
+                try:
+                    if action == _UPDATED:
+                        self._update(plan, whole_payload)
+                    else:
+                        self._insert_or_delete(plan, action, whole_payload)
+                except _TooLargeError as too_large:
+                    self._large_row(plan, action, payload, too_large.size_bytes)
         self._idx += 1
-        # Numbered last: a change that was given up as too large must not count twice.
-        if change.old is not None:
-            change.old.n = self._number(change.old.key)
-        change.n = self._number(change.key)
-        return change
 
-    def _insert_or_delete(self, kind: int, payload: bytes) -> Change:
-        oid, _ = _row_head(payload)
-        plan = self._plan(oid)
+    def _insert_or_delete(self, plan: TablePlan, action: int, payload: bytes) -> None:
         row, end, unchanged = plan.split(payload, _ROW_START)
         self._check(payload, end, row)
-        return self._change(plan, "insert" if kind == _INSERT else "delete", row, b"null", unchanged)
+        body, tail, keys = self._render(plan, action, row, b"null", unchanged)
+        self._add(plan.name, action, body, tail, keys, flags=0 if unchanged else WHOLE)
 
-    def _update(self, payload: bytes) -> Change:
-        oid, mark = _row_head(payload)
-        plan = self._plan(oid)
+    def _update(self, plan: TablePlan, payload: bytes) -> None:
+        mark = payload[_ROW_START - 1]
         if mark == _NEW:
             row, end, unchanged = plan.split(payload, _ROW_START)
             self._check(payload, end, row)
-            return self._change(plan, "update", row, b"{}", unchanged)
+            body, tail, keys = self._render(plan, _UPDATED, row, b"{}", unchanged)
+            self._add(plan.name, _UPDATED, body, tail, keys, flags=0 if unchanged else WHOLE)
+            return
         old, position, _ = plan.split(payload, _ROW_START)
         row, end, unchanged = plan.split(payload, _after_new(payload, position))
         self._check(payload, end, old, row)
@@ -257,22 +353,25 @@ class Decoder:
             row = filled(row, old)
             unchanged = any(value is UNCHANGED for value in row)
         changes = plan.columns(old, differing(old, row)) if mark == _OLD else b"{}"
-        change = self._change(plan, "update", row, changes, unchanged)
-        change.old = self._old_key(plan, change, old, row, mark == _OLD)
-        return change
+        body, tail, keys = self._render(plan, _UPDATED, row, changes, unchanged)
+        moved, was = self._move(plan, old, row, mark == _OLD, keys)
+        self._add(plan.name, _UPDATED, body, tail, keys, was, flags=moved if unchanged else moved | WHOLE)
 
-    def _large_row(self, kind: int, payload: memoryview, size_bytes: int) -> Change:
-        oid, mark = _row_head(payload)
-        plan = self._plan(oid)
+    def _large_row(self, plan: TablePlan, action: int, payload: memoryview, size_bytes: int) -> None:
+        _, mark = _row_head(payload)
         row, position = plan.split_key(payload, _ROW_START)
-        if kind != _UPDATE or mark == _NEW:
-            return self._large_change(plan, _ACTIONS[kind], row, size_bytes)
-        old = row
-        row, _ = plan.split_key(payload, _after_new(payload, position))
-        row = filled(row, old)
-        change = self._large_change(plan, "update", row, size_bytes)
-        change.old = self._old_key(plan, change, old, row, mark == _OLD)
-        return change
+        old = None
+        if action == _UPDATED and mark != _NEW:
+            old = row
+            row, _ = plan.split_key(payload, _after_new(payload, position))
+            row = filled(row, old)
+        key_row = known(row)
+        primary, pks = plan.primary(key_row)
+        keys = plan.keys(primary, key_row)
+        tail = self._tail(plan, action, b"{}" if action == _UPDATED else b"null", pks)
+        moved, was = (0, self._unmoved) if old is None else self._move(plan, old, row, mark == _OLD, keys)
+        body = plan.key_body(row, tail)
+        self._add(plan.name, action, body, tail, keys, was, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
 
     def _check(self, payload: bytes, end: int, *rows: Row) -> None:
         """The rows fill their frame, and rendering them is not known beforehand to exceed what a message may have."""
@@ -284,76 +383,79 @@ class Decoder:
             if size_bytes > self._max_message_bytes:
                 raise _TooLargeError(size_bytes)
 
-    def _change(self, plan: TablePlan, action: Action, row: Row, changes: bytes, unchanged: bool) -> Change:
+    def _render(
+        self, plan: TablePlan, action: int, row: Row, changes: bytes, unchanged: bool
+    ) -> tuple[bytes, bytes, tuple[bytes, ...]]:
+        """Body, its tail, and the texts of the keys. Nothing is counted yet: the row may turn out to be too large."""
         key_row = known(row) if unchanged else row
-        pks = plan.pks(key_row)
+        primary, pks = plan.primary(key_row)
         tail = self._tail(plan, action, changes, pks)
         body = plan.partial_body(row, tail) if unchanged else plan.body(row, tail)
         if len(body) > self._max_message_bytes:
             raise _TooLargeError(len(body))
-        return self._assemble(plan, action, pks, plan.groups(key_row), body, tail, not unchanged)
+        return body, tail, plan.keys(primary, key_row)
 
-    def _large_change(self, plan: TablePlan, action: Action, row: Row, size_bytes: int) -> Change:
-        key_row = known(row)
-        pks = plan.pks(key_row)
-        tail = self._tail(plan, action, b"{}" if action == "update" else b"null", pks)
-        body = plan.key_body(row, tail)
-        return self._assemble(plan, action, pks, plan.groups(key_row), body, tail, False, size_bytes)
-
-    def _old_key(self, plan: TablePlan, change: Change, old: Row, row: Row, full: bool) -> Change | None:
-        """The delete of the old key, if the update has changed the key."""
+    def _move(
+        self, plan: TablePlan, old: Row, row: Row, full: bool, keys: tuple[bytes, ...]
+    ) -> tuple[int, Sequence[bytes]]:
+        """What an update has done to its keys: the flag, and the texts before where they are others. Adds the delete of
+        the old primary key."""
         key_row = old if full else before(old, known(row))
-        pks, groups = plan.pks(key_row), plan.groups(key_row)
-        if pks == change.pks and groups == change.groups:
-            return None
-        tail = self._tail(plan, "delete", b"null", pks)
-        return self._assemble(plan, "delete", pks, groups, plan.body(old, tail), tail, True)
+        primary, pks = plan.primary(key_row)
+        old_keys = plan.keys(primary, key_row)
+        if old_keys == keys:
+            return 0, self._unmoved
+        was = [b"" if then == now else then for then, now in zip(old_keys, keys, strict=True)]
+        if not was[0]:
+            return 0, was
+        tail = self._tail(plan, _DELETED, b"null", pks)
+        self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_keys, flags=WHOLE | OLD)
+        return MOVED, was
 
-    def _tail(self, plan: TablePlan, action: Action, changes: bytes, pks: tuple[str, ...]) -> bytes:
+    def _tail(self, plan: TablePlan, action: int, changes: bytes, pks: bytes) -> bytes:
         return plan.tails[action] % (
             changes,
             b2a_base64(b"%d:%d" % (self._final_lsn, self._idx), newline=False),
             self._commit_json,
             self._idx,
             self._database_part,
-            orjson.dumps(pks),
+            pks,
         )
 
-    def _assemble(
+    def _add(
         self,
-        plan: TablePlan,
-        action: Action,
-        pks: tuple[str, ...],
-        groups: tuple[str, ...],
+        table: tuple[str, str],
+        action: int,
         body: bytes,
         tail: bytes,
-        whole: bool,
+        keys: Sequence[bytes],
+        was: Sequence[bytes] | None = None,
+        *,
+        flags: int = WHOLE,
+        sub: int = 0,
         too_large_bytes: int = 0,
-    ) -> Change:
-        """``n`` is still to be given: see `_row`."""
-        return Change(
+    ) -> None:
+        """A record. From here on the change counts: one that is given up as too large must not be here twice."""
+        self._builder.add(
+            table,
+            action,
             self._final_lsn,
             self._idx,
-            plan.schema,
-            plan.table,
-            action,
-            plan.key(pks),
-            pks,
+            self._commit_microseconds,
             body,
             len(body) - len(tail) - RECORD_START,
-            1,
-            whole,
-            self._commit_time,
-            groups,
-            None,
-            too_large_bytes,
+            [text for pair in zip(keys, was or self._unmoved, strict=True) for text in pair],
+            n=self._number(keys[0]),
+            flags=flags,
+            sub=sub,
+            too_large_bytes=too_large_bytes,
         )
 
-    def _number(self, key: str | None) -> int:
+    def _number(self, key: bytes) -> int:
         """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
-        if key is None:
+        if not key:
             return 1
-        bucket = crc32(key.encode()) & 0xFFFF
+        bucket = crc32(key) & 0xFFFF
         count = self._counts[bucket]
         if count < _MOST:
             count += 1

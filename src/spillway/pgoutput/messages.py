@@ -1,4 +1,4 @@
-"""The small messages of pgoutput, protocol version 1, and the events that `Decoder.feed` returns.
+"""The small messages of pgoutput, protocol version 1.
 
 Source: PostgreSQL documentation, "Logical Replication Message Formats". All integers are big-endian; a string ends
 with a zero byte. Rows (Insert, Update, Delete) are the plan's and the decoder's business.
@@ -10,7 +10,6 @@ import struct
 from dataclasses import dataclass
 from typing import cast
 
-from spillway.change import Change
 from spillway.pgoutput.relation import Column, Relation, ReplicaIdentity
 
 # Microseconds from the Unix epoch to PostgreSQL's, 2000-01-01 00:00 UTC.
@@ -32,29 +31,19 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    xid: int  # 32 bits, without its epoch
-    final_lsn: int  # position of the commit record: `Change.commit_lsn` of everything in the transaction
-    commit_time: float  # seconds since the Unix epoch
-    commit_microseconds: int  # the same, exact
+    final_lsn: int  # position of the commit record: the commit_lsn of everything in the transaction
+    commit_microseconds: int  # since the Unix epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     commit_lsn: int
     end_lsn: int  # what may be confirmed once the transaction is resolved or durable
-    commit_time: float
-
-
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """One TRUNCATE: one change of action ``truncate`` per table, all at one position."""
-
-    changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalMessage:
-    """What ``pg_logical_emit_message`` wrote. Never leaves the decoder."""
+    """What ``pg_logical_emit_message`` wrote."""
 
     transactional: bool
     prefix: bytes
@@ -62,14 +51,16 @@ class LogicalMessage:
 
 
 def read_begin(payload: bytes) -> Begin:
-    final_lsn, time, xid = _BEGIN.unpack_from(payload)
+    final_lsn, time, _xid = _BEGIN.unpack_from(payload)
     microseconds = time + POSTGRES_EPOCH_MICROSECONDS
-    return Begin(xid, final_lsn, microseconds / 1e6, microseconds)
+    if microseconds < 0:
+        raise ProtocolError("a transaction from before 1970")
+    return Begin(final_lsn, microseconds)
 
 
 def read_commit(payload: bytes) -> Commit:
-    _, commit_lsn, end_lsn, time = _COMMIT.unpack_from(payload)
-    return Commit(commit_lsn, end_lsn, (time + POSTGRES_EPOCH_MICROSECONDS) / 1e6)
+    _flags, commit_lsn, end_lsn, _time = _COMMIT.unpack_from(payload)
+    return Commit(commit_lsn, end_lsn)
 
 
 def read_relation(payload: bytes) -> Relation:

@@ -18,7 +18,7 @@ from hashlib import sha256
 
 import orjson
 
-from spillway.change import BODY_START, Action, make_key, table_prefix
+from spillway.change import ACTIONS, BODY_START, Action, make_key, table_prefix
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.pgoutput.scalars import to_text
@@ -75,31 +75,33 @@ def primary_key(relation: Relation, info: TableInfo) -> tuple[str, ...]:
 class TablePlan:
     """Immutable after its creation.
 
-    ``groups`` are sets of group columns; a column that the relation does not have counts as null.
+    ``groups`` are sets of group columns, None for the primary key; a column that the relation does not have counts as
+    null. ``wanted``: rows of other actions are passed over.
     """
 
-    def __init__(self, relation: Relation, info: TableInfo, groups: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, relation: Relation, info: TableInfo, groups: Sequence[Sequence[str] | None], wanted: frozenset[Action]
+    ) -> None:
+        self.wanted = frozenset(ACTIONS.index(action) for action in wanted)
+        # What a row costs beyond its bytes: the names of its columns are not in its frame.
+        self.overhead_bytes = sum(2 * len(column.name) + 8 for column in relation.columns)
         self.own_name = (relation.schema, relation.table)
         self.name = self.schema, self.table = info.root or self.own_name
         index_of = {column.name: index for index, column in enumerate(relation.columns)}
         self._pk = [index_of[name] for name in primary_key(relation, info)]
-        self._groups = [[index_of.get(name) for name in columns] for columns in groups]
-        self._key_indexes = sorted({*self._pk, *(i for group in self._groups for i in group if i is not None)})
+        self._groups = [None if columns is None else [index_of.get(name) for name in columns] for columns in groups]
+        self._key_indexes = sorted({*self._pk, *(i for group in self._groups for i in group or () if i is not None)})
         self._column_count = len(relation.columns)
 
-        self._prefix = table_prefix(self.schema, self.table)
+        self._prefix = table_prefix(self.schema, self.table).encode()
         # A key of one plain value needs no look for characters to escape.
         self._plain_pk = len(self._pk) == 1 and relation.columns[self._pk[0]].type_oid in PLAIN_OIDS
         self._renderers = [renderer_for(column.type_oid, info.types) for column in relation.columns]
         self._names_json = [orjson.dumps(column.name) + b":" for column in relation.columns]
         slots = [_escape_percent(name) + b"%b" for name in self._names_json]
         self._template = BODY_START + b"{" + b",".join(slots) + b"}%b"
-        self.tails: dict[Action, bytes] = {
-            "insert": _tail("insert", *self.name),
-            "update": _tail("update", *self.name),
-            "delete": _tail("delete", *self.name),
-            "truncate": _tail("truncate", *self.own_name),
-        }
+        # By the action's code. A partition is emptied under its own name.
+        self.tails = [_tail(action, *(self.own_name if action == "truncate" else self.name)) for action in ACTIONS]
 
     # Taking a row apart.
 
@@ -150,23 +152,26 @@ class TablePlan:
 
     # What the row says of its key.
 
-    def pks(self, row: Row) -> tuple[str, ...]:
-        """Values of the primary key; none where the row does not have them all."""
-        values = [row[index] for index in self._pk]
-        return tuple([to_text(value) for value in values if value is not None]) if None not in values else ()
+    def primary(self, row: Row) -> tuple[bytes, bytes]:
+        """The text of the primary key, and its values as JSON; empty and none where the row does not have them all."""
+        values = [value for index in self._pk if (value := row[index]) is not None]
+        if not values or len(values) < len(self._pk):
+            return b"", b"[]"
+        if self._plain_pk:
+            return self._prefix + values[0], b'["%b"]' % values[0]
+        pks = [to_text(value) for value in values]
+        return make_key(self.schema, self.table, tuple(pks)).encode(), orjson.dumps(pks)
 
-    def key(self, pks: tuple[str, ...]) -> str | None:
-        if not pks:
-            return None
-        return self._prefix + pks[0] if self._plain_pk else make_key(self.schema, self.table, pks)
-
-    def groups(self, row: Row) -> tuple[str, ...]:
+    def keys(self, primary: bytes, row: Row) -> tuple[bytes, ...]:
+        """The texts of all keys: the primary key's, and each group's."""
         if not self._groups:
-            return ()
-        return tuple(
-            make_key(self.schema, self.table, tuple(None if i is None else _group_value(row[i]) for i in group))
-            for group in self._groups
-        )
+            return (primary,)
+        groups = [primary if group is None else self._group_key(group, row) for group in self._groups]
+        return (primary, *groups)
+
+    def _group_key(self, group: Sequence[int | None], row: Row) -> bytes:
+        values = tuple(None if index is None else _group_value(row[index]) for index in group)
+        return make_key(self.schema, self.table, values).encode()
 
     # Rendering.
 

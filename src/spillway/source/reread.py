@@ -9,15 +9,17 @@ carried. Its position is the server's WAL position after the read: above everyth
 from __future__ import annotations
 
 import struct
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import psycopg
 from psycopg import sql
 
-from spillway.change import Change
+from spillway.change import ACTIONS, Change
 from spillway.errors import SpillwayError
-from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput import Decoder
 from spillway.pgoutput.relation import Column, Relation
 from spillway.position import parse_lsn
 from spillway.source import catalog
@@ -27,9 +29,12 @@ from spillway.source.refusal import query_refusal
 
 _Value = bytes | None
 
+_ALL_ACTIONS = frozenset(ACTIONS)
+_XLOG_HEADER = b"w" + bytes(24)  # XLogData; its positions and time are not looked at
+
 
 class Rereader:
-    """Reads rows of one database anew. ``new_decoder``: as the stream's."""
+    """Reads rows of one database anew. ``new_decoder``: as the stream's, without sets of group columns."""
 
     def __init__(self, query: Connection, new_decoder: Callable[[], Decoder]) -> None:
         self._query = query
@@ -56,10 +61,11 @@ class Rereader:
         except psycopg.Error as error:
             raise query_refusal(error) from error
         assert lsn_row is not None
-        self._decoder.feed(struct.pack(">cQqI", b"B", parse_lsn(lsn_row[0]), int(lsn_row[1]), 0))
-        change = self._decoder.feed(_frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True))))
-        assert isinstance(change, Change)
-        return replace(change, n=0)
+        begin = struct.pack(">cQqI", b"B", parse_lsn(lsn_row[0]), int(lsn_row[1]), 0)
+        values = _frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True)))
+        stop = self._decoder.fill(_Frames(begin, values), sys.maxsize, 2)
+        assert stop is None
+        return replace(self._decoder.take().change(0), n=0)
 
     async def _relation(self, schema: str, table: str) -> Relation:
         known = self._relations.get((schema, table))
@@ -75,9 +81,22 @@ class Rereader:
             "d",
             tuple(Column(c["name"], c["type_oid"], c["type_modifier"], c["in_primary_key"]) for c in columns),
         )
-        self._decoder.learn(relation, await catalog.describe(self._query, relation))
+        self._decoder.learn(relation, await catalog.describe(self._query, relation), _ALL_ACTIONS)
         self._relations[schema, table] = relation
         return relation
+
+
+class _Frames:
+    """What the decoder takes for a connection: these payloads, and no more."""
+
+    def __init__(self, *payloads: bytes) -> None:
+        self._frames = deque(_XLOG_HEADER + payload for payload in payloads)
+
+    def get_copy_data(self, async_: int) -> tuple[int, memoryview]:  # noqa: ARG002 - libpq's signature
+        if not self._frames:
+            return 0, memoryview(b"")
+        frame = self._frames.popleft()
+        return len(frame), memoryview(frame)
 
 
 # The position, and the time as Begin has it: microseconds since 2000.
