@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spillway.change import BODY_START, Action, Change, Message, make_key
+from spillway.change import BODY_START, Action, Change, make_key
+from spillway.chunk import Batch, Keying, Span, chunk_of
 from spillway.sinks.base import SinkContext, message_suffix
 
 SUFFIX = message_suffix("3f0c", "jobs_sink", {})
@@ -26,7 +28,8 @@ def change(
     idx: int = 0,
     n: int = 1,
     whole: bool = True,
-    old: Change | None = None,
+    was: tuple[str, ...] | None = None,
+    too_large_bytes: int = 0,
     schema: str = "public",
     table: str = "jobs",
     changes: dict[str, Any] | None = None,
@@ -46,22 +49,32 @@ def change(
     }
     rest = f',"changes":{_json(changes)},"action":"{action}","metadata":{_json(metadata).removesuffix("}")}'
     body = BODY_START + rendered + rest.encode()
-    key = make_key(schema, table, pks) if pks else None
-    return Change(lsn, idx, schema, table, action, key, pks, body, len(rendered), n, whole, 1730151561.0, old=old)
+    key, old_key = (make_key(schema, table, values) if values else None for values in (pks, was))
+    return Change(
+        lsn, idx, schema, table, action, key, pks, body, len(rendered), n, whole, 1730151561.0, old_key, too_large_bytes
+    )  # fmt: skip
 
 
-def message(record: dict[str, Any] | str, **arguments: Any) -> Message:
-    return of(change(record, **arguments))
+def batch_of(changes: Sequence[Change], keying: int = Keying.STATE) -> Batch:
+    """All of them, from one chunk."""
+    span = Span(chunk_of(changes), keying)
+    return Batch([(span, 0, span.size)])
 
 
-def of(one: Change, sub: int = 0) -> Message:
-    keys = tuple(dict.fromkeys(c.key for c in (one.old, one) if c is not None and c.key is not None))
-    return Message(one, keys, sub)
+def scattered(changes: Sequence[Change]) -> Batch:
+    """The same in pieces: of two chunks, each of which holds other changes, too, and the second only in places."""
+    middle = len(changes) // 3
+    other = change({"id": "of another sink"}, pks=("other",))
+    first = Span(chunk_of([other, *changes[:middle], other]), Keying.STATE)
+    between = [one for mine in changes[middle:] for one in (mine, other)]
+    second = Span(chunk_of(between), Keying.STATE, list(range(0, len(between), 2)))
+    half = second.size // 2
+    return Batch([(first, 1, 1 + middle), (second, 0, half), (second, half, second.size)])
 
 
-def full(one: Message) -> dict[str, Any]:
+def full(one: Change) -> dict[str, Any]:
     """The message as a sink of messages must give it out."""
-    parsed: dict[str, Any] = json.loads(one.change.body + SUFFIX)
+    parsed: dict[str, Any] = json.loads(one.body + SUFFIX)
     return parsed
 
 

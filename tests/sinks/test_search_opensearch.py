@@ -12,7 +12,7 @@ import pytest
 
 from servers.opensearch import OpenSearch
 from sinks.conformance import send
-from sinks.messages import context, full, message
+from sinks.messages import change, context, full
 from spillway.errors import SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Result
@@ -67,7 +67,7 @@ async def index(opensearch: OpenSearch, tmp_path: Path) -> AsyncIterator[Index]:
 
 
 async def one(sink: SearchSink, *args: Any, **arguments: Any) -> Result:
-    (result,) = await send(sink, [message(*args, **arguments)])
+    (result,) = await send(sink, [change(*args, **arguments)])
     return result
 
 
@@ -171,7 +171,7 @@ async def test_versions_of_somebody_else_are_the_sinks_failure(index: Index, for
     lsn = LSN - 3200  # a replay of ours, below the foreign version
     results = await send(
         index.sink(started_lsn=LSN),
-        [message({"v": "ours"}, lsn=lsn), message({"v": 2}, pks=("2",), lsn=lsn)],
+        [change({"v": "ours"}, lsn=lsn), change({"v": 2}, pks=("2",), lsn=lsn)],
     )
     assert [r.outcome for r in results] == ["sink_down", "ok"]
     assert results[0].reason == "foreign_versions"
@@ -190,7 +190,7 @@ async def test_documents_written_without_a_version_are_replaced(index: Index) ->
 async def test_a_document_that_does_not_fit_is_rejected_alone(index: Index) -> None:
     await index.create(mappings={"dynamic": "strict", "properties": {"a": {"type": "integer"}}})
     good, unknown, bad = ({"a": 1}, {"a": 1, "b": 2}, {"a": "x" * 300})
-    batch = [message(record, pks=(str(i),)) for i, record in enumerate([good, unknown, good, bad, good])]
+    batch = [change(record, pks=(str(i),)) for i, record in enumerate([good, unknown, good, bad, good])]
     results = await send(index.sink(), batch)
     assert [r.outcome for r in results] == ["ok", "reject", "ok", "reject", "ok"]
     assert results[1].reason == "strict_dynamic_mapping_exception"
@@ -264,17 +264,17 @@ async def test_ids(index: Index, pks: tuple[str, ...], identity: str) -> None:
 
 async def test_ids_above_the_servers_limit_are_hashed_and_can_be_deleted(index: Index) -> None:
     sink = index.sink()
-    batch = [message({"v": i}, pks=(f"{'ü' * 300}{i}",)) for i in range(2)]
-    assert await send(sink, [*batch, message({"v": 2}, pks=("",))]) == [OK, OK, OK]
+    batch = [change({"v": i}, pks=(f"{'ü' * 300}{i}",)) for i in range(2)]
+    assert await send(sink, [*batch, change({"v": 2}, pks=("",))]) == [OK, OK, OK]
     await index.client.post(f"/{index.name}/_refresh")
     assert (await index.client.get(f"/{index.name}/_count")).json()["count"] == 3
-    assert await one(sink, {}, pks=batch[0].change.pks, action="delete", lsn=LSN + 64) == OK
+    assert await one(sink, {}, pks=batch[0].pks, action="delete", lsn=LSN + 64) == OK
     await index.client.post(f"/{index.name}/_refresh")
     assert (await index.client.get(f"/{index.name}/_count")).json()["count"] == 2
 
 
 async def test_the_document_may_be_the_message(index: Index) -> None:
-    sent = message({"v": 1})
+    sent = change({"v": 1})
     assert await send(index.sink(document="message"), [sent]) == [OK]
     assert await index.document("1") == full(sent)
 

@@ -120,9 +120,10 @@ def test_defaults(tmp_path: Path) -> None:
         (ELASTICSEARCH, 100, "fail", "ignore"),
         (OPENSEARCH, 500, "fail", "ignore"),
         ("{type: webhook, http_endpoint: hook}", 1, "omit", "ignore"),
-        ("{type: file, path: x}", 1000, "omit", "ignore"),
-        ("{type: stdout}", 100, "omit", "ignore"),
+        ("{type: file, path: x}", 10_000, "omit", "ignore"),
+        ("{type: stdout}", 10_000, "omit", "ignore"),
         ("{type: sqlite, path: x}", 1000, "omit", "apply"),
+        ("{type: blackhole}", 10_000, "omit", "ignore"),
     ],
 )
 def test_what_the_type_decides(tmp_path: Path, destination: str, batch_size: int, toast: str, on_truncate: str) -> None:

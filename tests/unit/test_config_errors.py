@@ -383,7 +383,7 @@ PATH = "must begin with /, ? or # and have at most 2000 characters, no blanks"
         ("{type: kafkaa}", "type: unknown type; did you mean kafka?"),
         (
             "{type: '${SECRET}'}",
-            "type: unknown type; there are elasticsearch, opensearch, webhook, file, stdout, sqlite",
+            "type: unknown type; there are elasticsearch, opensearch, webhook, file, stdout, sqlite, blackhole",
         ),
         ("{}", "type: is required"),
         ("{type: [file]}", "type: must be text"),
@@ -443,6 +443,7 @@ PATH = "must begin with /, ? or # and have at most 2000 characters, no blanks"
         ("{type: file, pth: x, path: x}", "pth: unknown key; did you mean path?"),
         ("{type: stdout, path: x}", "path: unknown key"),
         ("{type: sqlite}", "path: is required"),
+        ("{type: blackhole, print: true}", "print: unknown key"),
         ("{type: sqlite, path: 5}", "path: must be a path"),
         (
             "{type: sqlite, path: x, table: ''}",

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from sinks.messages import context, full, message
-from spillway.change import Message
+from sinks.messages import batch_of, change, context, full
+from spillway.change import Change
 from spillway.sinks.base import OK, Result
 from spillway.sinks.file import FileSink
 
@@ -45,8 +45,8 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         await sink.close()
 
 
-def rows(count: int, first: int = 0, text: str = "") -> list[Message]:
-    return [message({"id": i, "text": text}, pks=(str(i),), idx=i) for i in range(first, first + count)]
+def rows(count: int, first: int = 0, text: str = "") -> list[Change]:
+    return [change({"id": i, "text": text}, pks=(str(i),), idx=i) for i in range(first, first + count)]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -61,12 +61,12 @@ def ids(path: Path) -> list[int]:
 
 async def test_each_line_is_the_message(make: Make, tmp_path: Path) -> None:
     batch = rows(3, text="line\nbreak")
-    assert await make("a/b/c.ndjson").send(batch) == OK
+    assert await make("a/b/c.ndjson").send(batch_of(batch)) == OK
     assert lines(tmp_path / "a/b/c.ndjson") == [full(m) for m in batch]
 
 
 async def test_an_absolute_path_stays_absolute(make: Make, tmp_path: Path) -> None:
-    assert await make(str(tmp_path / "elsewhere")).send(rows(1)) == OK
+    assert await make(str(tmp_path / "elsewhere")).send(batch_of(rows(1))) == OK
     assert ids(tmp_path / "elsewhere") == [0]
 
 
@@ -78,14 +78,14 @@ async def test_a_torn_last_line_is_cut_at_open(make: Make, tmp_path: Path, torn:
     sink = make()
     await sink.open()
     assert ids(path) == [9] * whole
-    assert await sink.send(rows(1)) == OK
+    assert await sink.send(batch_of(rows(1))) == OK
     assert ids(path) == [9] * whole + [0]
 
 
 async def test_whole_lines_stay_at_open(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "out.ndjson"
     path.write_bytes(b'{"record":{"id":9}}\n')
-    assert await make().send(rows(1)) == OK
+    assert await make().send(batch_of(rows(1))) == OK
     assert ids(path) == [9, 0]
 
 
@@ -93,9 +93,9 @@ async def test_rotation(make: Make, tmp_path: Path) -> None:
     size = len(full_line(rows(1)[0]))
     sink = make(rotate_bytes=2 * size)
     for i in range(5):
-        assert await sink.send(rows(1, i)) == OK
-    assert await sink.send(rows(9)) == OK, "a batch is not divided"
-    assert await sink.send(rows(1)) == OK
+        assert await sink.send(batch_of(rows(1, i))) == OK
+    assert await sink.send(batch_of(rows(9))) == OK, "a batch is not divided"
+    assert await sink.send(batch_of(rows(1))) == OK
     prefix = "out.ndjson.20260301T120000."
     assert {name: ids(tmp_path / name) for name in os.listdir(tmp_path)} == {
         f"{prefix}1": [0, 1],
@@ -106,13 +106,13 @@ async def test_rotation(make: Make, tmp_path: Path) -> None:
     }
 
 
-def full_line(one: Message) -> bytes:
-    return one.change.body + context(Path()).suffix + b"\n"
+def full_line(one: Change) -> bytes:
+    return one.body + context(Path()).suffix + b"\n"
 
 
 async def test_a_file_that_grew_before_the_start_is_rotated_too(make: Make, tmp_path: Path) -> None:
     (tmp_path / "out.ndjson").write_bytes(b'{"record":{"id":9}}\n' * 100)
-    assert await make(rotate_bytes=1024).send(rows(1)) == OK
+    assert await make(rotate_bytes=1024).send(batch_of(rows(1))) == OK
     assert ids(tmp_path / "out.ndjson") == [0]
 
 
@@ -120,14 +120,14 @@ async def test_a_file_that_grew_before_the_start_is_rotated_too(make: Make, tmp_
 async def test_a_file_that_is_taken_away_is_begun_anew(make: Make, tmp_path: Path, gone: str) -> None:
     path = tmp_path / "out.ndjson"
     sink = make()
-    assert await sink.send(rows(1)) == OK
+    assert await sink.send(batch_of(rows(1))) == OK
     if gone == "deleted":
         path.unlink()
     else:
         path.rename(tmp_path / "out.1")
     if gone == "replaced":
         path.write_bytes(b"")
-    assert await sink.send(rows(1, 1)) == OK
+    assert await sink.send(batch_of(rows(1, 1))) == OK
     assert ids(path) == [1]
 
 
@@ -145,12 +145,12 @@ def disk_full_at(file_bytes: int) -> Iterator[None]:
 async def test_a_write_that_ends_in_the_middle_is_cut_off_again(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "out.ndjson"
     sink = make()
-    assert await sink.send(rows(1)) == OK
+    assert await sink.send(batch_of(rows(1))) == OK
     with disk_full_at(path.stat().st_size + 100_000):
-        result = await sink.send(rows(200, 1, text="x" * 1000))
+        result = await sink.send(batch_of(rows(200, 1, text="x" * 1000)))
         assert (result.outcome, result.reason) == ("sink_down", "efbig")
         assert ids(path) == [0]
-    assert await sink.send(rows(2, 1)) == OK
+    assert await sink.send(batch_of(rows(2, 1))) == OK
     assert ids(path) == [0, 1, 2]
 
 
@@ -169,26 +169,26 @@ async def test_an_fsync_that_fails(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail)
-        result = await sink.send(rows(2))
+        result = await sink.send(batch_of(rows(2)))
     assert (result.outcome, result.reason) == ("sink_down", reason)
     assert ids(tmp_path / "out.ndjson") == []
-    assert await sink.send(rows(2)) == OK
+    assert await sink.send(batch_of(rows(2))) == OK
     assert ids(tmp_path / "out.ndjson") == [0, 1]
 
 
 async def test_a_second_writer_is_refused_while_the_first_lives(make: Make, tmp_path: Path) -> None:
     first, second = make(), make()
-    assert await first.send(rows(1)) == OK
+    assert await first.send(batch_of(rows(1))) == OK
     await second.open()
-    result = await second.send(rows(1))
+    result = await second.send(batch_of(rows(1)))
     assert (result.outcome, result.reason) == ("sink_down", "locked")
     await first.close()
-    assert await second.send(rows(1, 1)) == OK
+    assert await second.send(batch_of(rows(1, 1))) == OK
     assert ids(tmp_path / "out.ndjson") == [0, 1]
 
 
 async def test_a_pipe_is_refused_instead_of_waiting_for_its_reader(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out.ndjson")
-    result = await make().send(rows(1))
+    result = await make().send(batch_of(rows(1)))
     assert isinstance(result, Result)
     assert (result.outcome, result.reason) == ("sink_down", "not_a_file")

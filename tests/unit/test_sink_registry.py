@@ -27,6 +27,7 @@ DESTINATIONS = {
     "file": "{type: file, path: out.ndjson, rotate_bytes: 1MB}",
     "stdout": "{type: stdout}",
     "sqlite": "{type: sqlite, path: copy.db, table: jobs}",
+    "blackhole": "{type: blackhole}",
 }
 
 

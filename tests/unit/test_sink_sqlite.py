@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinks.messages import change, context, message, of
-from spillway.change import Message
+from sinks.messages import batch_of, change, context
+from spillway.change import Change
+from spillway.chunk import Keying
 from spillway.sinks import sqlite as sqlite_sink
 from spillway.sinks.base import OK, Result
 from spillway.sinks.sqlite import SqliteSink, record_values
@@ -60,13 +61,15 @@ async def test_the_table_is_made_and_follows_its_source(make: Make, query: Query
     sink = make()
     assert (
         await sink.send(
-            [
-                message({"id": 1, "title": "a"}, pks=("1",)),
-                message({"id": 2, "title": "b"}, pks=("2",), action="read"),
-                message({"id": 1, "title": "c"}, pks=("1",), action="update"),
-                message({"id": 2, "title": None}, pks=("2",), action="delete"),
-                message({"id": 3, "title": None}, pks=("3",)),
-            ]
+            batch_of(
+                [
+                    change({"id": 1, "title": "a"}, pks=("1",)),
+                    change({"id": 2, "title": "b"}, pks=("2",), action="read"),
+                    change({"id": 1, "title": "c"}, pks=("1",), action="update"),
+                    change({"id": 2, "title": None}, pks=("2",), action="delete"),
+                    change({"id": 3, "title": None}, pks=("3",)),
+                ]
+            )
         )
         == OK
     )
@@ -78,148 +81,137 @@ async def test_the_table_is_made_and_follows_its_source(make: Make, query: Query
 
 async def test_applied_twice_it_is_the_same(make: Make, query: Query) -> None:
     sink = make()
-    old = change({"id": 1, "t": None}, action="delete", pks=("1",))
     batch = [
-        message({"id": 1, "t": "long"}, pks=("1",)),
-        of(change({"id": 2}, action="update", pks=("2",), old=old, whole=False)),
-        message({"id": 1, "t": "other"}, pks=("1",)),
+        change({"id": 1, "t": "long"}, pks=("1",)),
+        change({"id": 2}, action="update", pks=("2",), was=("1",), whole=False),
+        change({"id": 1, "t": "other"}, pks=("1",)),
     ]
     for start in (0, 0, 1):
-        assert await sink.send(batch[start:]) == OK
+        assert await sink.send(batch_of(batch[start:])) == OK
         assert query("SELECT id, t FROM jobs ORDER BY id") == [(1, "other"), (2, "long")]
 
 
 async def test_new_columns_are_added_and_dropped_ones_stay(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1, "gone": "x"}, pks=("1",))]) == OK
-    assert await sink.send([message({"id": 1, 'ne"w col': 2}, pks=("1",), action="update")]) == OK
+    assert await sink.send(batch_of([change({"id": 1, "gone": "x"}, pks=("1",))])) == OK
+    assert await sink.send(batch_of([change({"id": 1, 'ne"w col': 2}, pks=("1",), action="update")])) == OK
     assert query("SELECT * FROM jobs") == [("public.jobs:1", 1, "x", 2)]
 
 
 async def test_what_was_made_by_a_batch_that_failed_is_forgotten(make: Make, query: Query) -> None:
     sink = make()
-    poison = message({"id": 2}, pks=())
-    assert rejected(await sink.send([message({"id": 1}), poison]), "no_primary_key")
+    poison = change({"id": 2}, pks=())
+    assert rejected(await sink.send(batch_of([change({"id": 1}), poison])), "no_primary_key")
     assert query("SELECT name FROM sqlite_master") == []
-    assert await sink.send([message({"id": 1})]) == OK
-    assert rejected(await sink.send([message({"id": 1, "more": 1}), poison]), "no_primary_key")
-    assert await sink.send([message({"id": 1, "more": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
+    assert rejected(await sink.send(batch_of([change({"id": 1, "more": 1}), poison])), "no_primary_key")
+    assert await sink.send(batch_of([change({"id": 1, "more": 1})])) == OK
     assert query("SELECT id, more FROM jobs") == [(1, 1)]
 
 
 async def test_a_table_that_was_changed_under_us(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
     query("DROP TABLE jobs")
-    assert await sink.send([message({"id": 2}, pks=("2",))]) == OK
+    assert await sink.send(batch_of([change({"id": 2}, pks=("2",))])) == OK
     query("ALTER TABLE jobs RENAME COLUMN id TO was")
-    assert await sink.send([message({"id": 3}, pks=("3",))]) == OK
+    assert await sink.send(batch_of([change({"id": 3}, pks=("3",))])) == OK
     assert query("SELECT was, id FROM jobs") == [(2, None), (None, 3)]
 
 
 async def test_unchanged_toast_columns_stay_as_they_are(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1, "t": "long", "n": 1})]) == OK
-    assert await sink.send([message({"id": 1, "n": 2}, action="update", whole=False)]) == OK
+    assert await sink.send(batch_of([change({"id": 1, "t": "long", "n": 1})])) == OK
+    assert await sink.send(batch_of([change({"id": 1, "n": 2}, action="update", whole=False)])) == OK
     assert query("SELECT t, n FROM jobs") == [("long", 2)]
-    result = await sink.send([message({"id": 7, "n": 2}, pks=("7",), action="update", whole=False)])
+    result = await sink.send(batch_of([change({"id": 7, "n": 2}, pks=("7",), action="update", whole=False)]))
     assert rejected(result, "unchanged_toast")
     assert query("SELECT count(*) FROM jobs") == [(1,)]
 
 
-@pytest.mark.parametrize("split", [True, False])
-async def test_a_change_of_the_key(make: Make, query: Query, split: bool) -> None:
-    """As one message, or as two: the delete of the old key and the change."""
+async def test_a_change_of_the_key(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1, "t": "a"}, pks=("1",))]) == OK
-    old = change({"id": 1, "t": None}, action="delete", pks=("1",))
-    new = change({"id": 2, "t": "a"}, action="update", pks=("2",), old=old)
-    assert await sink.send([of(old), of(new, 1)] if split else [of(new)]) == OK
+    assert await sink.send(batch_of([change({"id": 1, "t": "a"}, pks=("1",))])) == OK
+    moved = change({"id": 2, "t": "a"}, action="update", pks=("2",), was=("1",))
+    assert await sink.send(batch_of([moved], Keying.EVENTS)) == OK
     assert query("SELECT _spillway_key, id, t FROM jobs") == [("public.jobs:2", 2, "a")]
-
-
-async def test_the_old_key_taken_again_is_not_touched_by_the_second_message(make: Make, query: Query) -> None:
-    """The second of the two messages was parked, and the old key was inserted anew meanwhile."""
-    sink = make()
-    old = change({"id": 1}, action="delete", pks=("1",))
-    assert await sink.send([message({"id": 1}, pks=("1",))]) == OK
-    assert await sink.send([of(change({"id": 2}, action="update", pks=("2",), old=old), 1)]) == OK
-    assert query("SELECT id FROM jobs ORDER BY id") == [(1,), (2,)]
 
 
 async def test_truncate_empties_its_table_alone(make: Make, query: Query) -> None:
     sink = make()
-    batch = [message({"id": 1}), message({"id": 1}, table="other"), of(change({}, action="truncate", pks=()))]
-    assert await sink.send([*batch, of(change({}, action="truncate", pks=(), table="none"))]) == OK
+    batch = [change({"id": 1}), change({"id": 1}, table="other"), change({}, action="truncate", pks=())]
+    assert await sink.send(batch_of([*batch, change({}, action="truncate", pks=(), table="none")])) == OK
     assert query("SELECT count(*) FROM jobs") == [(0,)]
     assert query("SELECT count(*) FROM other") == [(1,)]
 
 
 async def test_names_of_tables(make: Make, query: Query) -> None:
     tables = [("public", "jobs"), ("shop", "jobs"), ("public", "shop.jobs"), ("public", 'we"ird')]
-    assert await make().send([message({"id": 1}, schema=s, table=t) for s, t in tables]) == OK
+    assert await make().send(batch_of([change({"id": 1}, schema=s, table=t) for s, t in tables])) == OK
     names = {name for (name,) in query("SELECT name FROM sqlite_master WHERE type = 'table'")}
     assert names == {"jobs", "shop.jobs", "shop\\.jobs", 'we"ird'}
 
 
 async def test_a_configured_table_is_for_one_source_table(make: Make, query: Query) -> None:
     sink = make(table="copy")
-    assert await sink.send([message({"id": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
     assert query("SELECT id FROM copy") == [(1,)]
-    assert rejected(await sink.send([message({"id": 1}, table="other")]), "table_taken")
+    assert rejected(await sink.send(batch_of([change({"id": 1}, table="other")])), "table_taken")
 
 
 async def test_tables_that_are_not_ours_are_left_alone(make: Make, query: Query) -> None:
     query("CREATE TABLE jobs (id)")
     sink = make()
-    assert rejected(await sink.send([message({"id": 1})]), "table_taken")
-    assert rejected(await sink.send([message({"id": 1}, table="JOBS")]), "table_taken")
+    assert rejected(await sink.send(batch_of([change({"id": 1})])), "table_taken")
+    assert rejected(await sink.send(batch_of([change({"id": 1}, table="JOBS")])), "table_taken")
     assert query("SELECT * FROM jobs") == []
 
 
 async def test_names_that_sqlite_cannot_tell_apart(make: Make) -> None:
-    assert (await make().send([message({"id": 1, "ID": 2})])).outcome == "reject"
-    assert rejected(await make().send([message({"_spillway_key": 1})]), "reserved_column")
+    assert (await make().send(batch_of([change({"id": 1, "ID": 2})]))).outcome == "reject"
+    assert rejected(await make().send(batch_of([change({"_spillway_key": 1})])), "reserved_column")
 
 
 async def test_a_constraint_or_trigger_rejects_the_batch_whole(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1, "v": "a"}, pks=("1",))]) == OK
+    assert await sink.send(batch_of([change({"id": 1, "v": "a"}, pks=("1",))])) == OK
     query("CREATE UNIQUE INDEX one ON jobs (v)")
-    result = await sink.send([message({"id": 2, "v": "b"}, pks=("2",)), message({"id": 3, "v": "a"}, pks=("3",))])
+    result = await sink.send(
+        batch_of([change({"id": 2, "v": "b"}, pks=("2",)), change({"id": 3, "v": "a"}, pks=("3",))])
+    )
     assert rejected(result, "sqlite_constraint_unique")
     query("CREATE TRIGGER no BEFORE INSERT ON jobs BEGIN SELECT RAISE(ABORT, 'not on my watch'); END")
-    result = await sink.send([message({"id": 4, "v": "d"}, pks=("4",))])
+    result = await sink.send(batch_of([change({"id": 4, "v": "d"}, pks=("4",))]))
     assert rejected(result, "sqlite_constraint_trigger")
     assert result.detail == "not on my watch"
     assert query("SELECT id FROM jobs") == [(1,)]
     query("DROP TRIGGER no")
-    assert await sink.send([message({"id": 4, "v": "d"}, pks=("4",))]) == OK
+    assert await sink.send(batch_of([change({"id": 4, "v": "d"}, pks=("4",))])) == OK
 
 
 async def test_a_locked_file_is_the_sinks_failure(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_sink, "_BUSY_SECONDS", 0.05)
     sink = make()
-    assert await sink.send([message({"id": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
     other = sqlite3.connect(tmp_path / "copy.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    result = await sink.send([message({"id": 2}, pks=("2",))])
+    result = await sink.send(batch_of([change({"id": 2}, pks=("2",))]))
     assert (result.outcome, result.reason) == ("sink_down", "sqlite_busy")
     other.rollback()
-    assert await sink.send([message({"id": 2}, pks=("2",))]) == OK
+    assert await sink.send(batch_of([change({"id": 2}, pks=("2",))])) == OK
     other.close()
 
 
 async def test_a_full_file_is_the_sinks_failure(make: Make, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
     assert sink._connection is not None
     await sink._thread.run(
         lambda: sink._connection and sink._connection.execute("PRAGMA max_page_count = 4").fetchall()
     )
-    result = await sink.send([message({"id": 2, "v": "x" * 100_000}, pks=("2",))])
+    result = await sink.send(batch_of([change({"id": 2, "v": "x" * 100_000}, pks=("2",))]))
     assert (result.outcome, result.reason) == ("sink_down", "sqlite_full")
-    assert await sink.send([message({"id": 2, "v": "x" * 100_000}, pks=("2",))]) == OK
+    assert await sink.send(batch_of([change({"id": 2, "v": "x" * 100_000}, pks=("2",))])) == OK
     assert query("SELECT count(*) FROM jobs") == [(2,)]
 
 
@@ -227,26 +219,26 @@ async def test_a_file_that_is_no_database_is_the_sinks_failure(make: Make, tmp_p
     (tmp_path / "copy.db").write_bytes(b"something else" * 100)
     sink = make()
     await sink.open()
-    result = await sink.send([message({"id": 1})])
+    result = await sink.send(batch_of([change({"id": 1})]))
     assert (result.outcome, result.reason) == ("sink_down", "sqlite_notadb")
 
 
 async def test_a_deleted_file_is_begun_anew(make: Make, tmp_path: Path, query: Query) -> None:
     sink = make()
-    assert await sink.send([message({"id": 1})]) == OK
+    assert await sink.send(batch_of([change({"id": 1})])) == OK
     for name in os.listdir(tmp_path):
         (tmp_path / name).unlink()
-    assert await sink.send([message({"id": 2}, pks=("2",))]) == OK
+    assert await sink.send(batch_of([change({"id": 2}, pks=("2",))])) == OK
     assert query("SELECT id FROM jobs") == [(2,)]
 
 
 async def test_half_a_surrogate_pair_is_rejected(make: Make) -> None:
-    assert rejected(await make().send([message('{"v":"\\ud800"}')]), "invalid_text")
+    assert rejected(await make().send(batch_of([change('{"v":"\\ud800"}')])), "invalid_text")
 
 
 async def test_five_hundred_columns(make: Make, query: Query) -> None:
     record = {f"column_{i}": i for i in range(500)}
-    assert await make().send([message(record)]) == OK
+    assert await make().send(batch_of([change(record)])) == OK
     assert query("SELECT * FROM jobs")[0][1:] == tuple(range(500))
 
 
@@ -273,7 +265,7 @@ async def test_five_hundred_columns(make: Make, query: Query) -> None:
     ],
 )
 async def test_values(make: Make, query: Query, json_text: str, stored: object) -> None:
-    assert await make().send([message(f'{{"v":{json_text},"after":1}}')]) == OK
+    assert await make().send(batch_of([change(f'{{"v":{json_text},"after":1}}')])) == OK
     ((value, after),) = query("SELECT v, after FROM jobs")
     assert (value, type(value), after) == (stored, type(stored), 1)
 
@@ -306,5 +298,5 @@ def test_records_are_taken_apart_as_a_parser_would(record: dict[str, Any], space
 
 def test_a_message_is_what_the_decoder_makes() -> None:
     """The factory of these tests against the contract of a change."""
-    one: Message = message({"a": 1})
-    assert orjson.loads(one.change.record) == {"a": 1}
+    one: Change = change({"a": 1})
+    assert orjson.loads(one.record) == {"a": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sinks.messages import context, full, message
+from sinks.messages import batch_of, change, context, full
 from spillway.sinks.base import OK
 from spillway.sinks.stdout import StdoutSink
 
@@ -38,8 +38,8 @@ def pipe() -> Iterator[Pipe]:
 
 async def test_each_line_is_the_message(pipe: Pipe, tmp_path: Path) -> None:
     sink = StdoutSink(context(tmp_path), fd=pipe.write_fd)
-    batch = [message({"v": i}, idx=i) for i in range(3)]
-    assert await sink.send(batch) == OK
+    batch = [change({"v": i}, idx=i) for i in range(3)]
+    assert await sink.send(batch_of(batch)) == OK
     await sink.close()
     assert [json.loads(line) for line in os.read(pipe.read_fd, 1 << 16).splitlines()] == [full(m) for m in batch]
 
@@ -47,7 +47,7 @@ async def test_each_line_is_the_message(pipe: Pipe, tmp_path: Path) -> None:
 async def test_a_reader_that_left_is_the_sinks_failure(pipe: Pipe, tmp_path: Path) -> None:
     sink = StdoutSink(context(tmp_path), fd=pipe.write_fd)
     pipe.leave()
-    result = await sink.send([message({"v": 1})])
+    result = await sink.send(batch_of([change({"v": 1})]))
     assert (result.outcome, result.reason) == ("sink_down", "broken_pipe")
     await sink.close()
 
@@ -56,7 +56,7 @@ async def test_a_reader_that_left_is_the_sinks_failure(pipe: Pipe, tmp_path: Pat
 async def test_a_reader_that_does_not_read_holds_up_this_sink_alone(pipe: Pipe, tmp_path: Path, blocking: bool) -> None:
     os.set_blocking(pipe.write_fd, blocking)
     sink = StdoutSink(context(tmp_path), fd=pipe.write_fd)
-    sending = asyncio.create_task(sink.send([message({"v": "x" * 500_000})]))
+    sending = asyncio.create_task(sink.send(batch_of([change({"v": "x" * 500_000})])))
     done, _ = await asyncio.wait([sending], timeout=0.05)
     assert not done
     await sink.close()

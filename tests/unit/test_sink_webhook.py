@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from sinks.messages import SUFFIX, change, context, full, message, of
+from sinks.messages import SUFFIX, batch_of, change, context, full
 from sinks.recorder import CERTIFICATE, CUT, HANG, Recorder, Reply
+from spillway.chunk import Keying, chunk_of
 from spillway.errors import SpillwayError
 from spillway.sinks.base import OK, Result
 from spillway.sinks.webhook import WebhookSink, idempotency_key, join_url
@@ -55,29 +56,29 @@ async def make(server: Recorder, tmp_path: Path) -> AsyncIterator[Make]:
 
 
 async def one_result(sink: WebhookSink) -> Result:
-    answer = await sink.send([message({"v": 1})])
+    answer = await sink.send(batch_of([change({"v": 1})]))
     return answer if isinstance(answer, Result) else answer[0]
 
 
 async def test_single_sends_the_message_itself(server: Recorder, make: Make) -> None:
-    sent = message({"v": 1}, lsn=100, idx=2)
+    sent = change({"v": 1}, lsn=100, idx=2)
     sink = make(path="/hook?x=1", headers={"X-Token": "abc", "Content-Type": "application/cdc+json"})
     assert sink.single
-    assert await sink.send([sent]) == [OK]
+    assert await sink.send(batch_of([sent])) == OK
     (request,) = server.requests
     assert (request.method, request.target) == ("POST", "/hook?x=1")
-    assert request.raw == sent.change.body + SUFFIX
+    assert request.raw == sent.body + SUFFIX
     assert request.headers["x-token"] == "abc"
     assert request.headers["content-type"] == "application/cdc+json"
     assert request.headers["idempotency-key"] == full(sent)["metadata"]["idempotency_key"]
 
 
 async def test_batch_sends_all_in_one_and_gets_one_answer(server: Recorder, make: Make) -> None:
-    batch = [message({"v": i}, pks=(str(i),), idx=i) for i in range(3)]
+    batch = [change({"v": i}, pks=(str(i),), idx=i) for i in range(3)]
     sink = make(batch=True)
     assert not sink.single
-    assert await sink.send(batch) == OK
-    assert await sink.send(batch[:1]) == OK
+    assert await sink.send(batch_of(batch)) == OK
+    assert await sink.send(batch_of(batch[:1])) == OK
     three, one = server.requests
     assert json.loads(three.raw) == {"data": [full(m) for m in batch]}
     assert json.loads(one.raw) == {"data": [full(batch[0])]}
@@ -85,12 +86,12 @@ async def test_batch_sends_all_in_one_and_gets_one_answer(server: Recorder, make
     keys = "\n".join(full(m)["metadata"]["idempotency_key"] for m in batch)
     assert three.headers["idempotency-key"] == hashlib.sha256(keys.encode()).hexdigest()
     server.answer = lambda _request: Reply(422)
-    assert (await sink.send(batch)) == Result("reject", "http_422", "HTTP 422")
+    assert (await sink.send(batch_of(batch))) == Result("reject", "http_422", "HTTP 422")
 
 
 async def test_gzip_where_the_header_says_so(server: Recorder, make: Make) -> None:
-    sent = message({"v": "x" * 5000})
-    assert await make(headers={"Content-Encoding": "gzip"}).send([sent]) == [OK]
+    sent = change({"v": "x" * 5000})
+    assert await make(headers={"Content-Encoding": "gzip"}).send(batch_of([sent])) == OK
     (request,) = server.requests
     assert json.loads(request.body) == full(sent)
     assert len(request.raw) < 1000
@@ -116,10 +117,12 @@ def test_urls_are_joined_as_in_sequin(url: str, path: str, joined: str) -> None:
 
 def test_idempotency_keys_of_changes_and_of_backfilled_rows() -> None:
     trap = {"metadata": 1, "idempotency_key": "no"}
-    assert (
-        idempotency_key(change(trap, action="update", lsn=7, idx=3, changes=trap)) == base64.b64encode(b"7:3").decode()
-    )
-    assert idempotency_key(change(trap, action="read", idempotency_key="cGFnZTox")) == "cGFnZTox"
+    changes = [
+        change(trap, action="update", lsn=7, idx=3, changes=trap),
+        change(trap, action="read", idempotency_key="cGFnZTox"),
+    ]
+    chunk = chunk_of(changes)
+    assert [idempotency_key(chunk, i) for i in range(2)] == [base64.b64encode(b"7:3"), b"cGFnZTox"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ async def test_certificates_are_verified(make: Make, tmp_path: Path) -> None:
 async def test_without_batches_of_one_the_first_failure_of_the_sink_ends_it(server: Recorder, make: Make) -> None:
     replies = iter([Reply(200), Reply(422), Reply(503)])
     server.answer = lambda _request: next(replies)
-    results = await make().send([message({"v": i}, idx=i) for i in range(4)])
+    results = await make().send(batch_of([change({"v": i}, idx=i) for i in range(4)]))
     assert isinstance(results, list)
     assert [r.reason for r in results] == ["", "http_422", "http_503", "http_503"]
 
@@ -209,8 +212,8 @@ async def test_a_long_answer_is_not_read_to_its_end(server: Recorder, make: Make
 
 
 async def test_a_key_change_is_one_message(server: Recorder, make: Make) -> None:
-    old = change({"id": 1}, action="delete", pks=("1",))
-    assert await make().send([of(change({"id": 2}, action="update", pks=("2",), old=old))]) == [OK]
+    moved = change({"id": 2}, action="update", pks=("2",), was=("1",))
+    assert await make().send(batch_of([moved], Keying.EVENTS)) == OK
     assert json.loads(server.requests[0].raw)["record"] == {"id": 2}
 
 

@@ -41,12 +41,10 @@ IDLE_SECONDS = 4.0  # below the 5 s after which common servers close an idle con
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    length_bytes: int
-    parts: Iterable[bytes]
+    """``length_bytes`` None: not known before all parts are there; they are collected then."""
 
-    @classmethod
-    def of(cls, *parts: bytes) -> Body:
-        return cls(sum([len(part) for part in parts]), parts)
+    parts: Iterable[bytes]
+    length_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +119,15 @@ class Http:
             async with asyncio.timeout(self._timeout_seconds):
                 stream = None
                 if content is not None:
+                    parts, length_bytes = content.parts, content.length_bytes
                     if gzip:
-                        content = await _compressed(content)
+                        parts, length_bytes = await _compressed(parts), None
                         headers["content-encoding"] = "gzip"
-                    headers["content-length"] = str(content.length_bytes)
-                    stream = _stream(content)
+                    if length_bytes is None:
+                        parts = list(parts)
+                        length_bytes = sum([len(part) for part in parts])
+                    headers["content-length"] = str(length_bytes)
+                    stream = _stream(parts)
                 async with self._client.stream(method, url, headers=headers, content=stream) as response:
                     body, whole = await _read(response, max_answer_bytes)
         except (TimeoutError, httpx.TimeoutException):
@@ -185,21 +187,21 @@ def _pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(pending)
 
 
-async def _stream(content: Body) -> AsyncIterator[bytes]:
-    for piece in _pieces(content.parts):
+async def _stream(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in _pieces(parts):
         yield piece
 
 
-async def _compressed(content: Body) -> Body:
+async def _compressed(parts: Iterable[bytes]) -> list[bytes]:
     compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     compressed: list[bytes] = []
-    for piece in _pieces(content.parts):
+    for piece in _pieces(parts):
         if len(piece) < SMALL_BYTES:
             compressed.append(compressor.compress(piece))
         else:  # piece by piece: whoever is cancelled leaves one piece behind, not a body
             compressed.append(await asyncio.to_thread(compressor.compress, piece))
     compressed.append(compressor.flush())
-    return Body.of(*compressed)
+    return compressed
 
 
 async def _read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:

@@ -152,7 +152,7 @@ class SearchSink:
             "POST",
             self._bulk_url,
             self._headers | {"content-type": "application/x-ndjson"},
-            Body.of(*[impl.bulk(*run, self._context.epoch, suffix, document_id) for run in runs(batch)]),
+            Body(impl.bulk(*run, self._context.epoch, suffix, document_id) for run in runs(batch)),
             gzip=self._gzip,
             max_answer_bytes=_ANSWER_BYTES + _ANSWER_ITEM_BYTES * len(batch),
         )
@@ -195,7 +195,7 @@ class SearchSink:
         # 400: the server does not like the name; it says why only to the request that creates.
         if isinstance(answer, Answer) and answer.status in (400, 404):
             settings = orjson.dumps({"settings": {"index": {"gc_deletes": f"{_GC_DELETES_SECONDS}s"}}})
-            answer = await self._http.request("PUT", self._index_url, self._headers, Body.of(settings))
+            answer = await self._http.request("PUT", self._index_url, self._headers, Body((settings,)))
             if isinstance(answer, Answer) and answer.status == 400:
                 return self._not_created(answer)
         if isinstance(answer, Answer) and (answer.status < 300 or answer.status == 403):
@@ -281,10 +281,13 @@ class SearchSink:
         for place, (message, item) in enumerate(zip(batch, items, strict=True)):
             (outcome,) = item.values()
             identity, is_delete = _operation(message)
+            result = OK
             if outcome.get("_id") != identity:
-                failures[place] = retry("answer_mismatch", f"the answer for {outcome.get('_id')!r} is in its place")
+                result = retry("answer_mismatch", f"the answer for {outcome.get('_id')!r} is in its place")
             elif "error" in outcome or (outcome["status"] >= 300 and not (is_delete and outcome["status"] == 404)):
-                failures[place] = self._failed(outcome["status"], outcome.get("error"))
+                result = self._failed(outcome["status"], outcome.get("error"))
+            if result is not OK:
+                failures[place] = result
         return failures
 
     def _failed(self, status: int, error: object) -> Result:

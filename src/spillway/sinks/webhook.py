@@ -76,11 +76,12 @@ class WebhookSink:
 
     async def send(self, batch: Batch) -> Sequence[Result] | Result:
         if not self.single:
-            body = Body(array_bytes(batch, self._suffix), array(runs(batch), self._suffix))
+            body = Body(array(runs(batch), self._suffix), array_bytes(batch, self._suffix))
             return await self._post(body, _batch_key(batch))
         results: list[Result] = []
         for chunk, index in _changes(batch):
-            result = await self._post(Body.of(chunk.body(index), self._suffix), idempotency_key(chunk, index).decode())
+            body = Body((chunk.body(index), self._suffix))
+            result = await self._post(body, idempotency_key(chunk, index).decode())
             results.append(result)
             if result.outcome == "sink_down":
                 results += [result] * (len(batch) - len(results))
