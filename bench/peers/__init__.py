@@ -8,13 +8,22 @@ A backlog is filled once and drained by each tool from a *copy* of the slot, so 
             measured = recvlogical.drain(slot)                  # -> Measured
         source.drop(waiting)                                    # tables, publication, slot: the WAL can go
 
-======================== ==============================================================================================
-``recvlogical.drain``    ``(slot, *, unix=False)``: ``pg_recvlogical`` to /dev/null
-``bare.drain``           ``(slot, *, pause_us=0, unix=False)``: our socket reader that decodes nothing; with
-                         ``pause_us=1000`` it is *the limit*
-======================== ==============================================================================================
+``recvlogical.drain(slot, *, unix=False)``
+    ``pg_recvlogical`` to /dev/null.
+``bare.drain(slot, *, pause_us=0, receive_buffer_bytes=0, unix=False)``
+    Our socket reader that decodes nothing; over TCP with ``pause_us=1000`` it is what the issue calls *the limit*.
+``debezium.drain(slot, *, schemas=False, settings=None)``
+    Debezium's engine; ``debezium.Callbacks`` for latency. Its configuration is ``debezium/engine.properties``.
+``pgsync.run(source, waiting, index)``
+    pgsync in WAL mode into OpenSearch; makes its own kind of slot (``pgsync.drain`` takes one that was made so).
+``bulk.drain(slot, index, documents, *, body_bytes, limit=None)``
+    A bare bulk client with ``pg_recvlogical`` beside it. ``bulk.best_body_bytes(url, documents, mapping=)`` first.
 
-Every ``drain`` gives a ``Measured`` and raises ``PeerFailed`` when the tool fails or has not seen every row. A
+For the last two ``peers.index`` has ``Index(url, name)`` (``create(mapping)``, ``operations()``, ``documents()``,
+``delete()``), ``EXPLICIT_MAPPING`` and ``render(source, waiting)``, the documents of a ``ten_columns`` table. OpenSearch
+is ``servers.opensearch.OpenSearch``. Debezium and pgsync come with ``scripts/servers install bench``.
+
+Each gives a ``Measured`` and raises ``PeerFailed`` when the tool fails or has not seen every row. A
 connection string of Spillway's for the same slot is ``slot.dsn(unix=...)``. ``python bench/peers/run.py PEER --rows N``
 runs one of them alone and prints its ``Measured`` as one line of JSON.
 

@@ -66,6 +66,7 @@ class Slot:
 
     name: str
     publication: str
+    tables: tuple[str, ...]
     rows: int
     start_lsn: str
     end_lsn: str
@@ -260,14 +261,17 @@ class Source:
             left -= size
 
     @contextmanager
-    def copy(self, waiting: Waiting, *, name: str = "run") -> Iterator[Slot]:
+    def copy(self, waiting: Waiting, *, name: str = "run", plugin: str = "pgoutput") -> Iterator[Slot]:
         """A slot of that name at the start of what waits; dropped in the end, whatever still holds it is ended."""
         with self.connect() as connection:
-            connection.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", [waiting.slot, name])
+            connection.execute(
+                "SELECT pg_copy_logical_replication_slot(%s, %s, false, %s)", [waiting.slot, name, plugin]
+            )
             try:
                 yield Slot(
                     name,
                     waiting.publication,
+                    tuple(table.name for table in waiting.tables),
                     waiting.rows,
                     waiting.start_lsn,
                     waiting.end_lsn,

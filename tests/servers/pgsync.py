@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from servers.cache import cache_folder, ensure, run
+from servers.cache import ensure, installed, run
 
 VERSION = "7.3.0"
 NAME = f"pgsync-{VERSION}"
@@ -23,5 +23,5 @@ def install() -> Path:
 
 def program() -> list[str | Path]:
     """What starts it. The folder was renamed since its scripts were written, so their first lines name a wrong one."""
-    entry = cache_folder() / NAME
+    entry = installed(NAME)
     return [entry / "bin" / "python", entry / "bin" / "pgsync"]
