@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import struct
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from spillway.change import Change
-from spillway.pgoutput import DatabaseMeta, Decoder, Relation, TableInfo, TypeInfo
+from spillway.change import ACTIONS, Action, Change
+from spillway.chunk import Chunk
+from spillway.pgoutput import DatabaseMeta, Relation, Stop, TableInfo, TypeInfo
+from spillway.pgoutput.decoder import Decoder
 
 INT8, TEXT, JSON, NUMERIC, TIMESTAMPTZ = 20, 25, 114, 1700, 1184
 FINAL_LSN = 0x16_B374_D848
@@ -15,6 +19,9 @@ SUFFIX = b',"enrichment":null,"consumer":{"id":"c","name":"s","annotations":{}}}
 META = DatabaseMeta("00-11", "app", {"team": "a"}, "app_production", "db.example.com")
 COMMITTED = datetime(2024, 10, 28, 21, 39, 21, 127470, tzinfo=UTC)
 UNCHANGED = object()
+FRAME_OVERHEAD_BYTES = 100
+RENEW_FRAME_BYTES = 1 << 23
+PLENTY_BYTES = sys.maxsize
 
 Value = bytes | None | object
 
@@ -86,49 +93,111 @@ def message(prefix: str, content: bytes, *, transactional: bool = True) -> bytes
     return b"M" + struct.pack(">BQ", transactional, 77) + _string(prefix) + struct.pack(">I", len(content)) + content
 
 
+def xlog(payload: bytes) -> memoryview:
+    """The whole CopyData: wal_start, wal_end, the time, and the payload."""
+    return memoryview(b"w" + struct.pack(">QQq", 1, 2, 3) + payload)
+
+
+def keepalive(wal_end: int, *, reply_requested: bool = False) -> memoryview:
+    return memoryview(b"k" + struct.pack(">QqB", wal_end, 3, reply_requested))
+
+
+class Connection:
+    """A connection in COPY BOTH that has received ``frames``."""
+
+    def __init__(self, *frames: memoryview) -> None:
+        self.frames = deque(frames)
+        self.ended = False
+
+    def get_copy_data(self, async_: int) -> tuple[int, memoryview]:
+        assert async_ == 1
+        if self.frames:
+            frame = self.frames.popleft()
+            return len(frame), frame
+        return (-1 if self.ended else 0), memoryview(b"")
+
+
 class Stream:
     """A decoder that has learned one table and is inside of a transaction."""
 
     def __init__(
         self,
+        decoder_class: type[Decoder],
         columns: Sequence[tuple[str, int]] = (("id", INT8), ("name", TEXT)),
         key: Sequence[str] = ("id",),
         *,
         schema: str = "public",
         table: str = "jobs",
         identity: str = "d",
-        groups: tuple[tuple[str, ...], ...] = (),
+        groups: tuple[tuple[str, ...] | None, ...] = (),
         types: dict[int, TypeInfo] | None = None,
         root: tuple[str, str] | None = None,
         max_message_bytes: int = 1 << 20,
-        group_columns: Callable[[str, str], tuple[tuple[str, ...], ...]] | None = None,
+        group_columns: Callable[[str, str], tuple[tuple[str, ...] | None, ...]] | None = None,
+        wanted: Sequence[Action] = ACTIONS,
     ) -> None:
         self.warnings: list[str] = []
-        self.decoder = Decoder(
+        self.connection = Connection()
+        self.decoder = decoder_class(
             META,
             group_columns or (lambda *_: groups),
+            len(groups),
             max_message_bytes,
+            FRAME_OVERHEAD_BYTES,
+            RENEW_FRAME_BYTES,
             lambda finding: self.warnings.append(finding.code),
         )
         self.relation = self.learn(
-            relation(columns, key, schema=schema, table=table, identity=identity), key, types=types, root=root
+            relation(columns, key, schema=schema, table=table, identity=identity),
+            key,
+            types=types,
+            root=root,
+            wanted=wanted,
         )
-        self.decoder.feed(begin())
+        assert self.feed(begin()) is None
+        self.decoder.take()
 
     def learn(
         self,
-        frame: bytes,
+        payload: bytes,
         key: Sequence[str] = ("id",),
         *,
         types: dict[int, TypeInfo] | None = None,
         root: tuple[str, str] | None = None,
+        wanted: Sequence[Action] = ACTIONS,
     ) -> Relation:
-        event = self.decoder.feed(frame)
-        assert isinstance(event, Relation)
-        self.decoder.learn(event, TableInfo(event.oid, tuple(key), types or {}, root))
-        return event
+        stop = self.feed(payload)
+        assert isinstance(stop, Relation)
+        self.decoder.learn(stop, TableInfo(stop.oid, tuple(key), types or {}, root), frozenset(wanted))
+        return stop
 
-    def change(self, frame: bytes) -> Change:
-        event = self.decoder.feed(frame)
-        assert isinstance(event, Change)
-        return event
+    def fill(self, *frames: memoryview, credit_bytes: int = PLENTY_BYTES, max_changes: int = 1000) -> Stop:
+        self.connection.frames.extend(frames)
+        return self.decoder.fill(self.connection, credit_bytes, max_changes)
+
+    def feed(self, *payloads: bytes) -> Stop:
+        return self.fill(*map(xlog, payloads))
+
+    def chunk(self, *payloads: bytes) -> Chunk:
+        """What these give, and what was fed before."""
+        assert self.feed(*payloads) is None
+        return self.decoder.take()
+
+    def changes(self, *payloads: bytes) -> list[Change]:
+        return changes_of(self.chunk(*payloads))
+
+    def change(self, payload: bytes) -> Change:
+        (change,) = self.changes(payload)
+        return change
+
+
+def changes_of(chunk: Chunk) -> list[Change]:
+    return [chunk.change(index) for index in range(chunk.count)]
+
+
+def groups_of(chunk: Chunk, index: int = 0) -> list[str]:
+    return [text.decode() for text in chunk.key_texts(index)[2::2]]
+
+
+def groups_before(chunk: Chunk, index: int = 0) -> list[str]:
+    return [text.decode() for text in chunk.key_texts(index)[3::2]]

@@ -8,16 +8,41 @@ from contextlib import suppress
 from zlib import crc32
 
 import orjson
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgoutput import frames
-from pgoutput.frames import FINAL_LSN, INT8, JSON, SUFFIX, TEXT, TIMESTAMPTZ, UNCHANGED, Stream
-from spillway.change import Change, make_key
-from spillway.pgoutput import Begin, Commit, Decoder, ProtocolError, Relation, Truncation, TypeInfo
+from pgoutput.frames import (
+    FINAL_LSN,
+    FRAME_OVERHEAD_BYTES,
+    INT8,
+    JSON,
+    SUFFIX,
+    TEXT,
+    TIMESTAMPTZ,
+    UNCHANGED,
+    Connection,
+    Stream,
+    changes_of,
+    groups_before,
+    groups_of,
+    xlog,
+)
+from pgoutput.twins import TWINS
+from spillway.change import ACTIONS, Change, make_key
+from spillway.chunk import FLAGS, HASH, LARGE, MOVED, OLD, SUB, TOO_LARGE, WAS, WHOLE, WORDS, key_hash
+from spillway.pgoutput import Ended, Full, Keepalive, ProtocolError, Relation, Renew, TableInfo, TypeInfo
+from spillway.pgoutput.decoder import Decoder
 
 THREE = (("id", INT8), ("name", TEXT), ("note", TEXT))
+
+
+@pytest.fixture(params=TWINS, scope="module")
+def decoder_class(request: pytest.FixtureRequest) -> type[Decoder]:
+    assert isinstance(request.param, type)
+    return request.param
 
 
 def message_of(change: Change) -> dict[str, dict[str, object]]:
@@ -35,8 +60,8 @@ def record_of(change: Change) -> dict[str, object]:
 # The message.
 
 
-def test_the_body_is_sequins_message_up_to_the_sinks_part() -> None:
-    change = Stream().change(frames.insert(b"1234", b"shipped"))
+def test_the_body_is_sequins_message_up_to_the_sinks_part(decoder_class: type[Decoder]) -> None:
+    change = Stream(decoder_class).change(frames.insert(b"1234", b"shipped"))
     key = base64.b64encode(f"{FINAL_LSN}:0".encode()).decode()
     assert change.body.decode() == (
         '{"record":{"id":1234,"name":"shipped"},"changes":null,"action":"insert","metadata":{"table_schema":"public",'
@@ -48,20 +73,20 @@ def test_the_body_is_sequins_message_up_to_the_sinks_part() -> None:
     assert change.record == b'{"id":1234,"name":"shipped"}'
     assert (change.commit_lsn, change.commit_idx, change.action) == (FINAL_LSN, 0, "insert")
     assert (change.schema, change.table, change.key, change.pks) == ("public", "jobs", "public.jobs:1234", ("1234",))
-    assert (change.n, change.whole, change.groups, change.old, change.too_large_bytes) == (1, True, (), None, 0)
+    assert (change.n, change.whole, change.was, change.too_large_bytes) == (1, True, None, 0)
     assert change.commit_time == frames.COMMITTED.timestamp()
 
 
-def test_names_may_hold_anything() -> None:
-    stream = Stream([("100%b", INT8), ('"', TEXT)], ["100%b"], schema="a.b", table="50%s:\n")
+def test_names_may_hold_anything(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, [("100%b", INT8), ('"', TEXT)], ["100%b"], schema="a.b", table="50%s:\n")
     change = stream.change(frames.insert(b"1", b"x"))
     assert message_of(change)["metadata"]["table_name"] == "50%s:\n"
     assert record_of(change) == {"100%b": 1, '"': "x"}
     assert change.key == make_key("a.b", "50%s:\n", ("1",))
 
 
-def test_actions_and_changes() -> None:
-    stream = Stream()
+def test_actions_and_changes(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
     inserted = stream.change(frames.insert(b"1", b"a"))
     updated = stream.change(frames.update(b"1", b"b"))
     deleted = stream.change(frames.delete(key=[b"1", None]))
@@ -73,11 +98,11 @@ def test_actions_and_changes() -> None:
     assert deleted.whole
 
 
-def test_with_identity_full_changes_hold_the_old_values_that_differ() -> None:
-    stream = Stream([*THREE, ("price", frames.NUMERIC)], identity="f")
+def test_with_identity_full_changes_hold_the_old_values_that_differ(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, [*THREE, ("price", frames.NUMERIC)], identity="f")
     change = stream.change(frames.update(b"1", b"b", b"x", b"1.00", old=[b"1", b"a", None, b"1.0"]))
     assert b'"changes":{"name":"a","note":null,"price":1.0}' in change.body
-    assert change.old is None
+    assert change.was is None
     assert (
         message_of(stream.change(frames.update(b"1", b"b", b"x", b"1", old=[b"1", b"b", b"x", b"1"])))["changes"] == {}
     )
@@ -89,8 +114,8 @@ def test_with_identity_full_changes_hold_the_old_values_that_differ() -> None:
     }
 
 
-def test_json_is_embedded_on_one_line_and_digits_stay() -> None:
-    stream = Stream([("id", INT8), ("doc", JSON)])
+def test_json_is_embedded_on_one_line_and_digits_stay(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, [("id", INT8), ("doc", JSON)])
     change = stream.change(frames.insert(b"1", b'{"n":\n 123456789012345678901234567890.10}'))
     assert change.record == b'{"id":1,"doc":{"n":  123456789012345678901234567890.10}}'
 
@@ -99,43 +124,47 @@ def test_json_is_embedded_on_one_line_and_digits_stay() -> None:
 
 
 @pytest.mark.parametrize("values", [("a", "b"), ("a:b", "c"), ("a", "b:c"), ("\\N", "x.y"), ("", "")])
-def test_a_key_is_that_of_make_key(values: tuple[str, str]) -> None:
-    stream = Stream([("x", TEXT), ("y", TEXT), ("z", TEXT)], ["x", "z"])
+def test_a_key_is_that_of_make_key(decoder_class: type[Decoder], values: tuple[str, str]) -> None:
+    stream = Stream(decoder_class, [("x", TEXT), ("y", TEXT), ("z", TEXT)], ["x", "z"])
     change = stream.change(frames.insert(values[0].encode(), b"no", values[1].encode()))
     assert change.pks == values
     assert change.key == make_key("public", "jobs", values)
     assert message_of(change)["metadata"]["record_pks"] == list(values)
 
 
-def test_primary_key_values_are_postgres_text() -> None:
-    stream = Stream([("at", TIMESTAMPTZ), ("ok", 16)], ["at", "ok"])
+def test_primary_key_values_are_postgres_text(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, [("at", TIMESTAMPTZ), ("ok", 16)], ["at", "ok"])
     change = stream.change(frames.insert(b"2024-01-02 03:04:05+00", b"t"))
     assert message_of(change)["metadata"]["record_pks"] == ["2024-01-02 03:04:05+00", "t"]
     assert record_of(change) == {"at": "2024-01-02T03:04:05.000000Z", "ok": True}
 
 
-def test_without_a_primary_key() -> None:
-    stream = Stream(key=[], groups=(("name",),))
-    change = stream.change(frames.insert(b"1", b"a"))
-    assert (change.key, change.pks, change.groups, change.n) == (None, (), ("public.jobs:a",), 1)
+def test_without_a_primary_key(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, key=[], groups=(("name",),))
+    chunk = stream.chunk(frames.insert(b"1", b"a"))
+    change = chunk.change(0)
+    assert (change.key, change.pks, groups_of(chunk), change.n) == (None, (), ["public.jobs:a"], 1)
+    assert chunk.word(0, HASH) == 0
     assert message_of(change)["metadata"]["record_pks"] == []
 
 
-def test_groups_are_in_the_order_given_and_long_values_are_digests() -> None:
-    stream = Stream(THREE, groups=(("note", "name"), ("name",), ("gone",)))
-    change = stream.change(frames.insert(b"1", None, b"x" * 2000))
-    long, null, gone = change.groups
+def test_groups_are_in_the_order_given_and_long_values_are_digests(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE, groups=(("note", "name"), ("name",), ("gone",)))
+    long, null, gone = groups_of(stream.chunk(frames.insert(b"1", None, b"x" * 2000)))
     assert long.startswith("public.jobs:sha256-")
     assert long.endswith(":\\N")
     assert (null, gone) == ("public.jobs:\\N", "public.jobs:\\N")
 
 
-def test_a_changed_primary_key_brings_the_delete_of_the_old_one() -> None:
-    stream = Stream(THREE)
-    change = stream.change(frames.update(b"2", b"a", b"n", key=[b"1", None, None]))
-    old = change.old
-    assert old is not None
-    assert (change.key, old.key) == ("public.jobs:2", "public.jobs:1")
+def test_a_changed_primary_key_brings_the_delete_of_the_old_one(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE)
+    chunk = stream.chunk(frames.update(b"2", b"a", b"n", key=[b"1", None, None]))
+    old, change = changes_of(chunk)
+    assert (old.key, old.was) == ("public.jobs:1", None)
+    assert (change.key, change.was) == ("public.jobs:2", "public.jobs:1")
+    assert list(chunk.byte_column(FLAGS)) == [WHOLE | OLD, WHOLE | MOVED]
+    assert chunk.column(HASH) == [key_hash(b"public.jobs:1"), key_hash(b"public.jobs:2")]
+    assert chunk.column(WAS) == [0, key_hash(b"public.jobs:1")]
     assert (old.action, old.commit_lsn, old.commit_idx, old.pks) == ("delete", FINAL_LSN, 0, ("1",))
     message = message_of(old)
     assert (message["record"], message["changes"]) == ({"id": 1, "name": None, "note": None}, None)
@@ -144,97 +173,133 @@ def test_a_changed_primary_key_brings_the_delete_of_the_old_one() -> None:
     assert stream.change(frames.update(b"1", b"a", b"n")).n == 2
 
 
-def test_an_old_key_that_is_the_same_is_no_change_of_the_key() -> None:
+def test_an_old_key_that_is_the_same_is_no_change_of_the_key(decoder_class: type[Decoder]) -> None:
     """PostgreSQL sends it also when a key's value is stored out of line."""
-    change = Stream([("id", TEXT), ("name", TEXT)]).change(frames.update(UNCHANGED, b"a", key=[b"long", None]))
-    assert change.old is None
+    change = Stream(decoder_class, [("id", TEXT), ("name", TEXT)]).change(
+        frames.update(UNCHANGED, b"a", key=[b"long", None])
+    )
+    assert change.was is None
     assert change.pks == ("long",)
     assert record_of(change) == {"id": "long", "name": "a"}
     assert change.whole
 
 
-def test_a_changed_primary_key_under_identity_full() -> None:
-    change = Stream(identity="f").change(frames.update(b"2", b"b", old=[b"1", b"a"]))
-    assert change.old is not None
-    assert record_of(change.old) == {"id": 1, "name": "a"}
+def test_a_changed_primary_key_under_identity_full(decoder_class: type[Decoder]) -> None:
+    old, change = Stream(decoder_class, identity="f").changes(frames.update(b"2", b"b", old=[b"1", b"a"]))
+    assert change.was == old.key == "public.jobs:1"
+    assert record_of(old) == {"id": 1, "name": "a"}
     assert message_of(change)["changes"] == {"id": 1, "name": "a"}
 
 
-def test_a_changed_group_brings_the_old_groups() -> None:
-    change = Stream(THREE, identity="f", groups=(("name",), ("note",))).change(
+def test_a_changed_group_is_one_record_that_names_the_old_group(decoder_class: type[Decoder]) -> None:
+    chunk = Stream(decoder_class, THREE, identity="f", groups=(("name",), ("note",))).chunk(
         frames.update(b"1", b"b", b"n", old=[b"1", b"a", b"n"])
     )
-    assert change.old is not None
-    assert change.old.key == change.key
-    assert (change.groups, change.old.groups) == (
-        ("public.jobs:b", "public.jobs:n"),
-        ("public.jobs:a", "public.jobs:n"),
+    (change,) = changes_of(chunk)
+    assert (change.was, change.n) == (None, 1)
+    assert (groups_of(chunk), groups_before(chunk)) == (["public.jobs:b", "public.jobs:n"], ["public.jobs:a", ""])
+    assert chunk.byte(0, FLAGS) == WHOLE
+    assert chunk.word(0, WAS) == 0
+    assert [chunk.word(0, WORDS + i) for i in range(4)] == [
+        key_hash(b"public.jobs:b"),
+        key_hash(b"public.jobs:a"),
+        key_hash(b"public.jobs:n"),
+        0,
+    ]
+
+
+def test_groups_outside_of_the_replica_identity_are_taken_as_unchanged(decoder_class: type[Decoder]) -> None:
+    chunk = Stream(decoder_class, THREE, groups=(("name",),)).chunk(
+        frames.update(b"2", b"b", b"n", key=[b"1", None, None])
     )
-    assert (change.old.n, change.n) == (1, 2)
+    assert chunk.count == 2
+    assert groups_of(chunk, 0) == groups_of(chunk, 1) == ["public.jobs:b"]
+    assert groups_before(chunk, 0) == groups_before(chunk, 1) == [""]
 
 
-def test_groups_outside_of_the_replica_identity_are_taken_as_unchanged() -> None:
-    change = Stream(THREE, groups=(("name",),)).change(frames.update(b"2", b"b", b"n", key=[b"1", None, None]))
-    assert change.old is not None
-    assert change.old.groups == change.groups == ("public.jobs:b",)
+def test_a_group_without_columns_is_the_primary_key(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE, groups=(("name",), None))
+    chunk = stream.chunk(frames.update(b"2", b"b", b"n", key=[b"1", None, None]), frames.insert(b"3", b"b", b"n"))
+    assert [groups_of(chunk, i)[1] for i in range(3)] == ["public.jobs:1", "public.jobs:2", "public.jobs:3"]
+    assert [groups_before(chunk, i)[1] for i in range(3)] == ["", "public.jobs:1", ""]
+    assert chunk.column(WORDS + 2) == chunk.column(HASH)
+    assert chunk.column(WORDS + 3) == chunk.column(WAS)
+    keyless = Stream(decoder_class, key=[], groups=(None,)).chunk(frames.insert(b"1", b"a"))
+    assert keyless.key_texts(0) == [b""] * 4
+    assert [keyless.word(0, word) for word in (HASH, WAS, WORDS, WORDS + 1)] == [0] * 4
 
 
-def test_replica_identity_index_beside_the_primary_key() -> None:
-    stream = Stream(THREE)
+def test_a_key_whose_old_value_is_not_known_has_not_moved(decoder_class: type[Decoder]) -> None:
+    """The table got its primary key after this change: the row had none then."""
+    stream = Stream(decoder_class, identity="f")
+    changed = stream.change(frames.update(b"1", b"a", old=[None, b"a"]))
+    assert (changed.key, changed.was, changed.whole) == ("public.jobs:1", None, True)
+    old, lost = stream.changes(frames.update(None, b"a", old=[b"1", b"a"]))
+    assert (old.key, old.action, lost.key, lost.was) == ("public.jobs:1", "delete", None, "public.jobs:1")
+
+
+def test_replica_identity_index_beside_the_primary_key(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE)
     stream.learn(frames.relation(THREE, ["name"], identity="i"), ["id"])
     assert stream.change(frames.insert(b"1", b"a", b"n")).key == "public.jobs:1"
     updated = stream.change(frames.update(b"1", b"b", b"n", key=[None, b"a", None]))
-    assert (updated.key, updated.old) == ("public.jobs:1", None)
+    assert (updated.key, updated.was) == ("public.jobs:1", None)
     deleted = stream.change(frames.delete(key=[None, b"a", None]))
     assert (deleted.key, deleted.pks) == (None, ())
 
 
-def test_under_identity_default_the_relation_knows_the_key_better_than_the_catalogue() -> None:
-    stream = Stream(THREE)
+def test_under_identity_default_the_relation_knows_the_key_better_than_the_catalogue(
+    decoder_class: type[Decoder],
+) -> None:
+    stream = Stream(decoder_class, THREE)
     stream.learn(frames.relation(THREE, ["name"]), ["renamed"])
     assert stream.change(frames.insert(b"1", b"a", b"n")).pks == ("a",)
 
 
-def test_a_partition_has_the_identity_of_its_root() -> None:
+def test_a_partition_has_the_identity_of_its_root(decoder_class: type[Decoder]) -> None:
     stream = Stream(
-        table="jobs_2024", root=("app", "jobs"), group_columns=lambda s, t: (("name",),) if t == "jobs" else ()
+        decoder_class,
+        table="jobs_2024",
+        root=("app", "jobs"),
+        groups=(("name",),),
+        group_columns=lambda s, t: (("name",) if (s, t) == ("app", "jobs") else None,),
     )
-    change = stream.change(frames.insert(b"1", b"a"))
-    assert (change.schema, change.table, change.key, change.groups) == ("app", "jobs", "app.jobs:1", ("app.jobs:a",))
+    chunk = stream.chunk(frames.insert(b"1", b"a"), frames.truncate(16_400))
+    change, truncated = changes_of(chunk)
+    assert (change.schema, change.table, change.key, groups_of(chunk)) == ("app", "jobs", "app.jobs:1", ["app.jobs:a"])
     assert message_of(change)["metadata"]["table_name"] == "jobs"
-    event = stream.decoder.feed(frames.truncate(16_400))
-    assert isinstance(event, Truncation)
-    assert (event.changes[0].schema, event.changes[0].table) == ("public", "jobs_2024")
-    assert message_of(event.changes[0])["metadata"]["table_name"] == "jobs_2024"
+    assert (truncated.schema, truncated.table) == ("public", "jobs_2024")
+    assert message_of(truncated)["metadata"]["table_name"] == "jobs_2024"
 
 
 # TOAST.
 
 
-def test_an_unchanged_toast_column_is_left_out_never_null() -> None:
-    change = Stream(THREE).change(frames.update(b"1", UNCHANGED, None))
+def test_an_unchanged_toast_column_is_left_out_never_null(decoder_class: type[Decoder]) -> None:
+    change = Stream(decoder_class, THREE).change(frames.update(b"1", UNCHANGED, None))
     assert change.record == b'{"id":1,"note":null}'
     assert not change.whole
     assert message_of(change)["changes"] == {}
 
 
-def test_an_unchanged_toast_column_is_taken_from_the_old_row() -> None:
-    change = Stream(THREE, identity="f").change(frames.update(b"1", UNCHANGED, b"y", old=[b"1", b"long", b"x"]))
+def test_an_unchanged_toast_column_is_taken_from_the_old_row(decoder_class: type[Decoder]) -> None:
+    change = Stream(decoder_class, THREE, identity="f").change(
+        frames.update(b"1", UNCHANGED, b"y", old=[b"1", b"long", b"x"])
+    )
     assert record_of(change) == {"id": 1, "name": "long", "note": "y"}
     assert message_of(change)["changes"] == {"note": "x"}
     assert change.whole
 
 
-def test_the_old_key_does_not_fill_other_columns() -> None:
-    change = Stream(THREE).change(frames.update(b"2", UNCHANGED, b"y", key=[b"1", None, None]))
+def test_the_old_key_does_not_fill_other_columns(decoder_class: type[Decoder]) -> None:
+    old, change = Stream(decoder_class, THREE).changes(frames.update(b"2", UNCHANGED, b"y", key=[b"1", None, None]))
     assert record_of(change) == {"id": 2, "note": "y"}
     assert not change.whole
-    assert change.old is not None
-    assert change.old.whole
+    assert old.whole
 
 
-def test_a_value_that_reads_like_the_mark_of_unchanged_is_a_value() -> None:
-    change = Stream().change(frames.insert(b"1", b"<unchanged toast>"))
+def test_a_value_that_reads_like_the_mark_of_unchanged_is_a_value(decoder_class: type[Decoder]) -> None:
+    change = Stream(decoder_class).change(frames.insert(b"1", b"<unchanged toast>"))
     assert record_of(change) == {"id": 1, "name": "<unchanged toast>"}
     assert change.whole
 
@@ -242,44 +307,50 @@ def test_a_value_that_reads_like_the_mark_of_unchanged_is_a_value() -> None:
 # Transactions and positions.
 
 
-def test_events_of_a_transaction() -> None:
-    stream = Stream()
-    decoder = stream.decoder
-    begun = decoder.feed(frames.begin(xid=7))
-    assert isinstance(begun, Begin)
-    assert (begun.xid, begun.final_lsn, begun.commit_time) == (7, FINAL_LSN, frames.COMMITTED.timestamp())
-    ended = decoder.feed(frames.commit())
-    assert ended == Commit(FINAL_LSN, FINAL_LSN + 48, frames.COMMITTED.timestamp())
-    relation = decoder.feed(frames.relation([("id", INT8)], identity="f", schema=""))
+def test_a_transaction(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    assert stream.decoder.in_transaction
+    chunk = stream.chunk(frames.commit())
+    assert not stream.decoder.in_transaction
+    assert (chunk.count, chunk.commit_lsn, chunk.end_lsn) == (0, FINAL_LSN, FINAL_LSN + 48)
+    relation = stream.feed(frames.relation([("id", INT8)], identity="f", schema=""))
     assert isinstance(relation, Relation)
     assert (relation.schema, relation.replica_identity, relation.columns[0].in_identity) == ("pg_catalog", "f", True)
-    for ignored in (b"O" + bytes(8) + b"other\0", b"Y" + bytes(4) + b"\0t\0", b"A" + bytes(8)):
-        assert decoder.feed(ignored) is None
+    ignored = stream.chunk(b"O" + bytes(8) + b"other\0", b"Y" + bytes(4) + b"\0t\0", b"A" + bytes(8))
+    assert (ignored.count, ignored.commit_lsn, ignored.end_lsn, ignored.truncates) == (0, 0, 0, 0)
 
 
-def test_commit_idx_counts_rows_truncates_once_and_transactional_messages() -> None:
-    stream = Stream()
+def test_commit_idx_counts_rows_truncates_once_and_transactional_messages(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
     stream.learn(frames.relation([("id", INT8)], oid=16_401, table="other"))
     assert stream.change(frames.insert(b"1", b"a")).commit_idx == 0
-    truncation = stream.decoder.feed(frames.truncate(16_400, 16_401))
-    assert isinstance(truncation, Truncation)
-    assert [(c.table, c.commit_idx, c.key, c.action) for c in truncation.changes] == [
+    chunk = stream.chunk(frames.truncate(16_400, 16_401))
+    truncated = changes_of(chunk)
+    assert [(c.table, c.commit_idx, c.key, c.action) for c in truncated] == [
         ("jobs", 1, None, "truncate"),
         ("other", 1, None, "truncate"),
     ]
-    assert message_of(truncation.changes[0])["record"] is None
-    assert stream.decoder.feed(frames.message("other", b"x")) is None
-    assert stream.decoder.feed(frames.message("other", b"x", transactional=False)) is None
-    assert stream.decoder.feed(frames.message("sequin:transaction_annotations.set", b"{}")) is None
+    assert (list(chunk.byte_column(SUB)), chunk.truncates) == ([0, 1], 1)
+    assert message_of(truncated[0])["record"] is None
+    nothing = stream.chunk(
+        frames.message("other", b"x"),
+        frames.message("other", b"x", transactional=False),
+        frames.message("sequin:transaction_annotations.set", b"{}"),
+    )
+    assert (nothing.count, nothing.truncates) == (0, 0)
     assert stream.change(frames.insert(b"2", b"a")).commit_idx == 4
-    stream.decoder.feed(frames.commit())
-    stream.decoder.feed(frames.begin(FINAL_LSN + 100))
+    stream.feed(frames.commit(), frames.begin(FINAL_LSN + 100))
     change = stream.change(frames.insert(b"1", b"a"))
     assert (change.commit_lsn, change.commit_idx, change.n) == (FINAL_LSN + 100, 0, 1)
 
 
-def test_annotations_count_for_what_follows_in_their_transaction() -> None:
-    stream = Stream()
+def test_a_truncate_of_more_tables_than_a_byte_counts(decoder_class: type[Decoder]) -> None:
+    chunk = Stream(decoder_class).chunk(frames.truncate(*[16_400] * 300))
+    assert list(chunk.byte_column(SUB)) == [*range(256)] + [255] * 44
+
+
+def test_annotations_count_for_what_follows_in_their_transaction(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
     seen = []
 
     def annotation() -> object:
@@ -293,26 +364,26 @@ def test_annotations_count_for_what_follows_in_their_transaction() -> None:
         ("set", b"{user}"),
         ("set", b'{"user":4}'),
     ]:
-        stream.decoder.feed(frames.message(f"sequin:transaction_annotations.{prefix}", content))
+        stream.feed(frames.message(f"sequin:transaction_annotations.{prefix}", content))
         seen.append(annotation())
     assert seen == [{"user": 1.1}, {"user": 2}, None, {"user": 3}, None, {"user": 4}]
     assert stream.warnings == ["invalid_transaction_annotation"]
-    stream.decoder.feed(frames.message("sequin:transaction_annotations.set", b'{"user":5}', transactional=False))
+    stream.feed(frames.message("sequin:transaction_annotations.set", b'{"user":5}', transactional=False))
     assert annotation() == {"user": 4}
-    stream.decoder.feed(frames.commit())
-    stream.decoder.feed(frames.begin())
+    stream.feed(frames.commit())
+    stream.feed(frames.begin())
     assert annotation() is None
 
 
-def test_an_annotation_that_is_too_large_is_not_carried() -> None:
-    stream = Stream(max_message_bytes=10_000)
-    stream.decoder.feed(frames.message("sequin:transaction_annotations.set", b'"' + b"a" * 3000 + b'"'))
+def test_an_annotation_that_is_too_large_is_not_carried(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, max_message_bytes=10_000)
+    stream.feed(frames.message("sequin:transaction_annotations.set", b'"' + b"a" * 3000 + b'"'))
     assert message_of(stream.change(frames.insert(b"1", b"a")))["metadata"]["transaction_annotations"] is None
     assert stream.warnings == ["invalid_transaction_annotation"]
 
 
-def test_n_saturates_and_counts_buckets() -> None:
-    stream = Stream()
+def test_n_saturates_and_counts_buckets(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
     assert [stream.change(frames.update(b"1", b"a")).n for _ in range(300)] == [*range(1, 256)] + [255] * 45
     buckets: dict[int, int] = {}
     for number in range(2, 1500):
@@ -324,53 +395,55 @@ def test_n_saturates_and_counts_buckets() -> None:
 # Too large.
 
 
-def test_a_frame_that_is_too_large_keeps_its_key_and_is_not_copied() -> None:
-    stream = Stream(THREE, groups=(("name",), ("note",)), max_message_bytes=100_000)
-    frame = frames.insert(b"7", b"g", b"x" * 5_000_000)
-    view = memoryview(frame)
+def test_a_frame_that_is_too_large_keeps_its_key_and_is_not_copied(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE, groups=(("name",), ("note",)), max_message_bytes=100_000)
+    payload = frames.insert(b"7", b"g", b"x" * 5_000_000)
+    frame = xlog(payload)
     tracemalloc.start()
     try:
-        event = stream.decoder.feed(view)
+        stream.fill(frame)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(event, Change)
-    assert event.too_large_bytes == len(frame)
-    assert record_of(event) == {"id": 7, "name": "g"}
-    assert (event.key, event.groups[0], event.whole, event.n) == ("public.jobs:7", "public.jobs:g", False, 1)
+    chunk = stream.decoder.take()
+    (change,) = changes_of(chunk)
+    assert change.too_large_bytes == chunk.word(0, LARGE) == len(payload)
+    assert chunk.byte(0, FLAGS) == TOO_LARGE
+    assert record_of(change) == {"id": 7, "name": "g"}
+    assert (change.key, groups_of(chunk)[0], change.whole, change.n) == ("public.jobs:7", "public.jobs:g", False, 1)
     # The long group value has to be hashed; nothing else is copied.
     assert peak_bytes < 5_100_000
 
 
-def test_a_frame_of_fifty_megabytes_costs_nothing() -> None:
-    stream = Stream(THREE, max_message_bytes=100_000)
-    view = memoryview(frames.update(b"8", UNCHANGED, b"x" * 50_000_000, key=[b"7", None, None]))
+def test_a_frame_of_fifty_megabytes_costs_nothing(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE, max_message_bytes=100_000)
+    frame = xlog(frames.update(b"8", UNCHANGED, b"x" * 50_000_000, key=[b"7", None, None]))
     tracemalloc.start()
     try:
-        event = stream.decoder.feed(view)
+        stream.fill(frame)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak_bytes < 200_000
-    assert isinstance(event, Change)
-    assert event.old is not None
-    assert (event.key, event.old.key, event.old.too_large_bytes) == ("public.jobs:8", "public.jobs:7", 0)
-    assert record_of(event.old) == {"id": 7, "name": None, "note": None}
+    chunk = stream.decoder.take()
+    old, change = changes_of(chunk)
+    assert (change.key, old.key, old.too_large_bytes) == ("public.jobs:8", "public.jobs:7", 0)
+    assert list(chunk.byte_column(FLAGS)) == [WHOLE | OLD, MOVED | TOO_LARGE]
+    assert record_of(old) == {"id": 7, "name": None, "note": None}
 
 
-def test_too_large_under_identity_full() -> None:
-    stream = Stream(THREE, identity="f", max_message_bytes=10_000)
-    change = stream.change(frames.update(b"2", UNCHANGED, b"x" * 9000, old=[b"1", b"n" * 9000, b"y"]))
+def test_too_large_under_identity_full(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, THREE, identity="f", max_message_bytes=10_000)
+    old, change = stream.changes(frames.update(b"2", UNCHANGED, b"x" * 9000, old=[b"1", b"n" * 9000, b"y"]))
     assert (change.key, change.action) == ("public.jobs:2", "update")
-    assert change.old is not None
-    assert record_of(change.old) == {"id": 1, "name": None, "note": None}
+    assert record_of(old) == {"id": 1, "name": None, "note": None}
     deleted = stream.change(frames.delete(old=[b"2", b"n" * 20_000, None]))
     assert (deleted.key, deleted.action, deleted.too_large_bytes > 20_000) == ("public.jobs:2", "delete", True)
 
 
 @pytest.mark.parametrize("value", [b'"' * 8_000, b"\x01" * 3_000, b"x" * 9_900])
-def test_a_body_that_would_be_too_large_keeps_its_key(value: bytes) -> None:
-    stream = Stream(max_message_bytes=10_000)
+def test_a_body_that_would_be_too_large_keeps_its_key(decoder_class: type[Decoder], value: bytes) -> None:
+    stream = Stream(decoder_class, max_message_bytes=10_000)
     change = stream.change(frames.insert(b"7", value))
     assert change.too_large_bytes > 10_000
     assert record_of(change) == {"id": 7}
@@ -379,10 +452,9 @@ def test_a_body_that_would_be_too_large_keeps_its_key(value: bytes) -> None:
     assert (after.n, after.commit_idx, after.too_large_bytes) == (2, 1, 0)
 
 
-def test_a_large_frame_within_the_limit_is_whole_also_from_a_memoryview() -> None:
-    stream = Stream(max_message_bytes=1_000_000)
-    change = stream.decoder.feed(memoryview(frames.insert(b"7", b"x" * 900_000)))
-    assert isinstance(change, Change)
+def test_a_large_frame_within_the_limit_is_whole(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, max_message_bytes=1_000_000)
+    change = stream.change(frames.insert(b"7", b"x" * 900_000))
     assert change.whole
     assert len(record_of(change)["name"]) == 900_000  # type: ignore[arg-type]
 
@@ -404,23 +476,23 @@ def test_a_large_frame_within_the_limit_is_whole_also_from_a_memoryview() -> Non
         (b"B\0", "ends too early"),
     ],
 )
-def test_a_frame_that_cannot_be(frame: bytes, text: str) -> None:
+def test_a_frame_that_cannot_be(decoder_class: type[Decoder], frame: bytes, text: str) -> None:
     with pytest.raises(ProtocolError, match=text):
-        Stream().decoder.feed(frame)
+        Stream(decoder_class).feed(frame)
 
 
-def test_a_row_after_a_new_relation_message_waits_for_learn() -> None:
-    stream = Stream()
-    stream.decoder.feed(frames.relation(THREE))
+def test_a_row_after_a_new_relation_message_waits_for_learn(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    stream.feed(frames.relation(THREE))
     with pytest.raises(ProtocolError, match="before learn"):
-        stream.decoder.feed(frames.insert(b"1", b"a", b"n"))
+        stream.feed(frames.insert(b"1", b"a", b"n"))
 
 
-def test_a_row_outside_of_a_transaction() -> None:
-    stream = Stream()
-    stream.decoder.feed(frames.commit())
+def test_a_row_outside_of_a_transaction(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    stream.feed(frames.commit())
     with pytest.raises(ProtocolError, match="outside of a transaction"):
-        stream.decoder.feed(frames.insert(b"1", b"a"))
+        stream.feed(frames.insert(b"1", b"a"))
 
 
 # Properties.
@@ -429,34 +501,36 @@ values = st.none() | st.text(st.characters(exclude_characters="\0", exclude_cate
 
 
 @given(st.lists(values, min_size=2, max_size=2), st.lists(values, min_size=2, max_size=2), st.booleans())
-def test_any_text_gives_one_line_that_reads_back(old: list[str | None], new: list[str | None], full: bool) -> None:
-    stream = Stream(THREE, identity="f" if full else "d", groups=(("name",),))
+def test_any_text_gives_one_line_that_reads_back(
+    decoder_class: type[Decoder], old: list[str | None], new: list[str | None], full: bool
+) -> None:
+    stream = Stream(decoder_class, THREE, identity="f" if full else "d", groups=(("name",),))
     before = [b"1", *(None if value is None else value.encode() for value in old)]
     after = [b"2", *(None if value is None else value.encode() for value in new)]
     frame = frames.update(*after, old=before) if full else frames.update(*after, key=[b"1", None, None])
-    change = stream.change(frame)
+    chunk = stream.chunk(frame)
+    gone, change = changes_of(chunk)
     assert record_of(change) == {"id": 2, "name": new[0], "note": new[1]}
-    assert change.old is not None
-    assert record_of(change.old) == {"id": 1, "name": old[0] if full else None, "note": old[1] if full else None}
-    assert change.groups == (make_key("public", "jobs", (new[0],)),)
-    again = Stream(THREE, identity="f" if full else "d", groups=(("name",),)).change(frame)
-    assert (again.body, again.old and again.old.body) == (change.body, change.old.body)
+    assert record_of(gone) == {"id": 1, "name": old[0] if full else None, "note": old[1] if full else None}
+    assert groups_of(chunk, 1) == [make_key("public", "jobs", (new[0],))]
+    again = Stream(decoder_class, THREE, identity="f" if full else "d", groups=(("name",),)).chunk(frame)
+    assert (again.data, again.meta, again.keys) == (chunk.data, chunk.meta, chunk.keys)
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"I", b"U", b"D", b"R", b"B", b"C", b"T", b"M", b"O", b""]))
-def test_garbage_is_a_protocol_error_or_an_event(garbage: bytes, kind: bytes) -> None:
-    stream = Stream()
+def test_garbage_is_a_protocol_error_or_an_event(decoder_class: type[Decoder], garbage: bytes, kind: bytes) -> None:
+    stream = Stream(decoder_class)
     frame = kind + b"\0\0\x40\x10" + garbage if kind in {b"I", b"U", b"D"} else (kind + garbage or b"?")
     with suppress(ProtocolError):
-        stream.decoder.feed(frame)
+        stream.feed(frame)
 
 
-def test_a_composite_and_its_catalogue_entry() -> None:
+def test_a_composite_and_its_catalogue_entry(decoder_class: type[Decoder]) -> None:
     types = {
         20_000: TypeInfo(20_000, "address", "composite", attributes=(("street", TEXT), ("tags", 1009))),
         20_001: TypeInfo(20_001, "_address", "array", element_oid=20_000),
     }
-    stream = Stream([("id", INT8), ("home", 20_000), ("all", 20_001)], types=types)
+    stream = Stream(decoder_class, [("id", INT8), ("home", 20_000), ("all", 20_001)], types=types)
     change = stream.change(frames.insert(b"1", b'("Main St",{a})', b'{"(x,)"}'))
     assert record_of(change) == {
         "id": 1,
@@ -465,7 +539,174 @@ def test_a_composite_and_its_catalogue_entry() -> None:
     }
 
 
-def test_the_decoder_needs_no_callback() -> None:
-    decoder = Decoder(frames.META, lambda *_: (), 1000)
-    decoder.feed(frames.begin())
-    assert decoder.feed(frames.message("sequin:transaction_annotations.set", b"{")) is None
+def test_the_decoder_needs_no_callback(decoder_class: type[Decoder]) -> None:
+    decoder = decoder_class(frames.META, lambda *_: (), 0, 1000, 0, 1 << 23)
+    connection = Connection(xlog(frames.begin()), xlog(frames.message("sequin:transaction_annotations.set", b"{")))
+    assert decoder.fill(connection, 1 << 20, 10) is None
+
+
+# Filling.
+
+
+def cost(payload: bytes, *columns: str) -> int:
+    return 3 * len(payload) + FRAME_OVERHEAD_BYTES + sum(2 * len(name) + 8 for name in columns)
+
+
+def test_every_frame_costs_credit(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    row, annotation, commit = frames.insert(b"1", b"a"), frames.message("other", b"x"), frames.commit()
+    stream.feed(row, annotation, commit)
+    assert stream.decoder.used_bytes == cost(row, "id", "name") + cost(annotation) + cost(commit)
+    stream.fill(frames.keepalive(7))
+    assert stream.decoder.used_bytes == cost(row, "id", "name") + cost(annotation) + cost(commit)
+    stream.decoder.take()
+    assert stream.decoder.used_bytes == 0
+
+
+def test_a_frame_beyond_the_credit_is_kept_and_comes_first(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    first, second, third = (frames.insert(b"%d" % i, b"a" * i) for i in (1, 20, 3))
+    needed = [cost(payload, "id", "name") for payload in (first, second, third)]
+    both = needed[0] + needed[1]
+    assert stream.fill(*map(xlog, (first, second, third)), credit_bytes=both - 1) == Full(needed[1])
+    assert (stream.decoder.count, stream.decoder.used_bytes) == (1, needed[0])
+    assert stream.fill(credit_bytes=both - 1) == Full(needed[1])
+    # The credit is for the chunk as a whole, whatever was filled before.
+    assert stream.fill(credit_bytes=both) == Full(needed[2])
+    assert [c.key for c in changes_of(stream.decoder.take())] == ["public.jobs:1", "public.jobs:20"]
+    assert stream.fill(credit_bytes=needed[2] - 1) == Full(needed[2])
+    assert stream.fill(credit_bytes=needed[2]) is None
+    assert [(c.key, c.commit_idx) for c in changes_of(stream.decoder.take())] == [("public.jobs:3", 2)]
+
+
+def test_a_kept_frame_is_a_copy(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    buffer = bytearray(xlog(frames.insert(b"1", b"a")))
+    assert isinstance(stream.fill(memoryview(buffer), credit_bytes=0), Full)
+    buffer[:] = bytes(len(buffer))
+    assert stream.chunk().change(0).key == "public.jobs:1"
+
+
+def test_a_chunk_has_no_more_changes_than_asked_for(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    rows = [frames.insert(b"%d" % i, b"a") for i in range(5)]
+    counts = []
+    stop = stream.fill(*map(xlog, rows), max_changes=2)
+    while stop is not None:
+        assert stop == Full(cost(rows[0], "id", "name"))
+        counts.append(stream.decoder.take().count)
+        stop = stream.fill(max_changes=2)
+    assert [*counts, stream.decoder.take().count] == [2, 2, 1]
+
+
+def test_taken_and_largest_frames_are_counted_once(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    stream.decoder.taken_bytes = 0
+    large, small = frames.insert(b"1", b"a" * 1000), frames.insert(b"1", b"a")
+    assert isinstance(stream.fill(xlog(large), xlog(small), credit_bytes=0), Full)
+    assert stream.fill() is None
+    assert stream.decoder.taken_bytes == 50 + len(large) + len(small)
+    stream.fill(frames.keepalive(7))
+    assert stream.decoder.taken_bytes == 68 + len(large) + len(small)
+    assert stream.decoder.largest_frame_bytes == len(large)
+
+
+def test_keepalives(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    row = xlog(frames.insert(b"1", b"a"))
+    assert stream.fill(frames.keepalive(7), frames.keepalive(8, reply_requested=True), row) == Keepalive(8, True)
+    assert stream.fill(xlog(frames.commit()), frames.keepalive(9)) == Keepalive(9, False)
+    assert stream.fill(frames.keepalive(10), row) == Keepalive(10, False)
+    assert stream.decoder.count == 1
+
+
+def test_the_end_of_copy(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    stream.connection.ended = True
+    assert stream.fill(xlog(frames.insert(b"1", b"a"))) == Ended(-1)
+    assert stream.decoder.count == 1
+
+
+def test_an_error_of_libpq_passes_through(decoder_class: type[Decoder]) -> None:
+    class Broken:
+        def get_copy_data(self, async_: int) -> tuple[int, memoryview]:
+            raise psycopg.OperationalError("server closed the connection")
+
+    with pytest.raises(psycopg.OperationalError, match="closed the connection"):
+        Stream(decoder_class).decoder.fill(Broken(), 1, 1)
+
+
+def test_after_a_large_frame_the_connection_is_renewed_at_a_commit(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, wanted=[])
+    assert stream.feed(frames.insert(b"1", b"a" * (frames.RENEW_FRAME_BYTES - 100))) is None
+    assert stream.feed(frames.commit(), frames.begin()) is None
+    assert stream.feed(frames.insert(b"1", b"a" * frames.RENEW_FRAME_BYTES), frames.insert(b"2", b"a")) is None
+    stop = stream.feed(frames.commit(), frames.begin())
+    assert isinstance(stop, Renew)
+    assert (stream.decoder.take().commit_lsn, stream.decoder.in_transaction) == (FINAL_LSN, False)
+
+
+def test_the_last_commit_counts(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    chunk = stream.chunk(
+        frames.commit(), frames.begin(FINAL_LSN + 100), frames.commit(FINAL_LSN + 100, FINAL_LSN + 148)
+    )
+    assert (chunk.commit_lsn, chunk.end_lsn) == (FINAL_LSN + 100, FINAL_LSN + 148)
+    chunk = stream.chunk(frames.begin(FINAL_LSN + 200))
+    assert (chunk.commit_lsn, chunk.end_lsn) == (0, 0)
+
+
+def test_a_row_that_nobody_wants_only_counts(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, wanted=["delete"])
+    unwanted = frames.insert(b"1", b"a")
+    chunk = stream.chunk(
+        unwanted,
+        unwanted[:10],  # not even looked at
+        frames.update(b"2", b"a", key=[b"1", None]),
+        frames.delete(key=[b"1", None]),
+        frames.truncate(16_400),
+    )
+    assert [(c.action, c.commit_idx, c.n) for c in changes_of(chunk)] == [("delete", 3, 1), ("truncate", 4, 1)]
+    assert isinstance(stream.fill(xlog(unwanted), credit_bytes=cost(unwanted, "id", "name") - 1), Full)
+
+
+def test_what_is_wanted_is_learned_with_each_relation(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class, wanted=[])
+    assert stream.changes(frames.insert(b"1", b"a")) == []
+    stream.learn(frames.relation(THREE), wanted=["insert"])
+    assert stream.change(frames.insert(b"1", b"a", b"n")).commit_idx == 1
+
+
+def test_a_relation_is_returned_before_its_rows(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    row = frames.insert(b"1", b"a", b"n")
+    stop = stream.feed(frames.insert(b"1", b"a"), frames.relation(THREE), row)
+    assert isinstance(stop, Relation)
+    assert stream.decoder.count == 1
+    stream.decoder.learn(stop, TableInfo(stop.oid, ("id",), {}), frozenset(ACTIONS))
+    assert [record_of(change) for change in stream.changes()] == [
+        {"id": 1, "name": "a"},
+        {"id": 1, "name": "a", "note": "n"},
+    ]
+
+
+def test_a_chunk_knows_its_tables(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    stream.learn(frames.relation([("id", INT8)], oid=16_401, table="other"))
+    rows = (frames.insert(b"1", oid=16_401), frames.insert(b"1", b"a"), frames.insert(b"2", oid=16_401))
+    chunk = stream.chunk(*rows)
+    assert chunk.tables == (("public", "other"), ("public", "jobs"))
+    assert [chunk.table(i)[1] for i in range(3)] == ["other", "jobs", "other"]
+    assert stream.chunk(rows[1]).tables == (("public", "jobs"),)
+
+
+@pytest.mark.parametrize("frame", [b"x" + bytes(30), b"k\0", b"w" + bytes(24)])
+def test_a_message_that_is_not_of_the_replication_protocol(decoder_class: type[Decoder], frame: bytes) -> None:
+    stream = Stream(decoder_class)
+    with pytest.raises(ProtocolError):
+        stream.fill(memoryview(frame))
+
+
+def test_the_sets_of_group_columns_are_as_many_as_promised(decoder_class: type[Decoder]) -> None:
+    with pytest.raises(ProtocolError, match="2 sets of group columns"):
+        Stream(decoder_class, groups=(None,), group_columns=lambda *_: (None, None))
