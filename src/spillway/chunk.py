@@ -33,10 +33,11 @@ and the change itself (flag MOVED, WAS set).
 
 from __future__ import annotations
 
-import zlib
+import struct
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final, overload
+from zlib import crc32
 
 from spillway.change import ACTIONS, Action, Change, key_values
 
@@ -73,7 +74,7 @@ class Keying:
 
 
 def key_hash(key: bytes) -> int:
-    return zlib.crc32(key) | HASHED
+    return crc32(key) | HASHED
 
 
 class Chunk:
@@ -187,13 +188,14 @@ class ChunkBuilder:
 
     def __init__(self, groups: int = 0) -> None:
         self.groups = groups
+        self._record = struct.Struct(f"=4Q4BHxx{3 + 2 * groups}Q").pack
         self.clear()
 
     def clear(self) -> None:
         self.count = 0
         self.size_bytes = 0
         self._bodies: list[bytes] = []
-        self._words: list[int] = []
+        self._meta = bytearray()
         self._keys = bytearray()
         self._tables: dict[tuple[str, str], int] = {}
 
@@ -219,21 +221,24 @@ class ChunkBuilder:
         self._bodies.append(body)
         self._keys += b"\0".join(keys) + b"\0"
         number = self._tables.setdefault(table, len(self._tables))
-        self._words += (
+        self._meta += self._record(
             commit_lsn,
             commit_idx | record_bytes << 32,
             commit_microseconds,
             self.size_bytes | len(self._keys) << 32,
-            int.from_bytes(bytes((action, n, flags, sub)) + number.to_bytes(2, _BYTE_ORDER) + b"\0\0", _BYTE_ORDER),
+            action,
+            n,
+            flags,
+            sub,
+            number,
             too_large_bytes,
-            *[key_hash(key) if key else 0 for key in keys],
+            *[crc32(key) | HASHED if key else 0 for key in keys],
         )
 
     def take(self, commit_lsn: int = 0, end_lsn: int = 0, truncates: int = 0) -> Chunk:
         """What was added so far; the builder begins anew."""
-        meta = b"".join([word.to_bytes(WORD_BYTES, _BYTE_ORDER) for word in self._words])
         chunk = Chunk(
-            self.count, b"".join(self._bodies), meta, bytes(self._keys), tuple(self._tables), self.groups,
+            self.count, b"".join(self._bodies), bytes(self._meta), bytes(self._keys), tuple(self._tables), self.groups,
             commit_lsn, end_lsn, truncates,
         )  # fmt: skip
         self.clear()
@@ -272,11 +277,11 @@ class Span:
     """One sink's messages of one chunk, in position order, numbered by their *place*.
 
     The rows of a span in the store are numbered ``base | number``: ``base`` is 0 until it is there; ``numbers`` says
-    which number each place has, None: its own. What of it is resolved is remembered here, by flow.window.
+    which number each place has, -1 for what was resolved before; None: its own. What is resolved is remembered here.
     """
 
-    __slots__ = ("_ends", "_hashes", "arrived", "base", "chunk", "credit", "durable", "first_lsn", "held", "indices",
-                 "keying", "left", "numbers", "passed", "resolved", "size")  # fmt: skip
+    __slots__ = ("_ends", "_hashes", "_moved", "arrived", "base", "chunk", "credit", "durable", "first_lsn", "held",
+                 "indices", "keying", "left", "numbers", "resolved", "size", "windowed")  # fmt: skip
 
     def __init__(
         self,
@@ -297,11 +302,12 @@ class Span:
         self.resolved = bytearray(self.size)  # by place
         self.held = 0  # messages in memory: waiting or in flight
         self.durable = False  # what is left of it is in the store
-        self.passed = False  # the watermark has passed it
         self.arrived = 0.0  # monotonic seconds at which the flow took it
-        self.credit = 0  # bytes taken from the delivery pool for it; 0: the window pool covers it
+        self.windowed = False  # the window pool covers its chunk
+        self.credit = 0  # bytes taken from the delivery pool for it
         self._ends: list[int] | None = None
         self._hashes: list[int] | None = None
+        self._moved: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -331,10 +337,10 @@ class Span:
     @property
     def moved(self) -> dict[int, int]:
         """The hash of the other key of those messages that have two, by place."""
-        if self.keying < Keying.EVENTS:
-            return {}
-        column = self._column(Keying.hash_word(self.keying) + 1)
-        return {place: was for place, was in enumerate(column) if was} if any(column) else {}
+        if self._moved is None:
+            column = self._column(Keying.hash_word(self.keying) + 1) if self.keying >= Keying.EVENTS else ()
+            self._moved = {place: was for place, was in enumerate(column) if was} if any(column) else {}
+        return self._moved
 
     @property
     def ends(self) -> list[int]:
@@ -380,7 +386,7 @@ class Span:
         """Nothing of it is in memory any more; what is known of its progress stays."""
         self.chunk = _EMPTY
         self.indices = range(0)
-        self._ends = self._hashes = None
+        self._ends = self._hashes = self._moved = None
 
     def _column(self, word: int) -> list[int]:
         column = self.chunk.column(word)
@@ -427,6 +433,15 @@ class Message:
     def body_bytes(self) -> int:
         return self.span.bytes_between(self.place, self.place + 1)
 
+    def with_body(self, body: bytes) -> Message:
+        """The same change with another body, alone in a span, without a row."""
+        chunk, index = self.span.chunk, self.span.indices[self.place]
+        stride = chunk.stride * WORD_BYTES
+        keys = b"\0".join(chunk.key_texts(index)) + b"\0"
+        record = bytearray(chunk.meta[index * stride : (index + 1) * stride])
+        memoryview(record).cast("Q")[ENDS] = len(body) | len(keys) << 32
+        return Message(Span(Chunk(1, body, bytes(record), keys, chunk.tables, chunk.groups), self.span.keying), 0)
+
 
 Piece = tuple[Span, int, int]  # the messages of a span from one place up to, not including, another
 
@@ -434,12 +449,12 @@ Piece = tuple[Span, int, int]  # the messages of a span from one place up to, no
 class Batch(Sequence[Message]):
     """Messages on their way to a sink, in the order in which they are to be sent."""
 
-    __slots__ = ("_messages", "count", "pieces")
+    __slots__ = ("_messages", "_size", "pieces")
 
     def __init__(self, pieces: Sequence[Piece], messages: list[Message] | None = None) -> None:
         """``messages``: the same, if somebody has looked at them already."""
         self.pieces = pieces
-        self.count = sum([stop - start for _, start, stop in pieces])
+        self._size = sum([stop - start for _, start, stop in pieces])
         self._messages = messages
 
     @classmethod
@@ -468,7 +483,7 @@ class Batch(Sequence[Message]):
         return [one for m in self._messages or () for one in m.superseded or ()]
 
     def __len__(self) -> int:
-        return self.count
+        return self._size
 
     def __iter__(self) -> Iterator[Message]:
         return iter(self.messages)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import orjson
 
+from spillway.engine.engine import Page
 from spillway.errors import SpillwayError
 from spillway.metrics import Metrics
 from spillway.store.base import Select, Waiting
@@ -71,11 +72,11 @@ class FakeEngine:
         self._pile("backlog", sink)
         self.paused[sink] = False
 
-    async def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        return self._list("backlog", sink, after_key, limit, reason)
+    async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
+        return self._list("backlog", sink, after, limit, reason)
 
-    async def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        return self._list("dead", sink, after_key, limit, reason)
+    async def dead(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
+        return self._list("dead", sink, after, limit, reason)
 
     async def show(self, sink: str, key: str, limit: int) -> list[bytes]:
         return self._show("backlog", sink, key)[:limit]
@@ -109,10 +110,11 @@ class FakeEngine:
         except KeyError:
             raise SpillwayError("unknown_sink", f"there is no sink {sink}", f"choose {SINK} or {EMPTY}") from None
 
-    def _list(self, pile: str, sink: str, after: str | None, limit: int, reason: str | None) -> list[Waiting]:
+    def _list(self, pile: str, sink: str, after: str | None, limit: int, reason: str | None) -> Page:
         self.pages += 1
         rows = [w for k, w in sorted(self._pile(pile, sink).items()) if after is None or k > after]
-        return [w for w in rows if reason is None or w.reason == reason][:limit]
+        page = [w for w in rows if reason is None or w.reason == reason][:limit]
+        return page, page[-1].key if len(page) == limit else None
 
     def _show(self, pile: str, sink: str, key: str) -> list[bytes]:
         waiting = self._pile(pile, sink).get(key)

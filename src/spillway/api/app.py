@@ -109,7 +109,7 @@ def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette
 class _Pile:
     """The backlog or the dead letters: the same four questions."""
 
-    waiting: Callable[[str, str | None, int, str | None], Awaitable[list[Waiting]]]
+    waiting: Callable[[str, str | None, int, str | None], Awaitable[tuple[list[Waiting], str | None]]]
     show: Callable[[str, str, int], Awaitable[list[bytes]]]
     retry: Callable[[str, Select], Awaitable[int]]
     discard: Callable[[str, Select], Awaitable[int]]
@@ -125,8 +125,7 @@ class _Pile:
     async def _list(self, request: Request) -> Response:
         sink, limit = _sink(request), _limit(request, PAGE_DEFAULT, PAGE_MAX)
         query = request.query_params
-        page = await self.waiting(sink, query.get("after"), limit, query.get("reason"))
-        after = page[-1].key if len(page) == limit else None
+        page, after = await self.waiting(sink, query.get("after"), limit, query.get("reason"))
         return _json({"items": [_item(sink, waiting) for waiting in page], "after": after})
 
     async def _messages(self, request: Request) -> Response:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import structlog
 
+from spillway import impl
 from spillway.clock import SystemClock
 from spillway.config import Config, Sink
 from spillway.engine.pipeline import Pipeline
@@ -31,6 +32,8 @@ STOP_SECONDS = 10.0  # how long a clean stop waits for what is in flight
 
 _log = structlog.get_logger()
 
+Page = tuple[list[Waiting], str | None]
+
 
 class Engine:
     def __init__(self, config: Config) -> None:
@@ -45,6 +48,8 @@ class Engine:
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop`` is set, then a clean stop. Raises the SpillwayError that ended it."""
         reading_ends = asyncio.Event()
+        if impl.WHY:
+            _log.warning("the compiled part is not there: it goes on in Python, more slowly", reason=impl.WHY)
         try:
             async with asyncio.TaskGroup() as tasks:
                 deliveries = [
@@ -105,7 +110,7 @@ class Engine:
     def status(self) -> dict[str, object]:
         return {
             "version": importlib.metadata.version("spillway-cdc"),
-            "impl": "python",
+            "impl": impl.NAME,
             "started": self._started.isoformat(),
             "memory": {
                 "limit_bytes": self._budget.limit_bytes,
@@ -188,9 +193,23 @@ class Engine:
         pipeline, delivery = self._of(sink)
         await delivery.resume(pipeline.capture.received_lsn)
 
-    async def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
+    async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
+        """What is held, by key, then the queue, message by message; and where to go on, None at the end."""
         self._of(sink)
-        return await asyncio.to_thread(self._store.waiting, sink, after_key, limit, reason)
+        part, _, value = (after or "key:").partition(":")
+        held: list[Waiting] = []
+        if part == "key":
+            held = await asyncio.to_thread(self._store.held, sink, value or None, limit, reason)
+            if len(held) == limit:
+                return held, f"key:{held[-1].key}"
+            value = "0"
+        if reason is not None:
+            return held, None
+        if part not in ("key", "row") or not value.isascii() or not value.isdigit():
+            raise SpillwayError("cursor", f"after={after} is not from a list", "take it from the page before")
+        queued = await asyncio.to_thread(self._store.queued, sink, int(value), limit - len(held))
+        more = f"row:{queued[-1][0]}" if len(held) + len(queued) == limit and queued else None
+        return [*held, *(waiting for _, waiting in queued)], more
 
     async def show(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)
@@ -204,9 +223,11 @@ class Engine:
     async def discard(self, sink: str, select: Select) -> int:
         return await self._of(sink)[1].discard(select)
 
-    async def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
+    async def dead(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
+        """The dead letters, by key; and where to go on, None at the end."""
         self._of(sink)
-        return await asyncio.to_thread(self._store.dead, sink, after_key, limit, reason)
+        letters = await asyncio.to_thread(self._store.dead, sink, after, limit, reason)
+        return letters, letters[-1].key if len(letters) == limit else None
 
     async def show_dead(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import structlog
 
 from spillway import sinks
-from spillway.change import Message
+from spillway.chunk import Message, Span, chunk_of
 from spillway.clock import SystemClock
 from spillway.config import Config, Database, Sink
 from spillway.errors import Finding, SpillwayError
@@ -27,10 +27,9 @@ from spillway.flow.inflow import SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.route import Router, Subscription
 from spillway.metrics import Metrics
-from spillway.pgoutput.decoder import Decoder
-from spillway.pgoutput.plan import DatabaseMeta
+from spillway.pgoutput import DatabaseMeta, Decoder
 from spillway.sinks.base import SinkContext, message_suffix
-from spillway.source.connect import querying
+from spillway.source.connect import Connection, querying
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
@@ -49,6 +48,9 @@ class Pipeline:
 
     def __init__(self, config: Config, database: Database, store: Store, budget: Budget, metrics: Metrics) -> None:
         self.database = database
+        self._meta = DatabaseMeta(
+            database.id, database.name, database.annotations, database.database, database.hostname
+        )
         self._clock = SystemClock()
         self._store = store
         self._slot = database.slot.name
@@ -76,10 +78,21 @@ class Pipeline:
             len(config.databases),
         )
 
-    def _new_decoder(self) -> Decoder:
-        db = self.database
-        meta = DatabaseMeta(db.id, db.name, db.annotations, db.database, db.hostname)
-        return Decoder(meta, self.router.group_columns, self._max_message_bytes, self._warn)
+    def _new_decoder(self, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:
+        router = self.router
+        return Decoder(
+            self._meta,
+            router.group_columns,
+            router.groups,
+            self._max_message_bytes,
+            frame_overhead_bytes,
+            renew_frame_bytes,
+            self._warn,
+        )
+
+    def _new_rereader(self, query: Connection) -> Rereader:
+        most = self._max_message_bytes
+        return Rereader(query, lambda: Decoder(self._meta, lambda _schema, _table: (), 0, most, 0, most, self._warn))
 
     def _add(self, config: Config, sink: Sink, budget: Budget, metrics: Metrics) -> None:
         suffix = message_suffix(sink.id, sink.name, sink.annotations)
@@ -115,7 +128,7 @@ class Pipeline:
                 delivery,
                 sink.source.selects,
                 frozenset(sink.actions),
-                sink.group_columns,
+                {table.name: table.group_column_names for table in sink.tables if table.group_column_names},
                 grouping=sink.message_grouping or keeps_rows,
                 needs_key=keeps_rows,
                 splits_key_change=built.semantics == "state",
@@ -182,11 +195,12 @@ class Pipeline:
         """Send dead letters again: events as they were, marked ``replayed``; of a state the row as it is now."""
         if delivery.is_state:
             async with querying(self.database.conninfo(), self._slot) as query:
-                reread = Rereader(query, self._new_decoder)
-                fresh = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
+                reread = self._new_rereader(query)
+                rows = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
+            fresh = [Message(Span(chunk_of([row]), m.span.keying), 0) for m, row in zip(letters, rows, strict=True)]
         else:
-            fresh = [replace(m.change, body=m.change.body.removesuffix(REPLAYED) + REPLAYED) for m in letters]
-        revived = [(m.row, Message(change, m.keys)) for m, change in zip(letters, fresh, strict=True)]
+            fresh = [m.with_body(m.change.body.removesuffix(REPLAYED) + REPLAYED) for m in letters]
+        revived = [(m.row, again) for m, again in zip(letters, fresh, strict=True)]
         await delivery.revive(revived)
         return len(revived)
 

@@ -1,4 +1,4 @@
-"""One attempt of one batch: ask the sink, under a deadline, and get one `Result` per message whatever it answers.
+"""One attempt of one batch: ask the sink, under a deadline, and get an `Answer` whatever becomes of it.
 
 A rejection of a whole batch is halved until the culprit is alone. For sinks that apply a batch in order, what follows
 a culprit under one of its keys is not sent: its result is `BLOCKED`, and it shares the culprit's fate to wait.
@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import structlog
 
-from spillway.change import Message
+from spillway.chunk import Batch, Message
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.sinks.base import Result, Sink, sink_down
+
+Answer = Sequence[Result] | Result  # one per message, in the order of the batch, or one that holds for all
 
 BLOCKED = Result("retry", "blocked")
 UNCHANGED_TOAST = Result(
@@ -37,34 +39,29 @@ class Attempt:
         self._opening = asyncio.Lock()
         self._applies_in_order = sink.semantics in ("ordered", "atomic")
 
-    async def __call__(self, batch: Sequence[Message]) -> list[Result]:
-        """One result per message, in the order of the batch."""
-        if self._toast_fails and any(_lacks_toast(m) for m in batch):
+    async def __call__(self, batch: Batch) -> Answer:
+        if self._toast_fails and not batch.plain and any(_lacks_toast(m) for m in batch):
             return await self._around([_lacks_toast(m) for m in batch], batch)
         answer = await self._ask(batch)
-        if not isinstance(answer, Result):
-            return list(answer)
-        if answer.outcome != "reject" or len(batch) == 1:
-            return [answer] * len(batch)
+        if not isinstance(answer, Result) or answer.outcome != "reject" or len(batch) == 1:
+            return answer
         half = len(batch) // 2
-        results = await self(batch[:half])
+        results = list(each(await self(batch[:half]), batch[:half]))
         rest = batch[half:]
         if results[-1].outcome == "sink_down":
             return results + [results[-1]] * len(rest)
         if not self._applies_in_order:
-            return results + await self(rest)
+            return results + list(each(await self(rest), rest))
         blocked = {k for m, r in zip(batch, results, strict=False) if r.outcome != "ok" for k in m.keys}
-        return results + await self._around([_stands_behind(blocked, m) for m in rest], rest, BLOCKED)
+        return results + list(await self._around([_stands_behind(blocked, m) for m in rest], rest, BLOCKED))
 
-    async def _around(
-        self, left_out: Sequence[bool], batch: Sequence[Message], answer: Result = UNCHANGED_TOAST
-    ) -> list[Result]:
+    async def _around(self, left_out: Sequence[bool], batch: Batch, answer: Result = UNCHANGED_TOAST) -> list[Result]:
         """Send the batch without those left out, which get the answer."""
-        sent = [m for m, out in zip(batch, left_out, strict=True) if not out]
-        results = iter(await self(sent) if sent else ())
+        sent = Batch.of([m for m, out in zip(batch, left_out, strict=True) if not out])
+        results = iter(each(await self(sent), sent) if sent else ())
         return [answer if out else next(results) for out in left_out]
 
-    async def _ask(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+    async def _ask(self, batch: Batch) -> Answer:
         try:
             async with self._clock.timeout(self._timeout_seconds):
                 if not self._opened:
@@ -86,6 +83,11 @@ class Attempt:
         elif len(answer) != len(batch):
             return sink_down("internal_error", f"{len(answer)} results for {len(batch)} messages")
         return answer
+
+
+def each(answer: Answer, batch: Batch) -> Sequence[Result]:
+    """One result per message."""
+    return [answer] * len(batch) if isinstance(answer, Result) else answer
 
 
 def _lacks_toast(message: Message) -> bool:

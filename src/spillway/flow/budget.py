@@ -9,9 +9,9 @@ in the store), *window* (unresolved changes in memory), *delivery* (batches: pag
 - The delivery pool is divided: a quarter is split into one guaranteed `Share` per sink, so that a sink with a batch in
   flight can never be starved by the others; the rest is common, first come, first served.
 
-Shared bytes are charged once: a change held by several windows is charged to the window pool when the first takes it
-and given back by the last (``Change.holders``). A sink's own ceiling (``max_memory_mb``) counts them in full; it lives
-in the sink's window.
+Shared bytes are charged once: a chunk held by several windows is charged to the window pool when the first takes it and
+given back by the last (``Chunk.holders``); what each of them adds is its own. A sink's own ceiling (``max_memory_mb``)
+counts a chunk in full, however few of its changes the sink wants.
 
 Whoever waits for common bytes holds none that another waiter could need but in flight: what is read back and not in
 flight is dropped by every sink as soon as anyone waits (`Delivery._give_way`). What is in flight ends by its deadline.
@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
+from spillway.chunk import MESSAGE_OVERHEAD_BYTES, Span
 
 CAPTURE_EIGHTHS = 3
 WINDOW_EIGHTHS = 2
@@ -221,14 +221,16 @@ class Budget:
         for wake in self._thirsty:
             wake()
 
-    def hold(self, change: Change) -> bool:
-        """Take a window's credit for a change: all of it, or for one message if another window holds it already.
-        False: no room."""
-        if not self.window.try_take(change.cost if change.holders == 0 else MESSAGE_OVERHEAD_BYTES):
+    def hold(self, span: Span) -> bool:
+        """Take a window's credit for a span, and for its chunk if no other window holds that. False: no room."""
+        own = MESSAGE_OVERHEAD_BYTES * len(span)
+        if not self.window.try_take(own if span.chunk.holders else own + span.chunk.cost):
             return False
-        change.holders += 1
+        span.chunk.holders += 1
         return True
 
-    def drop(self, change: Change) -> None:
-        change.holders -= 1
-        self.window.give(change.cost if change.holders == 0 else MESSAGE_OVERHEAD_BYTES)
+    def drop(self, span: Span) -> None:
+        """Give back what `hold` took, the chunk's part if this was its last holder."""
+        span.chunk.holders -= 1
+        own = MESSAGE_OVERHEAD_BYTES * len(span)
+        self.window.give(own if span.chunk.holders else own + span.chunk.cost)

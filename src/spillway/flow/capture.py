@@ -1,14 +1,15 @@
 """From the slot to the sinks: reads frames, decodes them into chunks, hands each chunk to the sinks that want it, and
 tells Postgres what may be dropped.
 
-A *chunk* is what one go at the socket gave, up to a number of messages and bytes: flow works on chunks, so that there
-is no await, task or lock per message. A chunk is handed over when it is full, or at once when nothing more is
-buffered: at low load one change is one chunk.
+A *chunk* is what one go at the socket gave, up to a number of changes and bytes: the decoder fills it without an await
+between two frames. It is handed over when it is full, or at once when nothing more is buffered: at low load one change
+is one chunk.
 
-Credit (I4). Credit for a chunk is taken from the capture pool before its frames are decoded, for each frame by its
-size: three times (libpq holds it twice while it is received), and what rendering adds. It is given back when every
-sink has taken the chunk: windows charge their own pool, the store's part is kept until its commit. Bytes that libpq's
-buffer keeps until the next connect are charged as long; after a large frame the connection is renewed at a commit.
+Credit (I4). Credit for a chunk is taken from the capture pool before its frames are decoded; the decoder counts for
+each frame three times its size (libpq holds it twice while it is received) and what rendering adds, and stops when the
+credit is used up. It is given back when every sink has taken the chunk: windows charge their own pool, the store's part
+is kept until its commit. Bytes that libpq's buffer keeps until the next connect are charged as long; after a large
+frame the connection is renewed at a commit.
 
 Reading stops only for want of credit, or while a sink's full backlog blocks the slot (I7); ``why_waiting`` says which.
 The reply to Postgres goes out on a timer of its own (`_feed_back`), whatever else is blocked.
@@ -25,7 +26,7 @@ from typing import Protocol
 
 import structlog
 
-from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
+from spillway.chunk import LSN, MESSAGE_OVERHEAD_BYTES
 from spillway.clock import Clock
 from spillway.errors import Finding, SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Budget
@@ -33,15 +34,13 @@ from spillway.flow.delivery import Delivery
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Router
 from spillway.flow.watermark import Watermark
-from spillway.pgoutput.decoder import Decoder
-from spillway.pgoutput.messages import Begin, Commit, Truncation
-from spillway.pgoutput.relation import Relation, TableInfo
-from spillway.source.stream import Keepalive, Stream
+from spillway.pgoutput import Decoder, Full, Keepalive, Relation, Renew, TableInfo
+from spillway.source.stream import Stream
 from spillway.store.base import Written
 
-CHUNK_MESSAGES = 500
-CHUNK_BYTES = 2 << 20
-FRAME_OVERHEAD_BYTES = 2048  # what a row's metadata and objects add to its bytes
+CHUNK_CHANGES = 4000
+CHUNK_BYTES = 8 << 20  # of credit
+FRAME_OVERHEAD_BYTES = 1536  # what a row's metadata adds to its bytes, while it is built and while it is copied
 RENEW_FRAME_BYTES = 8 << 20
 FEEDBACK_SECONDS = 0.2
 STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
@@ -70,7 +69,7 @@ class Capture:
         self,
         database: str,
         connect: Callable[[], Awaitable[Connection]],
-        new_decoder: Callable[[], Decoder],
+        new_decoder: Callable[[int, int], Decoder],
         router: Router,
         deliveries: Sequence[Delivery],
         budget: Budget,
@@ -80,7 +79,7 @@ class Capture:
     ) -> None:
         self.database = database
         self._connect = connect
-        self._new_decoder = new_decoder
+        self._new_decoder = new_decoder  # of its frame_overhead_bytes and renew_frame_bytes
         self._router = router
         self._deliveries = deliveries
         self._pool = budget.capture
@@ -95,16 +94,15 @@ class Capture:
         self.truncates = 0
         self._room = asyncio.Event()  # a blocking backlog may have room
         self._feedback_now = asyncio.Event()
-        self._chunk: list[Change] = []
-        self._commits: list[Commit] = []
         self._credit = 0
-        self._used = 0
-        self._routed_lsn = 0
+        self._routed = False  # since the last commit that the watermark knows
         self._libpq_bytes = 0
         self._fatal_at_start = slots == 1
         self._libpq_most_bytes = budget.capture.limit_bytes // 3 // slots
         self._frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
-        self._overhead: dict[bytes, int] = {}  # by relation OID as it stands in a row's frame
+        # So that no sink is stored only for want of room for a single chunk.
+        least = min((d.spec.max_messages for d in deliveries), default=CHUNK_CHANGES)
+        self._chunk_changes = max(1, min(CHUNK_CHANGES, least // 4))
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
         self._owing: set[asyncio.Task[None]] = set()
@@ -143,8 +141,10 @@ class Capture:
                     "source unavailable", database=self.database, error=str(error), retry_seconds=round(delay, 2)
                 )
                 await _first_of(stop.wait(), self._clock.sleep(delay))
-            finally:
-                self._drop_chunk()
+            finally:  # what was not handed over is read again
+                self._give_credit()
+                self._pool.give(self._libpq_bytes)
+                self._libpq_bytes = 0
 
     async def _session(self, connection: Connection, stop: asyncio.Event) -> None:
         """One connection, until `stop`, the loss of the connection, or a wish to renew it."""
@@ -171,73 +171,64 @@ class Capture:
             lsn = await self._cover(self._confirmable())
             # Who hangs up with something unread makes the other side forget what it has not read: the server is asked
             # until it answers from there. What it sends before that was confirmed just now.
+            decoder = self._decoder()
             reached = 0
             while reached < lsn:
                 connection.stream.send_feedback(lsn, lsn, reply=True)
                 await connection.stream.flush()
-                reached = await _next_keepalive(connection.stream)
+                reached = await self._next_keepalive(connection.stream, decoder)
         finally:
             await connection.close()
 
+    async def _next_keepalive(self, stream: Stream, decoder: Decoder) -> int:
+        while True:
+            stop = stream.fill(decoder, CHUNK_BYTES, CHUNK_CHANGES)
+            if isinstance(stop, Keepalive):
+                return stop.wal_end
+            if stop is not None:
+                raise SourceUnavailable("changes", f"{self.database}: what was confirmed is sent again")
+            await stream.more()
+
     # -- reading ----------------------------------------------------------------------------------------------------
+    def _decoder(self) -> Decoder:
+        return self._new_decoder(self._frame_overhead_bytes, min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6))
+
     async def _read(self, connection: Connection) -> None:
         stream = connection.stream
-        decoder = self._new_decoder()
-        self._overhead.clear()
+        decoder = self._decoder()
         self._wait("")
-        in_transaction = False
-        large = min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6)
         while True:
-            frame = stream.next()
-            if frame is None:
-                await self._hand_over()
-                self._wait("")
+            stop = stream.fill(decoder, self._credit, self._chunk_changes)
+            if stop is None:
+                await self._hand_over(decoder)
                 await stream.more()
-                continue
-            if isinstance(frame, Keepalive):
-                if not in_transaction:
-                    await self._hand_over()
-                    self.watermark.keepalive(frame.wal_end)
-                    self.received_lsn = max(self.received_lsn, frame.wal_end)
-                if frame.reply_requested:
+            elif isinstance(stop, Full):
+                await self._hand_over(decoder)
+                await self._take_credit(stop.needed_bytes, decoder.largest_frame_bytes)
+            elif isinstance(stop, Keepalive):
+                if not decoder.in_transaction:
+                    await self._hand_over(decoder)
+                    self.watermark.keepalive(stop.wal_end)
+                    self.received_lsn = max(self.received_lsn, stop.wal_end)
+                if stop.reply_requested:
                     self._feedback_now.set()
-                continue
-            payload = frame.payload
-            size = 3 * len(payload) + self._frame_overhead_bytes + self._overhead.get(bytes(payload[1:5]), 0)
-            if self._used + size > self._credit or len(self._chunk) >= CHUNK_MESSAGES:
-                await self._hand_over()
-                await self._take_credit(size, stream.largest_frame_bytes)
-            event = decoder.feed(payload)
-            del payload, frame
-            self._used += size
-            if isinstance(event, Change):
-                self._chunk.append(event)
-            elif isinstance(event, Begin):
-                in_transaction = True
-            elif isinstance(event, Commit):
-                in_transaction = False
-                self._commits.append(event)
-                if stream.largest_frame_bytes > large:
-                    await self._hand_over()
-                    return  # renew the connection: libpq keeps its buffer until then
-            elif isinstance(event, Relation):
-                await self._learn(connection, decoder, event)
-            elif isinstance(event, Truncation):
-                self.truncates += 1
-                self._chunk.extend(event.changes)
+            elif isinstance(stop, Renew):  # libpq keeps its buffer until then
+                await self._hand_over(decoder)
+                return
+            else:
+                await self._hand_over(decoder)  # what was decoded by the old shape goes by the old routes
+                await self._learn(connection, decoder, stop)
 
     async def _learn(self, connection: Connection, decoder: Decoder, relation: Relation) -> None:
         info = await connection.describe(relation)
         schema, table = info.root or (relation.schema, relation.table)
-        self._overhead[relation.oid.to_bytes(4, "big")] = sum(2 * len(c.name) + 8 for c in relation.columns)
-        await self._hand_over()  # what was decoded by the old shape goes by the old routes
-        self._router.learn(
+        wanted = self._router.learn(
             schema,
             table,
             lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key),
             self.received_lsn,
         )
-        decoder.learn(relation, info)
+        decoder.learn(relation, info, wanted)
 
     async def _take_credit(self, size: int, largest_frame_bytes: int) -> None:
         """Credit for the next chunk, the next frame included, and for what libpq's buffer has grown to."""
@@ -253,47 +244,48 @@ class Capture:
         if grown > 0 and self._pool.try_take(grown):
             self._libpq_bytes += grown
 
-    async def _hand_over(self) -> None:
+    async def _hand_over(self, decoder: Decoder) -> None:
         """Give the chunk to the sinks. When this returns, every sink answers for its part of it."""
-        if not self._chunk and not self._commits:
-            self._pool.give(self._credit)
-            self._credit = self._used = 0
+        chunk = decoder.take()
+        if not chunk.count and not chunk.commit_lsn:
+            self._give_credit()
             return
-        changes, self._chunk = self._chunk, []
-        commits, self._commits = self._commits, []
-        if changes:
+        self.truncates += chunk.truncates
+        stored = []
+        if chunk.count:
             # The mark covers whatever a sink has taken, not only what is confirmed: after a failover to a server that
             # forked below it nothing may count as known already (I9).
             self._wait("state: the mark is on its way to disk")
-            await self._reserve_mark(changes[-1].commit_lsn)
+            await self._reserve_mark(chunk.word(chunk.count - 1, LSN))
             self._wait("")
-        routed = self._router.route(changes)
-        asked = [d for d in routed if d.needs_look_up]
-        answers = await asyncio.gather(*(d.parked_among(routed[d]) for d in asked))
-        parked = dict(zip(asked, answers, strict=True))
-        stored = []
-        for delivery, messages in routed.items():
-            self._routed_lsn = max(self._routed_lsn, messages[-1].change.commit_lsn)
-            written = delivery.intake(messages, parked.get(delivery))
-            if written is not None:
-                stored.append(written)
-        lsns = {m.change.commit_lsn for messages in routed.values() for m in messages}
-        for commit in commits:
-            self.received_lsn = commit.end_lsn
-            routed_any = commit.commit_lsn in lsns or commit.commit_lsn == self._routed_lsn
-            self.watermark.commit(commit.commit_lsn, commit.end_lsn, routed=routed_any)
+            routed = self._router.route(chunk)
+            asked = [(d, span) for d, span in routed if d.needs_look_up]
+            answers = await asyncio.gather(*(d.parked_among(span) for d, span in asked))
+            parked = {d: answer for (d, _), answer in zip(asked, answers, strict=True)}
+            self._routed = self._routed or bool(routed)
+            for delivery, span in routed:
+                written = delivery.intake(span, parked.get(delivery))
+                if written is not None:
+                    stored.append(written)
+        if chunk.commit_lsn:
+            self.received_lsn = chunk.end_lsn
+            self.watermark.commit(chunk.commit_lsn, chunk.end_lsn, routed=self._routed)
+            # What is behind the last commit belongs to a transaction that is not complete yet.
+            self._routed = self._routed and bool(chunk.count) and chunk.word(chunk.count - 1, LSN) > chunk.commit_lsn
         kept = 0
         if stored:
-            messages_bytes = MESSAGE_OVERHEAD_BYTES * sum(map(len, routed.values()))
-            kept = min(self._credit, sum(c.cost for c in changes) + messages_bytes)
-        self._pool.give(self._credit - kept)
-        self._credit = self._used = 0
+            kept = min(self._credit, chunk.cost + MESSAGE_OVERHEAD_BYTES * chunk.count * len(stored))
+        self._give_credit(but=kept)
         if kept:
             task = asyncio.create_task(self._give_when_durable(kept, stored))
             self._owing.add(task)
             task.add_done_callback(self._owing.discard)
         await self._gate()
         await asyncio.sleep(0)  # let deliveries run between two chunks
+
+    def _give_credit(self, but: int = 0) -> None:
+        self._pool.give(self._credit - but)
+        self._credit = 0
 
     async def _give_when_durable(self, size: int, stored: Sequence[asyncio.Future[Written]]) -> None:
         try:
@@ -311,13 +303,6 @@ class Capture:
             self._wait("blocked: " + "; ".join(f"the backlog of {d.name} is full ({d.full})" for d in blocking))
             self._room.clear()
             await _first_of(self._room.wait(), self._clock.sleep(GATE_SECONDS))
-
-    def _drop_chunk(self) -> None:
-        """The connection is gone: what was not handed over is read again."""
-        self._chunk.clear()
-        self._commits.clear()
-        self._pool.give(self._credit + self._libpq_bytes)
-        self._credit = self._used = self._libpq_bytes = 0
 
     # -- confirming -------------------------------------------------------------------------------------------------
     async def _feed_back(self, stream: Stream) -> None:
@@ -365,13 +350,6 @@ class Capture:
         if not self.why_waiting:
             self.waiting_since = self._clock.monotonic()  # not at a change of the reason: a source that is down is so
         self.why_waiting = why
-
-
-async def _next_keepalive(stream: Stream) -> int:
-    while not isinstance(frame := stream.next(), Keepalive):
-        if frame is None:
-            await stream.more()
-    return frame.wal_end
 
 
 async def _first_of(*waits: Awaitable[object]) -> None:

@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from spillway.change import NOT_STORED, PENDING, Message, table_prefix
+from spillway.change import ACTIONS
+from spillway.chunk import ACTION, NOT_STORED, PENDING, TIME, Batch, Message, Piece
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
-from spillway.flow.attempt import BLOCKED, Attempt
+from spillway.flow.attempt import BLOCKED, Answer, Attempt, each
 from spillway.flow.budget import Budget
 from spillway.flow.inflow import STORED_OVERHEAD_BYTES, SinkSpec
 from spillway.flow.readback import READ_BYTES, Readback
 from spillway.flow.retry import PARKED_ROUNDS, Breaker, Throttle, backoff_seconds
-from spillway.flow.window import encoded_cost, with_superseded
+from spillway.flow.window import encoded_cost
 from spillway.metrics import Metrics
 from spillway.position import Position
 from spillway.sinks.base import Result, Sink
@@ -101,7 +102,7 @@ class Delivery(Readback):
         now = self._clock.monotonic()
         wait_seconds = IDLE_SECONDS
         first = self.window.first_open()
-        if not self.stored and first is not None and first.row == NOT_STORED:
+        if not self.stored and first is not None and first.base == NOT_STORED:
             left = first.arrived + SPILL_AGE_SECONDS - now
             if left <= 0:
                 self._spill()
@@ -143,13 +144,13 @@ class Delivery(Readback):
             self._in_flight += 1
             tasks.create_task(self._try_newest())
         while self.window.ready and self._free_slots > 0 and not (one_at_a_time and self._in_flight):
-            batch, encode_bytes = self._take(allowance)
-            if not batch:
+            batch = self._take(allowance)
+            if batch is None:
                 break
             self._lanes_turn = True
             self._probe_newest = True
             self._in_flight += 1
-            tasks.create_task(self._deliver(batch, encode_bytes))
+            tasks.create_task(self._deliver(batch, encoded_cost(batch)))
         wanted = allowance if one_at_a_time else 2 * allowance * self._sink.max_in_flight
         if self._may_read and self.window.ready_count < max(1, wanted // 2):
             self._reading = True
@@ -249,24 +250,23 @@ class Delivery(Readback):
         self.try_now()
 
     # -- sending ----------------------------------------------------------------------------------------------------
-    def _take(self, allowance: int) -> tuple[list[Message], int]:
-        """A batch, and the credit for its encoded form that was taken for it; what was read back has its own."""
+    def _take(self, allowance: int) -> Batch | None:
+        """A batch; the credit for its encoded form is taken. What was read back has its own."""
         batch = self.window.take(allowance, 2 * READ_BYTES, self._share.available_bytes())
-        encode_bytes = sum(encoded_cost(m) for m in batch if not m.credit)
-        if not self._share.try_take(encode_bytes):
+        if batch is not None and not self._share.try_take(encoded_cost(batch)):
             self.window.put_back(batch)
-            return [], 0
-        return batch, encode_bytes
+            return None
+        return batch
 
-    async def _deliver(self, batch: list[Message], encode_bytes: int) -> None:
+    async def _deliver(self, batch: Batch, encode_bytes: int) -> None:
         try:
-            results = await self._ask(batch)
+            answer = await self._ask(batch)
         finally:
             self._share.give(encode_bytes)
-        await self._settle(batch, results, self.queue_throttle)
+        await self._settle(batch, answer, self.queue_throttle)
         self._free_slot()
 
-    async def _ask(self, batch: list[Message]) -> list[Result]:
+    async def _ask(self, batch: Batch) -> Answer:
         if self.reads_before_first_request is None:
             self.reads_before_first_request = self._store.reads
         return await self._attempt(batch)
@@ -282,12 +282,10 @@ class Delivery(Readback):
             if not self.lane_throttle.streak:
                 most *= self._sink.max_in_flight
             # Credit before the slots: what holds the credit may need a slot to give it back.
-            heads = await self._read_heads(1 if self.breaker.open else most)
-            size = self.spec.batch_size
-            batches = [heads[start : start + size] for start in range(0, len(heads), size)]
+            batches = await self._read_heads(1 if self.breaker.open else most)
             mended = [m for ok in await asyncio.gather(*map(self._retry_batch, batches)) for m in ok]
             self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
-            due = await asyncio.to_thread(self._store.next_due_seconds, self.name)
+            due = await asyncio.to_thread(self._store.next_due_seconds, self.name, self._read_up_to)
             now = self._clock.monotonic()
             self._lane_at = (
                 now if self._lane_mended else now + min(IDLE_SECONDS, due if due is not None else IDLE_SECONDS)
@@ -297,13 +295,13 @@ class Delivery(Readback):
             self._lanes_turn = False
             self._wake.set()
 
-    async def _retry_batch(self, heads: list[Message]) -> list[Message]:
+    async def _retry_batch(self, heads: Batch) -> list[Message]:
         """Returns what went through."""
         await self._take_slot()
-        results = await self._ask(heads)
-        await self._settle(heads, results, self.lane_throttle)
+        answer = await self._ask(heads)
+        await self._settle(heads, answer, self.lane_throttle)
         self._free_slot()
-        return [m for m, r in zip(heads, results, strict=True) if r.outcome == "ok"]
+        return [m for m, r in zip(heads, each(answer, heads), strict=True) if r.outcome == "ok"]
 
     async def _try_newest(self) -> None:
         """While the stream is down to single probes: the newest message, whose kind may be mended already."""
@@ -315,34 +313,30 @@ class Delivery(Readback):
             try:
                 most = (left - STORED_OVERHEAD_BYTES) // 2
                 message = await asyncio.to_thread(self._store.newest, self.name, most)
-                if message is None or turns != self._turns or self._puts or self.window.busy(message.keys):
+                if message is None or turns != self._turns or self._puts or not self.window.free([message]):
                     return
                 if message.row <= self._cursor or message.row in self._skip:
                     return
-                self._remember(message)
-                left -= message.credit
+                self._remember(message.span)
+                self.memory_messages += 1
+                left -= message.span.credit
             finally:
                 self._share.give(left)
             self._skip.add(message.row)
-            self.window.fly(message)
-            results = await self._ask([message])
-            await self._settle([message], results, self.queue_throttle)
+            batch = self.window.fly([message])
+            await self._settle(batch, await self._ask(batch), self.queue_throttle)
         finally:
             self._free_slot()
 
     # -- settling ---------------------------------------------------------------------------------------------------
-    async def _settle(self, batch: list[Message], results: list[Result], throttle: Throttle) -> None:
+    async def _settle(self, batch: Batch, answer: Answer, throttle: Throttle) -> None:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
         now = self._clock.monotonic()
         lane = throttle is self.lane_throttle
-        results = self._blame(results, now)
-        ok = [m for m, r in zip(batch, results, strict=True) if r.outcome == "ok"]
-        failed = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome in ("retry", "reject")]
-        down = [(m, r) for m, r in zip(batch, results, strict=True) if r.outcome == "sink_down"]
-        if down:
-            result = down[0][1]
-            self.breaker.failed(now, result.reason, result.detail, result.retry_after_seconds)
-            self._note(result.reason, result.detail, now)
+        ok, failed, down, why = self._sort(batch, self._blame(answer, batch, now))
+        if why is not None:
+            self.breaker.failed(now, why.reason, why.detail, why.retry_after_seconds)
+            self._note(why.reason, why.detail, now)
         elif self.breaker.open:
             self.breaker.succeeded()
         if ok:
@@ -350,64 +344,109 @@ class Delivery(Readback):
             self.last_progress_at = now
         elif failed and not down:
             throttle.failed(now)
-        if lane:  # they stay the heads of their lanes
-            self._let_go([m for m, _ in down])
-        if not lane:
-            self.window.put_back([m for m, _ in down])
         if down:
+            if lane:  # they stay the heads of their lanes
+                self._let_go(down)
+            else:
+                self.window.put_back(down)
             self.drop_cache()
-        self._count(ok)
-        await self._settle_ok([m for m in ok if m.change.action != "truncate"])
+        truncates: list[Batch] = []
+        if ok:
+            self._count(ok)
+            ok, truncates = self._without_truncates(ok)
+            if ok:
+                await self._settle_ok(ok, lane=lane)
         if failed:
             await self._settle_failed(failed, now, lane=lane)
-        for message in ok:  # last, so that what was parked of its own batch is gone with it
-            if message.change.action == "truncate":
-                await self._settle_truncate(message)
+        for truncate in truncates:  # last, so that what was parked of its own batch is gone with it
+            await self._settle_truncate(truncate, lane=lane)
         self._moved()
 
-    def _blame(self, results: list[Result], now: float) -> list[Result]:
+    def _sort(
+        self, batch: Batch, answer: Answer
+    ) -> tuple[Batch | None, list[tuple[Batch, Result]], Batch | None, Result | None]:
+        """What went through, what failed (each alone), what concerns the sink as a whole, and how it said that."""
+        if isinstance(answer, Result):
+            if answer.outcome == "ok":
+                return batch, [], None, None
+            if answer.outcome == "sink_down":
+                return None, [], batch, answer
+        pairs = list(zip(batch, each(answer, batch), strict=True))
+        ok = Batch.of([m for m, r in pairs if r.outcome == "ok"])
+        failed = [(Batch.of([m]), r) for m, r in pairs if r.outcome in ("retry", "reject")]
+        down = Batch.of([m for m, r in pairs if r.outcome == "sink_down"])
+        why = next((r for _, r in pairs if r.outcome == "sink_down"), None)
+        self.window.divide(batch, [part for part in (ok, down, *(one for one, _ in failed)) if part])
+        return ok or None, failed, down or None, why
+
+    def _blame(self, answer: Answer, batch: Batch, now: float) -> Answer:
         """A time-out concerns the sink; but one message alone that times out while others go through is itself to
         blame, and must not be the probe for ever: its key is parked. It is never buried for that."""
-        alone = len(results) == 1 and results[0].outcome == "sink_down" and results[0].reason == "timeout"
-        if alone and now - self.last_progress_at < BLAME_SECONDS:
-            return [replace(results[0], outcome="retry")]
-        return results
+        if len(batch) > 1 or now - self.last_progress_at >= BLAME_SECONDS:
+            return answer
+        result = answer if isinstance(answer, Result) else answer[0]
+        blamed = result.outcome == "sink_down" and result.reason == "timeout"
+        return replace(result, outcome="retry") if blamed else answer
 
-    async def _settle_ok(self, ok: list[Message]) -> None:
-        """Resolved. Nothing of it is done, and no key free, before the removal of all its rows has committed: else the
+    async def _settle_ok(self, ok: Batch, *, lane: bool) -> None:
+        """Resolved. Nothing of it is done, and no key free, before its removal from the store has committed: else the
         later message of a key could be confirmed while a crash brings the earlier one back. While we wait for that,
-        the others may be put into the store, too, since they are not done: their rows go in the next round."""
-        messages = with_superseded(ok)
-        removed: set[int] = set()
-        while True:
-            if any(m.row == PENDING for m in messages) and self._last_put is not None:
-                await asyncio.shield(self._last_put)
-                continue
-            rows = [m for m in messages if m.row > 0 and m.row not in removed]
-            if not rows:
-                break
-            removed.update(m.row for m in rows)
-            superseded_by = [m for m in ok if m.superseded and m.row > 0]
-            await self._commit(Write(self.name, resolved=rows, superseded_by=superseded_by))
-        for message in messages:
-            message.done = True
+        the others may be put into the store, too, since they are not done: they are removed in the next round."""
+        superseded = ok.superseded
+        if lane:
+            superseded_by = [m for m in ok if m.superseded]
+            await self._commit(Write(self.name, resolved_held=[*superseded, *ok.messages], superseded_by=superseded_by))
+        else:
+            await self._remove([*ok.pieces, *((m.span, m.place, m.place + 1) for m in superseded)])
         self._let_go(ok)
 
-    async def _settle_truncate(self, message: Message) -> None:
-        """What waits of that table from before it is gone with it, what is parked included."""
-        prefix = table_prefix(message.change.schema, message.change.table)
-        self._turns += 1
-        await self._commit(Write(self.name, drop_table_below=(prefix, Position(*message.position))))
-        await self._settle_ok([message])
+    async def _remove(self, pieces: Sequence[Piece]) -> None:
+        """Remove from the store what of these is there, and mark them resolved."""
+        left = pieces
+        while left:
+            if any(span.base == PENDING for span, _, _ in left) and self._last_put is not None:
+                await asyncio.shield(self._last_put)
+                continue
+            stored = [piece for piece in left if piece[0].base != NOT_STORED]
+            if not stored:
+                break
+            left = [piece for piece in left if piece[0].base == NOT_STORED]
+            await self._commit(Write(self.name, resolved=stored))
+        for span, start, stop in pieces:
+            span.resolved[start:stop] = b"\1" * (stop - start)
+            span.left -= stop - start
 
-    async def _settle_failed(self, failed: list[tuple[Message, Result]], now: float, *, lane: bool) -> None:
+    def _without_truncates(self, ok: Batch) -> tuple[Batch | None, list[Batch]]:
+        """What went through without its TRUNCATEs, and each of these."""
+        if not any(_TRUNCATE in span.chunk.byte_column(ACTION) for span, _, _ in ok.pieces):
+            return ok, []
+        truncates = [m for m in ok if m.change.action == "truncate"]
+        parts = [Batch.of([m]) for m in truncates]
+        rest = Batch.of([m for m in ok if m.change.action != "truncate"])
+        self.window.divide(ok, [*parts, rest] if rest else parts)
+        return rest or None, parts
+
+    async def _settle_truncate(self, truncate: Batch, *, lane: bool) -> None:
+        """What waits of that table from before it is gone with it, what is parked included."""
+        (message,) = truncate
+        change = message.change
+        self._turns += 1
+        below = (change.schema, change.table, Position(*message.position))
+        await self._commit(Write(self.name, drop_table_below=below))
+        await self._settle_ok(truncate, lane=lane)
+
+    async def _settle_failed(self, failed: list[tuple[Batch, Result]], now: float, *, lane: bool) -> None:
         park: list[Park] = []
         bury: list[Park] = []
-        blocked: list[Message] = []
-        for message, result in failed:
+        blocked: list[Batch] = []
+        let_go: list[Batch] = []
+        behind: list[Message] = []  # what is held together with what is parked
+        for one, result in failed:
             if result is BLOCKED:
-                blocked.append(message)
+                blocked.append(one)
                 continue
+            (message,) = one
+            let_go.append(one)
             self._metrics.rejected(self.name, result.reason, 1)
             self._note(result.reason, result.detail, now)
             attempts = message.attempts + 1
@@ -417,6 +456,7 @@ class Delivery(Readback):
             elif message.superseded:
                 # Not sent themselves yet: they go first, one by one, from the lane.
                 park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
+                behind += [*message.superseded[1:], message]
             elif (limit is not None and attempts > limit and result.reason != "timeout") or (
                 self.spec.on_reject == "dead_letter" and result.outcome == "reject"
             ):
@@ -425,38 +465,49 @@ class Delivery(Readback):
                 park.append(Park(message, result.reason, result.detail, backoff_seconds(attempts - 1)))
         stuck = [p.message for p in park]
         keys = {key for message in stuck for key in message.keys}
-        for message in blocked:  # in order: one that stands behind under one of its keys blocks the other
-            if not keys.isdisjoint(message.keys):
+        put_back: list[Batch] = []
+        for one in blocked:  # in order: one that stands behind under one of its keys blocks the other
+            (message,) = one
+            if keys.isdisjoint(message.keys):
+                put_back.append(one)
+            else:
                 keys.update(message.keys)
-                stuck.append(message)
-        if lane:  # heads of lanes have rows, and their keys are parked already
+                behind.append(message)
+                let_go.append(one)
+        if lane:  # they have rows in their lanes, and their keys are parked already
             self._turns += 1
             await self._commit(Write(self.name, park=park, bury=bury))
             self._turns += 1
         else:
-            await self._write_unwritten(park=park, bury=bury, stuck=stuck)
-        for message in self.window.drop_behind(stuck):
-            self._forget(message)
-        self._let_go([m for m, r in failed if r is not BLOCKED])
-        self._let_go([m for m in blocked if not keys.isdisjoint(m.keys)])
-        self.window.put_back([m for m in blocked if keys.isdisjoint(m.keys)])
+            behind.sort(key=lambda message: message.position)
+            await self._write_unwritten(park=park, bury=bury, stuck=[*stuck, *behind], hold=behind)
+        for one in let_go:
+            self._let_go(one)
+        for one in reversed(put_back):
+            self.window.put_back(one)
 
-    def _let_go(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            self.window.release(message)
-            for one in with_superseded([message]):
-                self._forget(one)
+    def _let_go(self, batch: Batch) -> None:
+        self.window.release(batch)
+        for span, start, stop in batch.pieces:
+            self._forget(span, stop - start)
+        for message in batch.superseded:
+            self._forget(message.span, 1)
 
-    def _count(self, ok: list[Message]) -> None:
-        if not ok:
-            return
-        resolved = len(ok) + sum(len(m.superseded) for m in ok if m.superseded)
+    def _count(self, ok: Batch) -> None:
+        resolved = len(ok) + len(ok.superseded)
         self.delivered += resolved
         self._metrics.delivered(self.name, resolved)
         wall = self._clock.wall()
-        for commit_time, same in itertools.groupby(ok, key=lambda m: m.change.commit_time):
-            self._metrics.delivery_seconds(self.name, max(0.0, wall - commit_time), sum(1 for _ in same))
+        times: Counter[int] = Counter()
+        for span, start, stop in ok.pieces:
+            column = span.chunk.column(TIME)
+            times.update(column[start:stop] if span.whole_chunk else [column[i] for i in span.indices[start:stop]])
+        for microseconds, count in times.items():
+            self._metrics.delivery_seconds(self.name, max(0.0, wall - microseconds / 1_000_000), count)
 
     def _note(self, reason: str, detail: str, now: float) -> None:
         self.last_error = f"{reason}: {detail}" if detail else reason
         self.last_failure_at = now
+
+
+_TRUNCATE = ACTIONS.index("truncate")

@@ -4,17 +4,18 @@
 *direct* or *stored*, what has been written, and the credit of what is in memory. `spillway.flow.delivery` sends.
 
 **Direct**: newcomers go into the window; nothing is written. **Stored**: newcomers go to the tail of the store, and
-pages are read back as there is credit. Direct becomes stored (`_spill`) when the oldest open message is older than
-the spill age, or the window has no credit: everything unwritten is put into the store, what is not in flight leaves
-memory. Stored becomes direct again when a page has shown that nothing unread waits and nothing was put meanwhile.
+pages are read back as there is credit. Direct becomes stored (`_spill`) when the oldest open span is older than the
+spill age, or the window has no credit: everything unwritten is put into the store, what is not in flight leaves memory.
+Stored becomes direct again when a page has shown that nothing unread waits and nothing was put meanwhile.
 
 **Every put covers the tail** (see spillway.store.base): whatever is written for a sink, all its unwritten messages are
 written with it, in position order, and the position becomes the tail. So the store never holds anything above the
 position, and a restart skips exactly what is at or below it.
 
-**Parked keys.** In direct mode newcomers of a parked key must go to the store. Which keys are parked is asked of the
-store by look-up (`parked_among`), per chunk and only while there are such keys. Between the decision to park and the
-first look-up that is sure to see it, the keys are in ``_diverted``.
+**Parked keys.** What comes of a parked key is held: newcomers in direct mode, and what is read back in stored mode
+(newcomers of a stored sink go to the queue whatever their key). Which keys are parked is asked of the store by look-up,
+per span and only while there are such keys. A key that is being parked is in ``_diverted`` until that has committed,
+and then in ``since`` of the look-ups that had begun before (`Parked`).
 
 **The cap.** A backlog at its cap blocks the slot (`blocks`), or takes the sink out with a gap on record: what a growing
 gap swallows is confirmed only after the gap is durable.
@@ -23,22 +24,23 @@ gap swallows is confirmed only after the gap is durable.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spillway.change import PENDING, Message
+from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Message, Span
 from spillway.clock import Clock
 from spillway.flow.budget import Budget
 from spillway.flow.limits import Limits
-from spillway.flow.window import Window
+from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window
 from spillway.metrics import Metrics
 from spillway.position import ZERO, Position
 from spillway.sinks.base import Sink
 from spillway.store.base import Gap, Park, SinkState, Store, Write, Written
 
-# What a message read back costs beyond its bytes, twice: its objects, and its place in request and answer.
-STORED_OVERHEAD_BYTES = 1536
+# What a message read back costs beyond its bytes, twice: its record and key, and its place in request and answer.
+STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,17 @@ class SinkSpec:
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     toast_fails: bool = False
     limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(slots=True)
+class Parked:
+    """The answer of a look-up: keys that were parked when it began, and those whose park has committed since."""
+
+    found: set[str] = field(default_factory=set)
+    since: set[str] = field(default_factory=set)
+
+    def union(self, being_parked: Iterable[str]) -> set[str]:
+        return self.found.union(self.since, being_parked)
 
 
 class Inflow:
@@ -78,9 +91,7 @@ class Inflow:
         self._clock = clock
         self._metrics = metrics
         self._moved = moved  # called when the watermark may have moved or a full backlog has room
-        self.window = Window(
-            keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state", passed=self._passed
-        )
+        self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
         self.counters = state.counters
         self.tail: Position = state.position or ZERO
         self.gap = state.gap
@@ -94,16 +105,17 @@ class Inflow:
         self.truncates_ignored = 0
         self.memory_bytes = 0
         self.memory_messages = 0
-        self._read_back = 0  # of the messages in memory: covered by the delivery pool
+        self._read_back = 0  # spans in memory that the delivery pool covers
         self._cursor = 0  # rows of the queue up to here are in memory, in `_skip`, or gone
         self._skip: set[int] = set()  # rows beyond the cursor that are in flight: a page must not bring them again
         self._diverted: dict[str, int] = {}  # keys of parks and diversions that have not committed
-        self._lingering: set[str] = set()  # the same, committed since the last look-up began
+        self._asked_by_capture = Parked()
+        self._asked_by_reader = Parked()
         self._puts = 0  # uncommitted puts of messages that are in the window
         self._put_count = 0  # all puts ever, to see whether a page read was overtaken by one
         self._puts_done = 0  # and how many of them have committed
         self._turns = 0  # counts what makes a page that is being read unusable: parks, evictions, discards
-        self._evict_rows: list[int] | None = None  # an eviction is due when the last put has committed
+        self._evict_due = False  # when the last put has committed
         self._last_put: asyncio.Future[Written] | None = None
         self._lane_at = 0.0  # when the lanes are worth a look
         self._wake = asyncio.Event()
@@ -121,8 +133,8 @@ class Inflow:
         """Commit LSN of the oldest message that forbids confirming (I1); None: there is none."""
         first = self.window.first_open()
         if self._gap_lsn is not None:
-            return self._gap_lsn if first is None else min(self._gap_lsn, first.change.commit_lsn)
-        return None if first is None else first.change.commit_lsn
+            return self._gap_lsn if first is None else min(self._gap_lsn, first.first_lsn)
+        return None if first is None else first.first_lsn
 
     # -- intake: called by capture, synchronous ---------------------------------------------------------------------
     @property
@@ -132,110 +144,133 @@ class Inflow:
 
     @property
     def needs_look_up(self) -> bool:
-        if not self.counters.parked_keys and not self._diverted:
-            self._lingering.clear()
-            return False
-        return not self.stored
+        return not self.stored and self._has_parked
 
-    async def parked_among(self, messages: Sequence[Message]) -> set[str]:
-        """Which keys of these messages are parked. To be called right before `intake`, when `needs_look_up`."""
-        self._lingering.clear()  # what has committed by now is seen by the look-up that begins now
-        keys = {key for message in messages for key in message.keys}
-        return await asyncio.to_thread(self._store.parked, self.name, list(keys)) if keys else set()
+    @property
+    def _has_parked(self) -> bool:
+        return bool(self.counters.parked_keys or self._diverted)
 
-    def intake(self, messages: list[Message], parked: set[str] | None) -> asyncio.Future[Written] | None:
+    async def parked_among(self, span: Span) -> Parked:
+        """Which keys of this span are parked. To be called right before `intake`, when `needs_look_up`."""
+        self._asked_by_capture = parked = Parked()
+        await self._look_up(parked, span)
+        return parked
+
+    async def _look_up(self, parked: Parked, span: Span) -> None:
+        keys = {key for place in range(len(span)) for key in span.keys(place)}
+        if keys:
+            parked.found |= await asyncio.to_thread(self._store.parked, self.name, list(keys))
+
+    def intake(self, span: Span, parked: Parked | None) -> asyncio.Future[Written] | None:
         """Take messages in position order. Returns the commit to wait for before their capture credit is given back,
         None if the window covers them. ``parked`` is None when no look-up was made."""
-        if messages[0].position <= self.tail:  # read again after a reconnect or a restart: known already
-            messages = [m for m in messages if m.position > self.tail]
-        if messages and not self.participates:
-            self._missed_lsn = messages[-1].change.commit_lsn
-            return None
-        if not messages:
+        if span.position(0) <= self.tail:  # read again after a reconnect or a restart: known already
+            known = bisect_right(range(len(span)), tuple(self.tail), key=span.position)
+            if known == len(span):
+                return None
+            span = Span(span.chunk, span.keying, span.indices[known:])
+        last = Position(*span.position(len(span) - 1))
+        if not self.participates:
+            self._missed_lsn = last.commit_lsn
             return None
         now = self._clock.monotonic()
         self.last_intake_at = now
         if not self.counters.messages and not self.memory_messages:
             self.busy_since = now
-        for message in messages:
-            message.arrived = now
+        span.arrived = now
         self._wake.set()
         if not self.stored:
-            if parked is None and self.needs_look_up:
+            if parked is None and self._has_parked:
                 self._spill()  # became direct, with parked keys, since capture asked
-            elif self._take_credit(messages):
-                return self._divert(messages, parked or set())
+            elif self._take_credit(span):
+                self.tail = last
+                self.window.track(span)
+                return self._divert(span, parked)
             else:
                 self._spill()
-        self.tail = Position(*messages[-1].position)
-        self.window.track(messages)
-        return self._put(messages)
+        self.tail = last
+        self.window.track(span)
+        return self._put(span)
 
-    def _take_credit(self, messages: list[Message]) -> bool:
-        """Credit for all of them, or for none."""
-        cost = sum(m.change.cost for m in messages)
+    def _take_credit(self, span: Span) -> bool:
+        cost = span.chunk.cost
         if (
             self.memory_bytes + cost > self.spec.max_memory_bytes
-            or self.memory_messages + len(messages) > self.spec.max_messages
+            or self.memory_messages + len(span) > self.spec.max_messages
+            or not self._budget.hold(span)
         ):
             return False
-        for index, message in enumerate(messages):
-            if not self._budget.hold(message.change):
-                for held in messages[:index]:
-                    self._budget.drop(held.change)
-                return False
+        span.windowed = True
         self.memory_bytes += cost
-        self.memory_messages += len(messages)
         return True
 
-    def _divert(self, messages: list[Message], parked: set[str]) -> asyncio.Future[Written] | None:
+    def _divert(self, span: Span, parked: Parked | None) -> asyncio.Future[Written] | None:
         """Into the window; but what has a parked key, or is too large, goes to the store and takes all else along."""
-        self.tail = Position(*messages[-1].position)
-        self.window.track(messages)
-        held = parked.union(self._diverted, self._lingering)
-        aside: list[Message] = []
-        for message in messages:
-            if self._too_large(message):
-                aside.append(message)
-            elif held and not held.isdisjoint(message.keys):
-                aside.append(message)
-                held.update(message.keys)  # what follows under the other key of an event stands behind it
-            else:
-                self.window.admit(message)
-        if not aside:
+        self.memory_messages += len(span)
+        large = self._large_places(span)
+        held = parked.union(self._diverted) if parked is not None else set()
+        if not held and not large:
+            self.window.admit(span, 0, len(span))
             return None
-        return self._write_unwritten(aside=aside)
+        runs, hold = self._apart(span, [(0, len(span))], held, large)
+        for start, stop in runs:
+            self.window.admit(span, start, stop)
+        span.held += len(hold) + len(large)
+        if not hold and not large:
+            return None
+        return self._write_unwritten(hold=hold, aside=[*hold, *(Message(span, place) for place in large)])
+
+    @staticmethod
+    def _apart(
+        span: Span, runs: Sequence[tuple[int, int]], held: set[str], large: Collection[int]
+    ) -> tuple[list[tuple[int, int]], list[Message]]:
+        """What of these runs may be admitted, and what must be held because one of its keys is. ``held`` grows: what
+        follows under the other key of an event stands behind it."""
+        free: list[tuple[int, int]] = []
+        hold: list[Message] = []
+        for start, stop in runs:
+            for place in range(start, stop):
+                if place in large:
+                    continue
+                if held and not held.isdisjoint(keys := span.keys(place)):
+                    held.update(keys)
+                    hold.append(Message(span, place))
+                elif free and free[-1][1] == place:
+                    free[-1] = (free[-1][0], place + 1)
+                else:
+                    free.append((place, place + 1))
+        return free, hold
 
     # -- writing ----------------------------------------------------------------------------------------------------
-    def _put(self, messages: list[Message]) -> asyncio.Future[Written]:
+    def _put(self, span: Span) -> asyncio.Future[Written]:
         """Newcomers of a stored sink, to the tail; none of them stays in memory."""
-        for message in messages:
-            message.row = PENDING
-        large = [self._large(m) for m in messages if self._too_large(m)]
-        done = self._commit(Write(self.name, put=messages, position=self.tail, bury=large))
-        done.add_done_callback(lambda _: self._mark_durable(messages))
+        large = [self._large(Message(span, place)) for place in self._large_places(span)]
+        done = self._commit(Write(self.name, put=[span], position=self.tail, bury=large))
+        span.base = PENDING
+        done.add_done_callback(lambda _: self._mark_durable([span]))
         return done
 
     def _write_unwritten(
         self,
         *,
+        hold: Sequence[Message] = (),
         aside: Sequence[Message] = (),
         park: Sequence[Park] = (),
         bury: Sequence[Park] = (),
         stuck: Sequence[Message] = (),
     ) -> asyncio.Future[Written]:
-        """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in
-        memory but among the unwritten; its credit is given back when the commit is done. ``stuck`` is in flight: what
-        is parked, and what stands behind it in the same batch."""
+        """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in the
+        window but among the unwritten: it is forgotten when the commit is done, and so is what is held behind
+        ``stuck``, which is in flight: what is parked, and what stands behind it in the same batch."""
         put = self.window.unwritten()
-        for message in put:
-            message.row = PENDING
-        keys = {key for m in aside for key in m.keys}
+        keys = {key for message in hold for key in message.keys}
+        behind: list[Message] = []
         if park:
-            keys |= self.window.behind(stuck)[0]
+            blocked, behind = self.window.drop_behind(stuck)
+            keys |= blocked
             self._turns += 1
         self._hold_back(keys)
-        large = [self._large(m) for m in put if self._too_large(m)]
+        large = [self._large(Message(s, p)) for s in put for p in self._large_places(s) if not s.resolved[p]]
         self._puts += 1
         done = self._commit(
             Write(
@@ -243,33 +278,31 @@ class Inflow:
                 put=put,
                 position=self.tail if put else None,
                 park=park,
+                hold=[*hold, *behind],
                 bury=[*large, *bury],
             )
         )
+        for span in put:
+            span.base = PENDING
         self._last_put = done
 
-        def committed(written: asyncio.Future[Written]) -> None:
+        def committed(_: asyncio.Future[Written]) -> None:
             self._puts -= 1
             self._mark_durable(put)
             self._hold_back_no_more(keys)
-            for message in aside:
-                self._forget(message)
+            for message in (*aside, *behind):
+                self._forget(message.span, 1)
             if park:
                 self._turns += 1
                 self._lane_at = min(self._lane_at, self._clock.monotonic() + min(p.due_seconds for p in park))
-            if aside and not written.cancelled() and written.exception() is None:
-                held = written.result().held
-                freed = [m.row for m in aside if m.row not in held and not self._too_large(m)]
-                if freed:
-                    self._spill(freed)  # their key was freed meanwhile: they wait in the queue and must be read
-            if self._evict_rows is not None and not self._puts:
+            if self._evict_due and not self._puts:
                 self._evict()
 
         done.add_done_callback(committed)
         return done
 
     def _hold_back(self, keys: Iterable[str]) -> None:
-        """Newcomers of these keys go to the store: the keys are being parked."""
+        """What comes of these keys is held: the keys are being parked."""
         for key in keys:
             self._diverted[key] = self._diverted.get(key, 0) + 1
 
@@ -278,7 +311,8 @@ class Inflow:
         for key in keys:
             if self._diverted[key] == 1:
                 del self._diverted[key]
-                self._lingering.add(key)
+                for parked in (self._asked_by_capture, self._asked_by_reader):
+                    parked.since.add(key)
             else:
                 self._diverted[key] -= 1
 
@@ -299,75 +333,78 @@ class Inflow:
         done.add_done_callback(committed)
         return done
 
-    def _mark_durable(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            message.done = message.row > 0
+    def _mark_durable(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            span.durable = span.base > 0
+            if span.durable and not span.held:
+                self._leave(span)
         self._moved()
 
-    def _spill(self, unread: Sequence[int] = ()) -> None:
+    def _spill(self) -> None:
         """Become stored: put what is unwritten; when that has committed, all that is not in flight leaves memory."""
         self.stored = True
-        self._evict_rows = [*(self._evict_rows or ()), *unread]
+        self._evict_due = True
         self._write_unwritten()
 
     def _evict(self) -> None:
         """Drop what is not in flight from memory; all of it has rows. Pages bring it back from the cursor on."""
-        rows = self._evict_rows or []
-        self._evict_rows = None
-        dropped = self.window.evict()
-        rows.extend(m.row for m in dropped)
-        for message in dropped:
-            self._forget(message)
-        if rows:
-            self._cursor = min(self._cursor, min(rows) - 1)
+        self._evict_due = False
+        for span, start, stop in self.window.evict():
+            self._cursor = min(self._cursor, span.row(start) - 1)
+            self._forget(span, stop - start)
         self._skip = {row for row in self.window.flying_rows() if row > self._cursor}
         self._turns += 1
 
     def drop_cache(self) -> None:
         """What was read back and is not in flight leaves memory: it is not going to be sent soon."""
-        if self.stored and not self._puts and self._evict_rows is None and self.window.waiting:
+        if self.stored and not self._puts and not self._evict_due and self.window.waiting:
             self._evict()
 
-    def _too_large(self, message: Message) -> int:
-        """The size of a row that this sink does not take, 0 if it does."""
-        change = message.change
-        if change.action == "delete" and self.is_state:
-            return 0  # its key is all that such a sink needs of it
-        size = change.too_large_bytes or len(change.body)
-        return size if change.too_large_bytes or size > self.spec.max_message_bytes else 0
+    def _large_places(self, span: Span) -> list[int]:
+        """The rows that this sink does not take."""
+        most = self.spec.max_message_bytes
+        if len(span.chunk.data) <= most and span.plain:
+            return []
+        flags = span.chunk.byte_column(FLAGS)
+        return [
+            place
+            for place, index in enumerate(span.indices)
+            if flags[index] & TOO_LARGE or span.bytes_between(place, place + 1) > most
+            # Of a deleted row its key is all that a sink of state needs.
+            if not (self.is_state and span.chunk.action(index) == "delete")
+        ]
 
     def _large(self, message: Message) -> Park:
-        size = self._too_large(message)
+        size = message.change.too_large_bytes or len(message.change.body)
         self._metrics.rejected(self.name, "too_large", 1)
         return Park(message, "too_large", f"the row has {size} bytes, above max_message_bytes", 0.0)
 
     # -- credit -----------------------------------------------------------------------------------------------------
-    def _forget(self, message: Message) -> None:
-        """A message leaves memory."""
-        if message.credit:
-            self._share.give(message.credit)
-            self.memory_bytes -= message.credit
+    def _forget(self, span: Span, count: int) -> None:
+        """So many messages of a span leave memory."""
+        span.held -= count
+        self.memory_messages -= count
+        if not span.held and span.base != PENDING:
+            self._leave(span)
+
+    def _leave(self, span: Span) -> None:
+        """Nothing of a span is needed in memory any more."""
+        if span.credit:
+            self._share.give(span.credit)
+            self.memory_bytes -= span.credit
             self._read_back -= 1
-            message.credit = 0
-        elif not message.passed:
-            message.left = True  # but the window tracks it, and its body with it: `_passed` gives the credit back
-            return
-        else:
-            self._budget.drop(message.change)
-            self.memory_bytes -= message.change.cost
-        self.memory_messages -= 1
+            span.credit = 0
+        elif span.windowed:
+            self._budget.drop(span)
+            self.memory_bytes -= span.chunk.cost
+            span.windowed = False
+        span.leave()
 
-    def _passed(self, message: Message) -> None:
-        """The watermark has passed a message: the window has let go of it."""
-        if message.left:
-            self._forget(message)
-
-    def _remember(self, message: Message) -> None:
-        """A message read back is in memory; its credit was taken from the share."""
-        message.credit = stored_cost(message)
+    def _remember(self, span: Span) -> None:
+        """A span read back is in memory; its credit was taken from the share."""
+        span.credit = stored_cost(span)
         self._read_back += 1
-        self.memory_bytes += message.credit
-        self.memory_messages += 1
+        self.memory_bytes += span.credit
 
     # -- the cap ----------------------------------------------------------------------------------------------------
     @property
@@ -423,6 +460,6 @@ class Inflow:
         self._commit(Write(self.name, gap=self.gap))
 
 
-def stored_cost(message: Message) -> int:
-    """Credit for a message read back: its body twice, as read and as encoded, and the objects around."""
-    return 2 * len(message.change.body) + STORED_OVERHEAD_BYTES
+def stored_cost(span: Span) -> int:
+    """Credit for a span read back: its bodies twice, as read and as encoded, and what is made of them."""
+    return 2 * len(span.chunk.data) + STORED_OVERHEAD_BYTES * span.chunk.count

@@ -1,18 +1,19 @@
 """Bringing messages back from the store: pages of the queue, and the heads of lanes that are due.
 
-Credit is taken before anything is read, by the size of the first message, and what the page did not need is given
-back. A page that was overtaken by a park, an eviction or a discard (``_turns``) is thrown away and read again; no page
-is read while something in memory is on its way to the store, since it could come a second time.
+Credit is taken before anything is read, by the size of the first span, and what the page did not need is given back.
+A page that was overtaken by a park, an eviction or a discard (``_turns``) is thrown away and read again; no page is
+read while something in memory is on its way to the store, since it could come a second time. What a page brings of a
+parked key is not admitted: it goes to the lanes of its keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from spillway.change import Message
+from spillway.chunk import Batch, Message, Span
 from spillway.errors import SpillwayError
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, stored_cost
-from spillway.flow.window import with_superseded
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, Parked, stored_cost
+from spillway.store.base import Write
 
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
 
@@ -27,13 +28,13 @@ class Readback(Inflow):
         """Not while something in memory is on its way to the store: a page could bring it a second time."""
         return (
             self.stored
-            and not (self._reading or self._puts or self._evict_rows is not None)
+            and not (self._reading or self._puts or self._evict_due)
             and self.memory_messages < self.spec.max_messages
             and self._below_ceiling(self._next_bytes)
         )
 
     def _below_ceiling(self, size_bytes: int) -> bool:
-        """Whether so much more may be read back. A single message may, whatever its size."""
+        """Whether so much more may be read back. A single span may, whatever its size."""
         return not self.memory_bytes or self.memory_bytes + size_bytes <= self.spec.max_memory_bytes
 
     def _give_way(self) -> None:
@@ -50,45 +51,91 @@ class Readback(Inflow):
         """The next page of the queue into the window; becomes direct when there is none."""
         try:
             turns, puts = self._turns, self._put_count
+            self._asked_by_reader = parked = Parked()
             all_committed = self._puts_done == puts
-            head_bytes = await asyncio.to_thread(self._store.bytes_at_head, self.name, self._cursor)
-            if head_bytes is None:
+            head = await asyncio.to_thread(self._store.bytes_at_head, self.name, self._cursor)
+            if head is None:
                 if turns == self._turns and all_committed and puts == self._put_count:
                     self.stored = False
                 return
-            self._next_bytes = 2 * head_bytes + STORED_OVERHEAD_BYTES
+            head_bytes, head_messages = head
+            self._next_bytes = 2 * head_bytes + STORED_OVERHEAD_BYTES * head_messages
             if not self._below_ceiling(self._next_bytes):
                 return
             self._next_bytes = 0
-            left = grant = await self._grant(head_bytes)
+            left = grant = await self._grant(head_bytes, head_messages)
             try:
-                most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
+                most = min(wanted, grant // (2 * STORED_OVERHEAD_BYTES))
                 page = await asyncio.to_thread(
                     self._store.page, self.name, self._cursor, most, max(head_bytes, grant // 4)
                 )
+                if self._has_parked:
+                    for span in page:
+                        await self._look_up(parked, span)
                 if turns != self._turns or self._puts:
                     return  # overtaken by a park or an eviction: read again
-                for message in page:
-                    self._cursor = message.row
-                    if message.row not in self._skip:
-                        self._remember(message)
-                        left -= message.credit
-                        self.window.admit(message)
+                hold: list[Message] = []
+                held = parked.union(self._diverted)
+                for span in page:
+                    if span.left:
+                        self._remember(span)
+                        left -= span.credit
+                    hold += self._take_in(span, held)
                 self._skip = {row for row in self._skip if row > self._cursor}
+                self._hold_read(hold)
             finally:
                 self._share.give(left)
         finally:
             self._reading = False
             self._wake.set()
 
-    async def _grant(self, head_bytes: int) -> int:
-        """Credit for a page: what is there now, or what its first message needs when its turn comes."""
-        least = 2 * head_bytes + STORED_OVERHEAD_BYTES
+    def _take_in(self, span: Span, held: set[str]) -> list[Message]:
+        """Admit what of a page's span is neither gone nor in flight. Returns what must be held."""
+        self._cursor = span.row(len(span) - 1)
+        runs: list[tuple[int, int]] = []
+        if span.left == len(span) and not self._skip:
+            runs.append((0, len(span)))
+        else:
+            for place in range(len(span)):
+                if not span.resolved[place] and span.row(place) not in self._skip:
+                    if runs and runs[-1][1] == place:
+                        runs[-1] = (runs[-1][0], place + 1)
+                    else:
+                        runs.append((place, place + 1))
+        hold: list[Message] = []
+        if held:
+            runs, hold = self._apart(span, runs, held, ())
+        for start, stop in runs:
+            self.window.admit(span, start, stop)
+        span.held += len(hold)
+        self.memory_messages += span.held
+        if span.credit and not span.held:
+            self._leave(span)
+        return hold
+
+    def _hold_read(self, hold: list[Message]) -> None:
+        """What was read of parked keys goes to their lanes."""
+        if not hold:
+            return
+        keys = {key for message in hold for key in message.keys}
+        self._hold_back(keys)
+
+        def committed(_: object) -> None:
+            self._hold_back_no_more(keys)
+            for message in hold:
+                self._forget(message.span, 1)
+            self._lane_at = 0.0
+
+        self._commit(Write(self.name, hold=hold)).add_done_callback(committed)
+
+    async def _grant(self, head_bytes: int, head_messages: int) -> int:
+        """Credit for a page: what is there now, or what its first span needs when its turn comes."""
+        least = 2 * head_bytes + STORED_OVERHEAD_BYTES * head_messages
         if least > self._share.most_bytes:
             raise SpillwayError(
                 "memory_limit",
-                f"a message of {head_bytes} bytes waits for sink {self.name}: memory.limit_mb is too small to send it",
-                f"raise memory.limit_mb to at least {8 * head_bytes // (1 << 20) + 1}",
+                f"{head_bytes} bytes wait for sink {self.name} in one piece: memory.limit_mb is too small to send them",
+                f"raise memory.limit_mb to at least {8 * least // (2 << 20) + 1}",
             )
         room = max(least, self.spec.max_memory_bytes - self.memory_bytes)
         available = min(self._share.available_bytes(), 4 * READ_BYTES, room)
@@ -97,36 +144,41 @@ class Readback(Inflow):
         await self._share.take(least)
         return least
 
-    async def _read_heads(self, most: int) -> list[Message]:
-        """Heads of lanes into flight, with their credit taken."""
-        head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, self._lane_mended)
+    async def _read_heads(self, most: int) -> list[Batch]:
+        """Heads of lanes into flight, with their credit taken; no two of them have a key in common."""
+        read_up_to = self._read_up_to
+        head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, read_up_to, self._lane_mended)
         if head_bytes is None:
             return []
-        left = grant = await self._grant(head_bytes)
+        left = grant = await self._grant(head_bytes, 1)
         most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
         try:
-            heads = await asyncio.to_thread(self._heads, most, max(head_bytes, grant // 4), left)
-            flying: list[Message] = []
+            heads = await asyncio.to_thread(self._heads, most, max(head_bytes, grant // 4), read_up_to, left)
+            if read_up_to > self._read_up_to:
+                return []  # an eviction has taken back what was read
+            heads = self.window.free(heads)  # not those of which an earlier message is still on its way
             for message in heads:
-                if self.window.busy(message.keys):
-                    continue  # an earlier message of it is still on its way out of the queue
-                for one in with_superseded([message]):
-                    self._remember(one)
-                    left -= one.credit
-                self.window.fly(message)
-                flying.append(message)
-            return flying
+                for one in (*(message.superseded or ()), message):
+                    self._remember(one.span)
+                    self.memory_messages += 1
+                    left -= one.span.credit
+            size = self.spec.batch_size
+            return [self.window.fly(heads[start : start + size]) for start in range(0, len(heads), size)]
         finally:
             self._share.give(left)
 
-    def _heads(self, most: int, max_bytes: int, credit: int) -> list[Message]:
+    @property
+    def _read_up_to(self) -> int:
+        return self._cursor if self.stored else NOTHING_UNREAD
+
+    def _heads(self, most: int, max_bytes: int, read_up_to: int, credit: int) -> list[Message]:
         """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest of a lane goes in place
         of its head, if the credit covers both."""
         heads: list[Message] = []
-        for head in self._store.due(self.name, most, max_bytes, self._lane_mended):
+        for head in self._store.due(self.name, most, max_bytes, read_up_to, self._lane_mended):
             message = head.message
             message.attempts = head.attempts
-            credit -= stored_cost(message)
+            credit -= stored_cost(message.span)
             heads.append(message)
         if self.spec.on_reject != "latest_wins":
             return heads
@@ -139,6 +191,9 @@ class Readback(Inflow):
                 continue
             if newest.change.whole or newest.change.action == "delete":
                 newest.attempts, newest.superseded = message.attempts, [message]
-                credit -= stored_cost(newest)
+                credit -= stored_cost(newest.span)
                 heads[index] = newest
         return heads
+
+
+NOTHING_UNREAD = (1 << 63) - 1

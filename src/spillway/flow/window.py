@@ -2,255 +2,441 @@
 
 Pure: no clock, no store, no task. `spillway.flow.delivery` drives it and owns the credit.
 
+It holds spans (spillway.chunk), and pieces of them. While nothing stands in the way a piece goes from the queue into a
+batch and out again as a whole: what is done per message is what sets do with the hashes of its keys.
+
 Two orders meet here.
 
-*The watermark* follows positions. ``_open`` holds, in position order, every message that is neither resolved nor
-known to be durable; its first one is what keeps the slot from being confirmed (I1).
+*The watermark* follows positions. ``_open`` holds, in position order, every span of which something is neither resolved
+nor known to be durable; its first one is what keeps the slot from being confirmed (I1).
 
-*Sending* follows keys (I3). For keyed sinks a key is **busy** from the moment a message of it is admitted until that
-message is released; later ones of the key wait in its line. A message is **ready** when it is the head of all its
-keys. A message with two keys (an event that changes its key) stands in both lines. Sinks that apply their batches in
-order, one at a time, need no lines: for them all messages are ready in the order of arrival.
+*Sending* follows keys (I3). For keyed sinks a key is **busy** from the moment a message of it is taken, or waits in
+line, until that message is released. ``_fresh`` is what nobody has looked at yet, in position order. `take` looks at
+it: a message whose keys are free is taken; one that meets a busy key goes into the line of that key, and its successor
+is ready when the key is released (``_claimed``: it owns its keys already). A message with two keys (an event that
+changes its key) stands in both lines, and holds the key whose head it is while it waits at the other. Sinks that apply
+their batches in order, one at a time, need no lines: for them all messages are ready in the order of arrival.
+
+Keys are known here by their hashes: two that share one only wait for each other. Whether a message may stand for
+another (`_supersede`) is judged by the texts.
 
 A message leaves by `release` (its successors become ready), or is evicted: dropped from memory because it is in the
-store. Release comes only after the removal of its row has *committed*; until then its key stays busy, so that nothing
-later of the key can be sent and confirmed while a crash would bring the earlier one back.
+store. Release comes only after its removal from the store has *committed*; until then its key stays busy, so that
+nothing later of the key can be sent and confirmed while a crash would bring the earlier one back.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from spillway.change import Message
+from spillway.chunk import FLAGS, NOT_STORED, WHOLE, Batch, Keying, Message, Piece, Span
 
-_Line = deque[Message]
+Place = tuple[Span, int]
 
 ENCODED_OVERHEAD_BYTES = 512
 
 
 class Window:
-    def __init__(self, *, keyed: bool, supersedes: bool, passed: Callable[[Message], None] = lambda _: None) -> None:
-        self._passed = passed  # told of each message that the watermark passes
+    def __init__(self, *, keyed: bool, supersedes: bool) -> None:
         self._keyed = keyed
         self._supersedes = supersedes
-        self._open: deque[Message] = deque()
-        self._ready: deque[Message] = deque()
-        self._lines: dict[str, _Line | None] = {}  # busy keys -> who waits
-        self._flying: dict[int, Message] = {}  # by identity
-        self._two_keyed = 0  # messages with two keys in memory: while there are none, parking a key is cheap
+        self._open: deque[Span] = deque()
+        self._claimed: deque[Piece] = deque()
+        self._fresh: deque[Piece] = deque()
+        self._busy: set[int] = set()
+        self._lines: dict[int, deque[Place]] = {}  # of busy keys: who waits
+        self._waits: dict[Place, int] = {}  # of messages with two keys that wait: in how many lines
+        self._flying: dict[int, Batch] = {}  # by identity
         self.waiting = 0  # admitted, not in flight
+        self.ready_count = 0  # of these: not in a line
 
     # -- the watermark ----------------------------------------------------------------------------------------------
-    def track(self, messages: Iterable[Message]) -> None:
-        """Messages in position order that are open from now on, whether admitted or on their way to the store."""
-        self._open.extend(messages)
+    def track(self, span: Span) -> None:
+        """A span, in position order, that is open from now on, whether admitted or on its way to the store."""
+        self._open.append(span)
 
-    def first_open(self) -> Message | None:
-        """The oldest message that is neither resolved nor durable."""
-        while self._open and self._open[0].done:
-            message = self._open.popleft()
-            message.passed = True
-            self._passed(message)
+    def first_open(self) -> Span | None:
+        """The oldest span that has something neither resolved nor durable."""
+        while self._open and (self._open[0].left == 0 or self._open[0].durable):
+            self._open.popleft()
         return self._open[0] if self._open else None
 
-    def unwritten(self) -> list[Message]:
+    def unwritten(self) -> list[Span]:
         """Everything open that is neither in the store nor on its way there, in position order."""
-        return [m for m in self._open if not m.done and m.row == 0]
+        return [span for span in self._open if span.base == NOT_STORED and span.left]
 
     # -- sending ----------------------------------------------------------------------------------------------------
     @property
     def ready(self) -> bool:
-        return bool(self._ready)
+        return bool(self._claimed or self._fresh)
 
     @property
     def flying(self) -> int:
-        return len(self._flying)
+        return sum(len(batch) for batch in self._flying.values())
 
-    def busy(self, keys: tuple[str, ...]) -> bool:
-        return any(key in self._lines for key in keys)
+    def free(self, messages: Sequence[Message]) -> list[Message]:
+        """Those of which no key is in memory, nor that of one before them."""
+        taken = set(self._busy)
+        for span, start, stop in self._fresh:
+            taken.update(span.hashes[start:stop], span.moved.values())
+        free: list[Message] = []
+        for message in messages:
+            keys = _hashes(message.span, message.place)
+            if taken.isdisjoint(keys):
+                free.append(message)
+                taken.update(keys)
+        return free
 
-    def admit(self, message: Message) -> None:
-        """Take a message into memory, behind everything of its keys that is here already."""
-        self.waiting += 1
-        if self._keyed and message.keys:
-            if len(message.keys) > 1:
-                self._two_keyed += 1
-            message.waits = 0
-            for key in message.keys:
-                line = self._lines.get(key, _FREE)
-                if line is _FREE:
-                    self._lines[key] = None
-                    continue
-                if line is None:
-                    line = self._lines[key] = deque()
-                line.append(message)
-                message.waits += 1
-            if message.waits:
-                return
-        self._ready.append(message)
+    def admit(self, span: Span, start: int, stop: int) -> None:
+        """Take a piece into memory, behind everything that is here already."""
+        self._fresh.append((span, start, stop))
+        self.waiting += stop - start
+        self.ready_count += stop - start
+        span.held += stop - start
 
-    def take(self, max_messages: int, max_bytes: int, encode_bytes: int) -> list[Message]:
-        """The next batch. They are in flight until `release` or `put_back`.
+    def take(self, max_messages: int, max_bytes: int, encode_bytes: int) -> Batch | None:
+        """The next batch, in flight until `release` or `put_back`.
 
         ``max_bytes`` counts bodies; the first message is taken whatever its size. ``encode_bytes`` is the credit there
         is for encoding those that have none of their own (see `encoded_cost`): without it nothing of them is taken.
         """
-        batch: list[Message] = []
-        size = 0
-        while self._ready and len(batch) < max_messages:
-            message = self._ready[0]
-            size += len(message.change.body)
-            if batch and size > max_bytes:
+        room = _Room(max_messages, max_bytes, encode_bytes)
+        pieces: list[Piece] = []
+        while self._claimed and room.messages:
+            span, start, stop = self._claimed.popleft()
+            end = room.fit(span, start, stop)
+            if end > start:
+                pieces.append((span, start, end))
+                self.ready_count -= end - start
+            if end < stop:
+                self._claimed.appendleft((span, end, stop))
                 break
-            if not message.credit:
-                encode_bytes -= encoded_cost(message)
-                if encode_bytes < 0:
+        else:
+            while self._fresh and room.messages:
+                if not self._take_fresh(room, pieces):
                     break
-            self._ready.popleft()
-            if self._supersedes and len(message.keys) == 1:
-                message = self._newest(message)
-            batch.append(message)
-            self._flying[id(message)] = message
-        self.waiting -= len(batch)
+        if not pieces:
+            return None
+        self.waiting -= sum([stop - start for _, start, stop in pieces])
+        batch = Batch(pieces)
+        if self._supersedes and self._lines:
+            batch = self._supersede(batch)
+        self._flying[id(batch)] = batch
         return batch
 
-    @property
-    def ready_count(self) -> int:
-        return len(self._ready)
+    def _take_fresh(self, room: _Room, pieces: list[Piece]) -> bool:
+        """From the first fresh piece into the batch; False: what is next does not fit it."""
+        span, start, stop = self._fresh.popleft()
+        end = room.fit(span, start, stop)
+        if end == start:
+            self._fresh.appendleft((span, start, stop))
+            return False
+        if end < stop:
+            self._fresh.appendleft((span, end, stop))
+        self.ready_count -= end - start
+        if not self._keyed or span.keying == Keying.UNGROUPED:
+            pieces.append((span, start, end))
+            return True
+        part = span.hashes[start:end]
+        keys = set(part)
+        if len(keys) == len(part) and 0 not in keys and not span.moved and self._busy.isdisjoint(keys):
+            self._busy |= keys
+            pieces.append((span, start, end))
+            return True
+        for place in range(start, end):
+            if self._claim(span, place):
+                _append(pieces, span, place)
+            else:
+                room.give(span, place)
+        return True
 
-    def flying_rows(self) -> list[int]:
-        """The rows of everything in flight, superseded ones included."""
-        return [one.row for one in with_superseded(self._flying.values()) if one.row > 0]
+    def _claim(self, span: Span, place: int) -> bool:
+        """Whether all keys of a fresh message are free, and its own now; else it waits in line where they are not."""
+        waits = 0
+        for key in _hashes(span, place):
+            if key in self._busy:
+                self._lines.setdefault(key, deque()).append((span, place))
+                waits += 1
+            else:
+                self._busy.add(key)
+        if waits and place in span.moved:
+            self._waits[span, place] = waits
+        return not waits
 
-    def fly(self, message: Message) -> None:
-        """Admit a message that is sent at once (a probe, a retry); its keys are free."""
-        self.admit(message)
-        taken = self._ready.pop()
-        assert taken is message, "a message that flies at once has no one before it"
-        self.waiting -= 1
-        self._flying[id(message)] = message
+    def fly(self, messages: Sequence[Message]) -> Batch:
+        """Admit messages that are sent at once (a probe, retries), and what they supersede. Their keys are `free`."""
+        for message in messages:
+            for one in (*(message.superseded or ()), message):
+                one.span.held += 1
+            if self._keyed:
+                self._busy.update(_hashes(message.span, message.place))
+        batch = Batch.of(messages)
+        self._flying[id(batch)] = batch
+        return batch
 
-    def put_back(self, batch: Iterable[Message]) -> None:
+    def divide(self, batch: Batch, parts: Iterable[Batch]) -> None:
+        """What is in flight as one batch is settled in parts."""
+        del self._flying[id(batch)]
+        for part in parts:
+            self._flying[id(part)] = part
+
+    def put_back(self, batch: Batch) -> None:
         """The sink was down: these are ready again, before everything else, in their order."""
-        back = list(batch)
-        for message in back:
-            self._flying.pop(id(message))
-            self.waiting += 1
-        self._ready.extendleft(reversed(back))
+        del self._flying[id(batch)]
+        pieces: list[Piece] = []
+        superseded = batch.superseded
+        if not superseded:
+            pieces.extend(batch.pieces)
+        for message in batch.messages if superseded else ():
+            behind = [*(message.superseded or ()), message]
+            first = behind.pop(0)
+            if behind:  # they stand in line again, before those who came later
+                (key,) = _hashes(first.span, first.place)
+                self._lines.setdefault(key, deque()).extendleft((m.span, m.place) for m in reversed(behind))
+            pieces.append((first.span, first.place, first.place + 1))
+        self._claimed.extendleft(reversed(pieces))
+        self.waiting += len(batch) + len(superseded)
+        self.ready_count += len(batch)
 
-    def release(self, message: Message) -> None:
-        """The message is resolved, or parked in the committed store; its keys go to their next."""
-        self._flying.pop(id(message), None)
-        if not (self._keyed and message.keys):
+    def release(self, batch: Batch) -> None:
+        """They are resolved, or parked in the committed store; their keys go to the next."""
+        del self._flying[id(batch)]
+        if not self._keyed:
             return
-        if len(message.keys) > 1:
-            self._two_keyed -= 1
-        for key in message.keys:
-            line = self._lines[key]
-            if not line:
-                del self._lines[key]
+        for span, start, stop in batch.pieces:
+            if span.keying == Keying.UNGROUPED:
                 continue
-            successor = line.popleft()
-            successor.waits -= 1
-            if not successor.waits:
-                self._ready.appendleft(successor)
+            if not self._lines and not span.moved:
+                self._busy.difference_update(span.hashes[start:stop])
+                continue
+            for place in range(start, stop):
+                for key in _hashes(span, place):
+                    self._release(key)
 
-    def rows(self) -> list[int]:
+    def _release(self, key: int) -> None:
+        line = self._lines.get(key)
+        if not line:
+            self._busy.discard(key)
+            return
+        span, place = line.popleft()
+        if not line:
+            del self._lines[key]
+        waits = self._waits.pop((span, place), 1) - 1
+        if waits:
+            self._waits[span, place] = waits
+        else:
+            self._claimed.appendleft((span, place, place + 1))
+            self.ready_count += 1
+
+    def flying_rows(self) -> set[int]:
+        """The rows of everything in flight, superseded ones included."""
+        rows: set[int] = set()
+        for batch in self._flying.values():
+            for span, start, stop in batch.pieces:
+                rows.update(_rows(span, start, stop))
+            rows.update(m.row for m in batch.superseded if m.row > 0)
+        return rows
+
+    def rows(self) -> set[int]:
         """The rows of everything in memory."""
-        waiting = {m.row for m in self._ready if m.row > 0}
-        for line in self._lines.values():
-            waiting.update(m.row for m in line or () if m.row > 0)
-        return [*waiting, *self.flying_rows()]
+        rows = self.flying_rows()
+        for span, start, stop in self._waiting():
+            rows.update(_rows(span, start, stop))
+        return rows
 
     # -- leaving memory ---------------------------------------------------------------------------------------------
-    def evict(self) -> list[Message]:
+    def evict(self) -> list[Piece]:
         """Drop everything that is not in flight; all of it is in the store. Returns what was dropped."""
-        dropped = with_superseded(self._ready)
-        seen = {id(m) for m in dropped}
-        for line in self._lines.values():
-            for message in line or ():
-                if id(message) not in seen:  # one with two keys stands in two lines
-                    seen.add(id(message))
-                    dropped.append(message)
-        self._ready.clear()
-        self._lines = {key: None for message in self._flying.values() for key in message.keys} if self._keyed else {}
-        self._two_keyed = sum(len(m.keys) > 1 for m in self._flying.values())
-        self.waiting = 0
+        dropped = list(self._waiting())
+        self._claimed.clear()
+        self._fresh.clear()
+        self._lines.clear()
+        self._waits.clear()
+        self._busy.clear()
+        if self._keyed:
+            for batch in self._flying.values():
+                for span, start, stop in batch.pieces:
+                    self._busy.update(key for place in range(start, stop) for key in _hashes(span, place))
+        self.waiting = self.ready_count = 0
         return dropped
 
-    def behind(self, parked: Iterable[Message]) -> tuple[set[str], dict[int, Message]]:
-        """If the keys of these messages, which are in flight, are parked: all keys that are then parked, and what is
-        not in flight and has one of them. A message with two keys that stands behind one blocks the other, too."""
+    def drop_behind(self, parked: Iterable[Message]) -> tuple[set[str], list[Message]]:
+        """The keys of these messages, which are in flight, are being parked: what else of them is here leaves memory,
+        to be held. Returns all keys that are then parked, and what was dropped, in position order. A message with two
+        keys that stands behind one of them blocks the other, too."""
         keys = {key for message in parked for key in message.keys}
-        dropped: dict[int, Message] = {}
-        if self._keyed and not self._two_keyed:
-            for key in keys:
-                dropped.update((id(m), m) for m in self._lines.get(key) or ())
-            return keys, dropped
-        held = {id(m): m for m in self._ready}
-        for line in self._lines.values():
-            held.update((id(m), m) for m in line or ())
-        for message in sorted(held.values(), key=lambda m: m.position):
-            if not keys.isdisjoint(message.keys):
-                keys.update(message.keys)
-                dropped[id(message)] = message
+        dropped: list[Message] = []
+        hashes = {key for message in parked for key in _hashes(message.span, message.place)}
+        refs = sorted({(s, place) for s, a, b in self._candidates(hashes) for place in range(a, b)}, key=_position)
+        for span, place in refs:
+            own = span.keys(place)
+            if not keys.isdisjoint(own):
+                keys.update(own)
+                dropped.append(Message(span, place))
+        if dropped:
+            self._remove({(m.span, m.place) for m in dropped})
         return keys, dropped
 
-    def drop_behind(self, parked: Iterable[Message]) -> list[Message]:
-        """The keys of these messages are parked: what is `behind` leaves memory. Returns what was dropped."""
-        dropped = self.behind(parked)[1]
-        if not dropped:
-            return []
+    def _candidates(self, hashes: set[int]) -> Iterator[Piece]:
+        """What waits and may have one of these keys; everything, while there are messages with two keys."""
+        waiting = list(self._waiting())
+        if any(span.moved for span, _, _ in waiting):
+            yield from waiting
+            return
+        for key in hashes:
+            yield from ((span, place, place + 1) for span, place in self._lines.get(key, ()))
+        for span, start, stop in self._fresh:
+            if not hashes.isdisjoint(span.hashes[start:stop]):
+                yield from ((span, p, p + 1) for p in range(start, stop) if span.hashes[p] in hashes)
+
+    def _remove(self, dropped: Collection[Place]) -> None:
         self.waiting -= len(dropped)
-        self._ready = deque(m for m in self._ready if id(m) not in dropped)
         for key, line in list(self._lines.items()):
-            if line:
-                self._lines[key] = deque(m for m in line if id(m) not in dropped)
-        for message in dropped.values():
-            if len(message.keys) > 1:
-                self._two_keyed -= 1
-            for key in message.keys:
-                # It was the head of this key (it waited at the other one): the key has no head any more.
-                if self._keyed and not self._lines.get(key) and not self._heads(key):
-                    self._lines.pop(key, None)
-        return with_superseded(dropped.values())
+            left = deque(ref for ref in line if ref not in dropped)
+            if left:
+                self._lines[key] = left
+            else:
+                del self._lines[key]
+        for ref in dropped:
+            self._waits.pop(ref, None)
+        self._claimed = self._without(self._claimed, dropped)
+        self._fresh = self._without(self._fresh, dropped)
+        self.ready_count = sum(stop - start for pieces in (self._claimed, self._fresh) for _, start, stop in pieces)
+        if any(place in span.moved for span, place in dropped):
+            # One of them may have been the head of a key while it waited at the other.
+            owned = {key for batch in self._flying.values() for m in batch for key in _hashes(m.span, m.place)}
+            owned.update(key for s, a, b in self._claimed for p in range(a, b) for key in _hashes(s, p))
+            owned.update(key for span, place in self._waits for key in _hashes(span, place))
+            self._busy &= owned.union(self._lines)
 
-    def _heads(self, key: str) -> bool:
-        """Whether anything in memory still has this key."""
-        if any(key in m.keys for m in self._flying.values()) or any(key in m.keys for m in self._ready):
-            return True
-        return any(key in m.keys for line in self._lines.values() for m in line or ())
+    @staticmethod
+    def _without(pieces: deque[Piece], dropped: Collection[Place]) -> deque[Piece]:
+        spans = {span for span, _ in dropped}
+        left: list[Piece] = []
+        for span, start, stop in pieces:
+            if span not in spans:
+                left.append((span, start, stop))
+                continue
+            for place in range(start, stop):
+                if (span, place) not in dropped:
+                    _append(left, span, place)
+        return deque(left)
 
-    def _newest(self, message: Message) -> Message:
-        """Of a state: the last whole image or delete in the line of the key is sent in place of all before it."""
-        line = self._lines[message.keys[0]]
-        if not line:
+    def _waiting(self) -> Iterator[Piece]:
+        """Everything that is not in flight; what has two keys perhaps twice."""
+        yield from self._claimed
+        yield from self._fresh
+        seen: set[Place] = set()
+        for line in self._lines.values():
+            for span, place in line:
+                if (span, place) not in seen:
+                    if place in span.moved:
+                        seen.add((span, place))
+                    yield (span, place, place + 1)
+
+    def _supersede(self, batch: Batch) -> Batch:
+        """Of a state: the last whole image or delete in the line of a key is sent in place of all before it."""
+        messages = batch.messages
+        for at, message in enumerate(messages):
+            for key in _hashes(message.span, message.place):
+                line = self._lines.get(key)
+                if line:
+                    messages[at] = self._newest(message, key, line)
+        if any(m.superseded for m in messages):
+            return Batch.of(messages)
+        return batch
+
+    def _newest(self, message: Message, key: int, line: deque[Place]) -> Message:
+        later = [Message(span, place) for span, place in line]
+        if any(m.keys != message.keys for m in later):  # two keys share the hash
             return message
-        last = -1
-        for index, later in enumerate(line):
-            if len(later.keys) != 1:
-                break
-            if later.change.whole or later.change.action == "delete":
-                last = index
+        last = next((at for at in reversed(range(len(later))) if _stands_alone(later[at])), -1)
         if last < 0:
             return message
-        newest = line[last]
-        newest.waits = 0
-        before = [message, *(line.popleft() for _ in range(last + 1))][:-1]
-        newest.superseded = with_superseded(before)
+        newest = later[last]
+        newest.superseded = [message, *later[:last]]
+        for _ in range(last + 1):
+            line.popleft()
+        if not line:
+            del self._lines[key]
         self.waiting -= last + 1
         return newest
 
 
-def with_superseded(messages: Iterable[Message]) -> list[Message]:
-    """The messages, each behind those it supersedes."""
-    return [one for m in messages for one in (*(m.superseded or ()), m)]
+class _Room:
+    """What a batch may still take."""
+
+    def __init__(self, messages: int, max_bytes: int, encode_bytes: int) -> None:
+        self.messages = messages
+        self._bytes = max_bytes
+        self._encode_bytes = encode_bytes
+        self._empty = True
+
+    def fit(self, span: Span, start: int, stop: int) -> int:
+        """Up to where a piece fits; that is taken."""
+        end = min(stop, start + self.messages)
+        before = span.ends[start - 1] if start else 0
+        end = bisect_right(span.ends, before + self._bytes, start, end)
+        if end == start and self._empty:
+            end = start + 1
+        if not span.credit:
+            while end > start and span.bytes_between(start, end) + ENCODED_OVERHEAD_BYTES * (end - start) > (
+                self._encode_bytes
+            ):
+                end = start + (end - start) // 2
+            self._encode_bytes -= span.bytes_between(start, end) + ENCODED_OVERHEAD_BYTES * (end - start)
+        self.messages -= end - start
+        self._bytes = max(0, self._bytes - span.bytes_between(start, end))
+        self._empty = self._empty and end == start
+        return end
+
+    def give(self, span: Span, place: int) -> None:
+        """A message that was taken room for waits in line instead."""
+        size = span.bytes_between(place, place + 1)
+        self.messages += 1
+        self._bytes += size
+        if not span.credit:
+            self._encode_bytes += size + ENCODED_OVERHEAD_BYTES
 
 
-def encoded_cost(message: Message) -> int:
-    """Credit for the place of a message in a request, and its answer."""
-    return len(message.change.body) + ENCODED_OVERHEAD_BYTES
+def encoded_cost(batch: Batch) -> int:
+    """Credit for the places of messages in a request, and their answers; what was read back has it already."""
+    return sum(
+        span.bytes_between(start, stop) + ENCODED_OVERHEAD_BYTES * (stop - start)
+        for span, start, stop in batch.pieces
+        if not span.credit
+    )
 
 
-_FREE: _Line = deque()  # stands for "not busy" in look-ups
+def _hashes(span: Span, place: int) -> tuple[int, ...]:
+    key = span.hashes[place]
+    was = span.moved.get(place, 0)
+    if was and was != key:
+        return (was, key) if key else (was,)
+    return (key,) if key else ()
+
+
+def _rows(span: Span, start: int, stop: int) -> Iterable[int]:
+    if span.base <= 0:
+        return ()
+    if span.numbers is None:
+        return range(span.base | start, span.base | stop)
+    return [span.base | number for number in span.numbers[start:stop] if number >= 0]
+
+
+def _position(ref: Place) -> tuple[int, int, int]:
+    return ref[0].position(ref[1])
+
+
+def _append(pieces: list[Piece], span: Span, place: int) -> None:
+    if pieces and pieces[-1][0] is span and pieces[-1][2] == place:
+        pieces[-1] = (span, pieces[-1][1], place + 1)
+    else:
+        pieces.append((span, place, place + 1))
+
+
+def _stands_alone(message: Message) -> bool:
+    """A whole image, or a delete, which is always whole."""
+    return bool(message.span.chunk.byte(message.span.indices[message.place], FLAGS) & WHOLE)

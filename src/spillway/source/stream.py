@@ -1,8 +1,8 @@
 """The stream of one slot: a single START_REPLICATION, frames in and feedback out. Knows nothing of pgoutput's content.
 
-The caller's loop is ``while (frame := stream.next()) is None: await stream.more()``. `next` never waits and never
-reads the socket; `more` waits until there is something to read, reads one bite and may return with nothing whole.
-So a chunk is what `next` yields between two `more`, and an await is paid per bite, not per row.
+The caller's loop is ``while (stop := stream.fill(decoder, ...)) is None: await stream.more()``. `fill` lets the decoder
+take what is whole in memory; it never waits and never reads the socket. `more` waits until there is something to read,
+reads one bite and may return with nothing whole. So an await is paid per bite, not per row.
 
 What it promises:
 
@@ -18,7 +18,7 @@ What it promises:
   was sent before, beginning with ``start_lsn``.
 - **A skipped publication ends the stream.** PostgreSQL 18 no longer fails when the publication is missing at a place in
   the WAL: it warns, sends no rows and moves on in keepalives. The warning is taken as the error that it was, before
-  the next frame (and with it the next position) is handed out.
+  `fill` returns: what was filled meanwhile is to be dropped, it comes again.
 
 One task reads; another may call `send_feedback`, `flush` and `close` at any time.
 
@@ -35,12 +35,12 @@ import struct
 import termios
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import psycopg
 from psycopg.pq import ExecStatus
 
 from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.pgoutput import Decoder, Ended, Full, Keepalive, Relation, Renew
 from spillway.position import format_lsn
 from spillway.source.connect import Connection, connect_replication
 from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
@@ -50,7 +50,6 @@ LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq's buffer starts with
 # A bite of this size is load: the socket gets a moment to fill.
 FILL_AFTER_BYTES = LIBPQ_BUFFER_BYTES
 FILL_SECONDS = 0.001
-LARGE_BYTES = 1 << 20
 START_TIMEOUT_SECONDS = 30
 # TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
 TLS_RECHECK_SECONDS = 0.05
@@ -58,24 +57,8 @@ TLS_RECHECK_SECONDS = 0.05
 TLS_HIDDEN_READS = 2
 
 _POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01 UTC
-_XLOG_DATA, _KEEPALIVE = ord("w"), ord("k")
-_XLOG_HEADER = struct.Struct(">xQQq")  # wal_start, wal_end, time sent
-_KEEPALIVE_FRAME = struct.Struct(">xQqB")  # wal_end, time sent, reply requested
+ENDED = -1  # what libpq returns as a size when the server has ended COPY
 _FEEDBACK = struct.Struct(">cQQQqB")  # write, flush, apply, time, reply requested
-
-
-class XLogData(NamedTuple):
-    wal_start: int
-    wal_end: int
-    payload: bytes | memoryview  # a view only of what is too large to be copied once more
-
-
-class Keepalive(NamedTuple):
-    wal_end: int
-    reply_requested: bool
-
-
-Frame = XLogData | Keepalive
 
 
 class Stream:
@@ -84,7 +67,6 @@ class Stream:
     def __init__(self, connection: Connection, slot: str, publications: tuple[str, ...], start_lsn: int) -> None:
         self.slot = slot
         self.publications = publications
-        self.largest_frame_bytes = 0
         self._connection = connection
         self._pgconn = connection.pgconn
         self._socket = connection.pgconn.socket
@@ -136,31 +118,25 @@ class Stream:
         except psycopg.Error as error:
             raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
 
-    def next(self) -> Frame | None:
-        """The next frame that is whole in memory, or None. Raises once everything before the error was taken."""
+    def fill(self, decoder: Decoder, credit_bytes: int, max_changes: int) -> Full | Keepalive | Relation | Renew | None:
+        """Let the decoder take what is whole in memory (`Decoder.fill`). None: there is no more. Raises once everything
+        before the error was taken."""
         try:
-            size, view = self._pgconn.get_copy_data(1)
+            stop = decoder.fill(self._pgconn, credit_bytes, max_changes)
         except psycopg.Error as error:
             raise self._lost or stream_refusal(error, self.slot, self.publications) from error
+        self._taken_bytes += decoder.taken_bytes
+        decoder.taken_bytes = 0
         if self._skipped:
             raise missing_publication(self.publications, self.slot, self._skipped)
-        if size > 0:
-            self._taken_bytes += size
-            self.largest_frame_bytes = max(self.largest_frame_bytes, size)
-            tag = view[0]
-            if tag == _XLOG_DATA:
-                wal_start, wal_end, _ = _XLOG_HEADER.unpack_from(view)
-                payload = view[_XLOG_HEADER.size :]
-                return XLogData(wal_start, wal_end, payload if size > LARGE_BYTES else bytes(payload))
-            if tag == _KEEPALIVE:
-                wal_end, _, reply_requested = _KEEPALIVE_FRAME.unpack_from(view)
-                return Keepalive(wal_end, reply_requested != 0)
-            raise SourceUnavailable("protocol", f"slot {self.slot}: unknown replication message {tag:#04x}")
-        if size == 0:
-            if self._lost is not None:
-                raise self._lost
-            return None
-        raise self._ended()
+        if isinstance(stop, Ended):
+            if stop.size == ENDED:
+                raise self._ended()
+            failed = psycopg.OperationalError(self._pgconn.get_error_message())
+            raise self._lost or stream_refusal(failed, self.slot, self.publications)
+        if stop is None and self._lost is not None:
+            raise self._lost
+        return stop
 
     def _ended(self) -> SpillwayError:
         """The server has left COPY: its error, or its shutdown."""
