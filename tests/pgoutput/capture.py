@@ -1,4 +1,5 @@
-"""Reads a real server's pgoutput through the SQL interface and decodes it, with a catalogue query of its own."""
+"""Reads a real server's pgoutput through the SQL interface and decodes it, with a catalogue query of its own. All twins
+get the same frames and have to give the same chunks."""
 
 from __future__ import annotations
 
@@ -8,9 +9,16 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import sql
 
-from pgoutput.frames import META
-from spillway.change import Change
-from spillway.pgoutput import Decoder, Event, Relation, TableInfo, Truncation, TypeInfo
+from pgoutput.frames import META, PLENTY_BYTES, Connection, changes_of, xlog
+from pgoutput.twins import TWINS
+from spillway.change import ACTIONS, Change
+from spillway.chunk import Chunk
+from spillway.errors import Finding
+from spillway.pgoutput import Relation, TableInfo, TypeInfo
+from spillway.pgoutput.decoder import Decoder
+
+_ALL_ACTIONS = frozenset(ACTIONS)
+_COLUMNS = ("count", "data", "meta", "keys", "tables", "commit_lsn", "end_lsn", "truncates")
 
 # What the source forces on its sessions.
 FORCED = {
@@ -74,12 +82,12 @@ def set_hostile(dsn: str) -> None:
 
 
 class Capture:
-    """One slot and one decoder over all that a publication carries."""
+    """One slot, and one decoder of each kind over all that a publication carries."""
 
     def __init__(
         self,
         session: psycopg.Connection[tuple[object, ...]],
-        groups: tuple[tuple[str, ...], ...] = (),
+        groups: tuple[tuple[str, ...] | None, ...] = (),
         max_message_bytes: int = 1 << 24,
         publication: str = "p",
         options: tuple[str, ...] = (),
@@ -89,30 +97,37 @@ class Capture:
         self.relations: list[Relation] = []
         self.warnings: list[str] = []
         self.frames: list[bytes] = []
-        self._decoder = Decoder(META, lambda *_: groups, max_message_bytes, lambda w: self.warnings.append(w.code))
+        self._decoders = [
+            twin(META, lambda *_: groups, len(groups), max_message_bytes, 0, PLENTY_BYTES, self._warn) for twin in TWINS
+        ]
 
-    def events(self, *, peek: bool = False) -> Iterator[Event]:
+    def chunk(self, *, peek: bool = False) -> Chunk:
         """Everything since the last call that did not only peek."""
         verb = "peek" if peek else "get"
         query = f"SELECT data FROM pg_logical_slot_{verb}_binary_changes('s', NULL, NULL, VARIADIC %s::text[])"
         with self._session.cursor(binary=True) as cursor:
             self.frames = [bytes(row[0]) for row in cursor.execute(query, [list(self._options)]).fetchall()]
-        for frame in self.frames:
-            event = self._decoder.feed(frame)
-            if isinstance(event, Relation):
-                self.relations.append(event)
-                self._decoder.learn(event, self._table_info(event))
-            if event is not None:
-                yield event
+        self.relations, self.warnings = [], []
+        first, *others = [self._decode(decoder) for decoder in self._decoders]
+        for other in others:
+            assert [getattr(other, name) for name in _COLUMNS] == [getattr(first, name) for name in _COLUMNS]
+        self.relations = self.relations[: len(self.relations) // len(TWINS)]
+        self.warnings = self.warnings[: len(self.warnings) // len(TWINS)]
+        return first
 
     def changes(self, *, peek: bool = False) -> list[Change]:
-        found: list[Change] = []
-        for event in self.events(peek=peek):
-            if isinstance(event, Change):
-                found.append(event)
-            elif isinstance(event, Truncation):
-                found.extend(event.changes)
-        return found
+        return changes_of(self.chunk(peek=peek))
+
+    def _decode(self, decoder: Decoder) -> Chunk:
+        connection = Connection(*map(xlog, self.frames))
+        while (stop := decoder.fill(connection, PLENTY_BYTES, len(self.frames) * 2 + 1)) is not None:
+            assert isinstance(stop, Relation)
+            self.relations.append(stop)
+            decoder.learn(stop, self._table_info(stop), _ALL_ACTIONS)
+        return decoder.take()
+
+    def _warn(self, finding: Finding) -> None:
+        self.warnings.append(finding.code)
 
     def _table_info(self, relation: Relation) -> TableInfo:
         key = tuple(str(name) for (name,) in self._session.execute(_PRIMARY_KEY, [relation.oid]))

@@ -7,9 +7,10 @@ import psycopg
 import pytest
 
 from pgoutput.capture import Capture, slot
-from pgoutput.frames import SUFFIX
+from pgoutput.frames import SUFFIX, changes_of, groups_before, groups_of
 from spillway.change import Change
-from spillway.pgoutput import Begin, Commit, Relation, unkeyable
+from spillway.chunk import FLAGS, MOVED, OLD, WHOLE
+from spillway.pgoutput import unkeyable
 from spillway.pgoutput.relation import TableInfo
 from spillway.position import parse_lsn
 
@@ -34,35 +35,29 @@ def test_a_transaction_from_begin_to_commit(any_database: str) -> None:
     with slot(any_database, JOBS) as (session, capture):
         before = parse_lsn(one(session, "SELECT pg_current_wal_lsn()"))
         with session.transaction():
-            xid = int(one(session, "SELECT txid_current()"))
             session.execute("INSERT INTO jobs VALUES (1, 'a', NULL)")
             session.execute("UPDATE jobs SET name = 'b'")
             session.execute("UPDATE jobs SET id = 2")
             session.execute("DELETE FROM jobs")
         after = parse_lsn(one(session, "SELECT pg_current_wal_lsn()"))
         clock = float(one(session, "SELECT extract(epoch FROM clock_timestamp())"))
-        begin, relation, *changes, commit = capture.events()
-    assert isinstance(begin, Begin)
-    assert isinstance(relation, Relation)
-    assert isinstance(commit, Commit)
-    assert begin.xid == xid & 0xFFFFFFFF
-    assert before < begin.final_lsn == commit.commit_lsn < commit.end_lsn <= after
-    assert abs(clock - begin.commit_time) < 60
-    inserted, updated, moved, deleted = changes
-    assert [(c.action, c.commit_idx, c.n, c.key) for c in changes if isinstance(c, Change)] == [
-        ("insert", 0, 1, "public.jobs:1"),
-        ("update", 1, 2, "public.jobs:1"),
-        ("update", 2, 1, "public.jobs:2"),
-        ("delete", 3, 2, "public.jobs:2"),
+        chunk = capture.chunk()
+    changes = changes_of(chunk)
+    assert len(capture.relations) == 1
+    assert before < chunk.commit_lsn < chunk.end_lsn <= after
+    assert {change.commit_lsn for change in changes} == {chunk.commit_lsn}
+    assert abs(clock - changes[0].commit_time) < 60
+    assert [(c.action, c.commit_idx, c.n, c.key, c.was) for c in changes] == [
+        ("insert", 0, 1, "public.jobs:1", None),
+        ("update", 1, 2, "public.jobs:1", None),
+        ("delete", 2, 3, "public.jobs:1", None),
+        ("update", 2, 1, "public.jobs:2", "public.jobs:1"),
+        ("delete", 3, 2, "public.jobs:2", None),
     ]
-    assert isinstance(moved, Change)
-    assert moved.old is not None
-    assert (moved.old.key, moved.old.n, moved.old.commit_idx) == ("public.jobs:1", 3, 2)
-    assert record_of(moved.old) == {"id": 1, "name": None, "note": None}
-    assert isinstance(deleted, Change)
+    assert list(chunk.byte_column(FLAGS)) == [WHOLE, WHOLE, WHOLE | OLD, WHOLE | MOVED, WHOLE]
+    _, updated, old, _, deleted = changes
+    assert record_of(old) == {"id": 1, "name": None, "note": None}
     assert record_of(deleted) == {"id": 2, "name": None, "note": None}
-    assert isinstance(inserted, Change)
-    assert isinstance(updated, Change)
     assert message_of(updated)["changes"] == {}
 
 
@@ -70,12 +65,10 @@ def test_the_same_again_at_replay(any_database: str) -> None:
     with slot(any_database, JOBS) as (session, capture):
         session.execute("INSERT INTO jobs SELECT i, 'x', 'y' FROM generate_series(1, 50) i")
         session.execute("UPDATE jobs SET id = id + 100")
-        first = capture.changes(peek=True)
-        again = Capture(session).changes()
-    assert len(first) == 100
-    assert [(c.body, c.n, c.old and (c.old.body, c.old.n)) for c in first] == [
-        (c.body, c.n, c.old and (c.old.body, c.old.n)) for c in again
-    ]
+        first = capture.chunk(peek=True)
+        again = Capture(session).chunk()
+    assert first.count == 150
+    assert (first.data, first.meta, first.keys) == (again.data, again.meta, again.keys)
 
 
 def test_identity_full(any_database: str) -> None:
@@ -87,21 +80,20 @@ def test_identity_full(any_database: str) -> None:
         session.execute("UPDATE t SET price = price")
         session.execute("UPDATE t SET id = 2, name = NULL")
         session.execute("DELETE FROM t")
-        big = capture.changes()
-    inserted, priced, named, same, moved, deleted = big
+        chunk = capture.chunk()
+    inserted, priced, named, same, old, moved, deleted = changes_of(chunk)
     text = record_of(inserted)["big"]
     assert isinstance(text, str)
     assert len(text) == 12_800
     assert b'"changes":{"price":1.0}' in priced.body
-    assert all(change.whole and change.old is None for change in (inserted, priced, same, deleted))
+    assert all(change.whole and change.was is None for change in (inserted, priced, named, same, deleted))
     assert record_of(priced)["big"] == text
     assert message_of(named)["changes"] == {"name": "a"}
     assert message_of(same)["changes"] == {}
-    assert named.old is not None
-    assert (named.old.key, named.old.groups, named.groups) == (named.key, ("public.t:a",), ("public.t:b",))
-    assert moved.old is not None
-    assert (moved.old.key, moved.key, moved.groups) == ("public.t:1", "public.t:2", ("public.t:\\N",))
-    assert record_of(moved.old) == {"id": 1, "price": 1.0, "name": "b", "big": text}
+    assert [groups_before(chunk, i) for i in range(7)] == [[""], [""], ["public.t:a"], [""], [""], ["public.t:b"], [""]]
+    assert [groups_of(chunk, i) for i in (2, 4, 5)] == [["public.t:b"], ["public.t:b"], ["public.t:\\N"]]
+    assert (old.key, moved.key, moved.was) == ("public.t:1", "public.t:2", "public.t:1")
+    assert record_of(old) == {"id": 1, "price": 1.0, "name": "b", "big": text}
     assert record_of(deleted) == {"id": 2, "price": 1.0, "name": None, "big": text}
 
 
@@ -118,11 +110,11 @@ def test_identity_index_and_nothing(any_database: str) -> None:
         session.execute("UPDATE i SET code = 'b'")
         session.execute("DELETE FROM i")
         session.execute("INSERT INTO n VALUES (1)")
-        inserted, updated, deleted, other = capture.changes()
-    assert (inserted.key, inserted.groups) == ("public.i:1", ("public.i:a",))
-    assert updated.old is not None
-    assert (updated.key, updated.old.key, updated.old.groups) == ("public.i:1", "public.i:1", ("public.i:a",))
-    assert (deleted.key, deleted.groups, record_of(deleted)) == (None, ("public.i:b",), {"id": None, "code": "b"})
+        chunk = capture.chunk()
+    inserted, updated, deleted, other = changes_of(chunk)
+    assert (inserted.key, groups_of(chunk, 0)) == ("public.i:1", ["public.i:a"])
+    assert (updated.key, updated.was, groups_before(chunk, 1)) == ("public.i:1", None, ["public.i:a"])
+    assert (deleted.key, groups_of(chunk, 2), record_of(deleted)) == (None, ["public.i:b"], {"id": None, "code": "b"})
     assert other.key == "public.n:1"
     info = TableInfo(0, ("id",), {})
     identities = {relation.table: unkeyable(relation, info, ("id",)) for relation in capture.relations}
@@ -139,14 +131,13 @@ def test_toast_is_left_out_where_the_server_does_not_send_it(any_database: str) 
         session.execute("UPDATE t SET n = 2")
         session.execute("UPDATE t SET id = 2")
         session.execute("UPDATE t SET big = NULL")
-        inserted, updated, moved, emptied = capture.changes()
+        inserted, updated, old, moved, emptied = capture.changes()
     assert inserted.whole
     assert record_of(updated) == {"id": 1, "n": 2}
     assert record_of(moved) == {"id": 2, "n": 2}
     assert record_of(emptied) == {"id": 2, "n": 2, "big": None}
     assert not any(change.whole for change in (updated, moved, emptied))
-    assert moved.old is not None
-    assert moved.old.whole
+    assert old.whole
 
 
 def test_a_primary_key_out_of_line_is_known_when_unchanged(any_database: str) -> None:
@@ -163,7 +154,7 @@ def test_a_primary_key_out_of_line_is_known_when_unchanged(any_database: str) ->
     assert inserted.pks == updated.pks == deleted.pks == (key,)
     assert record_of(updated) == {"id": key, "n": 2}
     assert updated.whole
-    assert updated.old is None
+    assert updated.was is None
 
 
 def test_truncate_is_one_operation(any_database: str) -> None:
@@ -267,9 +258,9 @@ def test_a_partition_with_identity_full_when_its_root_has_not(database: str) -> 
         session.execute("INSERT INTO root VALUES (1, '2024-02-03', 'a')")
         session.execute("UPDATE root SET name = 'b'")
         session.execute("DELETE FROM root")
-        _, renamed, deleted = capture.changes()
-    assert renamed.old is not None
-    assert (renamed.old.key, renamed.old.groups) == ("public.root:1:2024-02-03", ("public.root:a",))
+        chunk = capture.chunk()
+    _, renamed, deleted = changes_of(chunk)
+    assert (renamed.key, groups_before(chunk, 1)) == ("public.root:1:2024-02-03", ["public.root:a"])
     assert record_of(deleted) == {"id": 1, "at": "2024-02-03", "name": "b"}
 
 
@@ -297,10 +288,9 @@ def test_a_column_list(database: str) -> None:
     with slot(database, JOBS, publication="FOR TABLE jobs (id, note)") as (session, capture):
         session.execute("INSERT INTO jobs VALUES (1, 'a', 'b')")
         session.execute("UPDATE jobs SET id = 2")
-        inserted, updated = capture.changes()
+        inserted, old, updated = capture.changes()
     assert record_of(inserted) == {"id": 1, "note": "b"}
-    assert updated.old is not None
-    assert record_of(updated.old) == {"id": 1, "note": None}
+    assert (old.key, updated.was, record_of(old)) == ("public.jobs:1", "public.jobs:1", {"id": 1, "note": None})
 
 
 def test_a_row_that_is_too_large_keeps_its_key(any_database: str) -> None:
@@ -309,11 +299,10 @@ def test_a_row_that_is_too_large_keeps_its_key(any_database: str) -> None:
         session.execute("UPDATE jobs SET id = 2, note = note || 'y'")
         session.execute("UPDATE jobs SET note = 'short'")
         session.execute("DELETE FROM jobs")
-        inserted, moved, shortened, deleted = capture.changes()
+        inserted, old, moved, shortened, deleted = capture.changes()
     assert inserted.too_large_bytes > 2_000_000
     assert (inserted.key, record_of(inserted), inserted.whole) == ("public.jobs:1", {"id": 1}, False)
-    assert moved.old is not None
-    assert (moved.key, moved.old.key, moved.old.too_large_bytes) == ("public.jobs:2", "public.jobs:1", 0)
+    assert (moved.key, old.key, old.too_large_bytes) == ("public.jobs:2", "public.jobs:1", 0)
     assert (shortened.too_large_bytes, shortened.whole, deleted.too_large_bytes) == (0, True, 0)
 
 
