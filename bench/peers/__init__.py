@@ -20,12 +20,12 @@ A backlog is filled once and drained by each tool from a *copy* of the slot, so 
     A bare bulk client with ``pg_recvlogical`` beside it. ``bulk.best_body_bytes(url, documents, mapping=)`` first.
 
 For the last two ``peers.index`` has ``Index(url, name)`` (``create(mapping)``, ``operations()``, ``documents()``,
-``delete()``), ``EXPLICIT_MAPPING`` and ``render(source, waiting)``, the documents of a ``ten_columns`` table. OpenSearch
-is ``servers.opensearch.OpenSearch``. Debezium and pgsync come with ``scripts/servers install bench``.
+``delete()``), ``EXPLICIT_MAPPING`` and ``render(source, waiting)``, the documents of a ``ten_columns`` table.
+OpenSearch is ``servers.opensearch.OpenSearch``. Debezium and pgsync come with ``scripts/servers install bench``.
 
-Each gives a ``Measured`` and raises ``PeerFailed`` when the tool fails or has not seen every row. A
-connection string of Spillway's for the same slot is ``slot.dsn(unix=...)``. ``python bench/peers/run.py PEER --rows N``
-runs one of them alone and prints its ``Measured`` as one line of JSON.
+Each gives a ``Measured`` and raises ``PeerFailed`` when the tool fails or has not seen every row. A connection
+string of Spillway's for the same slot is ``slot.dsn(unix=...)``. ``python bench/peers/run.py PEER --rows N`` runs one
+of them alone and prints its ``Measured`` as one line of JSON.
 
 What is timed: from the start of the tool to its end (it ends by itself at the slot's ``end_lsn``), unless its own
 module says otherwise. CPU is of the tool's process alone; that of the walsender is in ``detail``.
