@@ -195,8 +195,9 @@ class ChunkBuilder:
         self.count = 0
         self.size_bytes = 0
         self._bodies: list[bytes] = []
-        self._meta = bytearray()
-        self._keys = bytearray()
+        self._records: list[bytes] = []
+        self._keys: list[bytes] = []
+        self._keys_bytes = 0
         self._tables: dict[tuple[str, str], int] = {}
 
     def add(
@@ -219,27 +220,32 @@ class ChunkBuilder:
         self.count += 1
         self.size_bytes += len(body)
         self._bodies.append(body)
-        self._keys += b"\0".join(keys) + b"\0"
+        texts = b"\0".join(keys)
+        self._keys.append(texts)
+        self._keys_bytes += len(texts) + 1
         number = self._tables.setdefault(table, len(self._tables))
-        self._meta += self._record(
-            commit_lsn,
-            commit_idx | record_bytes << 32,
-            commit_microseconds,
-            self.size_bytes | len(self._keys) << 32,
-            action,
-            n,
-            flags,
-            sub,
-            number,
-            too_large_bytes,
-            *[crc32(key) | HASHED if key else 0 for key in keys],
+        self._records.append(
+            self._record(
+                commit_lsn,
+                commit_idx | record_bytes << 32,
+                commit_microseconds,
+                self.size_bytes | self._keys_bytes << 32,
+                action,
+                n,
+                flags,
+                sub,
+                number,
+                too_large_bytes,
+                *[crc32(key) | HASHED if key else 0 for key in keys],
+            )
         )
 
     def take(self, commit_lsn: int = 0, end_lsn: int = 0, truncates: int = 0) -> Chunk:
         """What was added so far; the builder begins anew."""
+        self._keys.append(b"")  # so that the last text is ended too
         chunk = Chunk(
-            self.count, b"".join(self._bodies), bytes(self._meta), bytes(self._keys), tuple(self._tables), self.groups,
-            commit_lsn, end_lsn, truncates,
+            self.count, b"".join(self._bodies), b"".join(self._records), b"\0".join(self._keys), tuple(self._tables),
+            self.groups, commit_lsn, end_lsn, truncates,
         )  # fmt: skip
         self.clear()
         return chunk

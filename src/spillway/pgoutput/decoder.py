@@ -43,6 +43,7 @@ import struct
 from binascii import b2a_base64
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import Final
 from zlib import crc32
 
@@ -444,7 +445,7 @@ class Decoder:
             self._commit_microseconds,
             body,
             len(body) - len(tail) - RECORD_START,
-            [text for pair in zip(keys, was or self._unmoved, strict=True) for text in pair],
+            tuple(chain.from_iterable(zip(keys, was or self._unmoved, strict=True))),
             n=self._number(keys[0]),
             flags=flags,
             sub=sub,
