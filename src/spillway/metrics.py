@@ -14,8 +14,8 @@ that is unknown (the lag of a source that cannot be reached) has no sample: a ga
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -29,7 +29,8 @@ SINK_STATES = ("idle", "caught_up", "behind", "retrying", "parked", "paused", "f
 
 # Fine up to a second, where a healthy sink lives; then what an outage looks like, up to half a day.
 DELIVERY_BUCKETS_SECONDS = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0,
+    7200.0, 43200.0,
 )  # fmt: skip
 
 MAX_REASONS = 50
@@ -67,14 +68,23 @@ class Metrics:
         """``n`` messages were acknowledged durably by the sink."""
         self._delivered[sink] = self._delivered.get(sink, 0) + n
 
-    def delivery_seconds(self, sink: str, seconds: float, n: int = 1) -> None:
-        """``n`` messages took ``seconds`` from their commit at the source to the sink's acknowledgement."""
+    def delivery_seconds(self, sink: str, wall_seconds: float, commits: Sequence[int]) -> None:
+        """Messages whose commit times at the source these are, in microseconds, were acknowledged at this time. Rising
+        or nearly so: one look per bucket, not per message."""
         histogram = self._seconds.get(sink)
         if histogram is None:
             histogram = self._seconds[sink] = _Histogram()
-        seconds = max(seconds, 0.0)  # the source's clock may be ahead of ours
-        histogram.counts[bisect_left(DELIVERY_BUCKETS_SECONDS, seconds)] += n
-        histogram.sum += seconds * n
+        now = round(wall_seconds * 1_000_000)
+        ages = sorted([max(now - commit, 0) for commit in commits])  # the source's clock may be ahead of ours
+        start = 0
+        for bucket, bound_seconds in enumerate(DELIVERY_BUCKETS_SECONDS):
+            stop = bisect_right(ages, bound_seconds * 1_000_000, start)
+            histogram.counts[bucket] += stop - start
+            start = stop
+            if start == len(ages):
+                break
+        histogram.counts[-1] += len(ages) - start
+        histogram.sum += sum(ages) / 1_000_000
 
     def rejected(self, sink: str, reason: str, n: int) -> None:
         """The sink refused ``n`` messages for what they are."""

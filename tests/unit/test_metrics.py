@@ -115,10 +115,10 @@ def test_the_number_of_reasons_is_bounded() -> None:
 
 def test_the_histogram_counts_a_batch_at_once() -> None:
     metrics = Metrics()
-    metrics.delivery_seconds("jobs", 0.02, 400)
-    metrics.delivery_seconds("jobs", 0.025)  # on the bound: inside
-    metrics.delivery_seconds("jobs", -3.0)  # a clock that is ahead
-    metrics.delivery_seconds("jobs", 1e9)
+    now = 2_000_000_000
+    microseconds = [now * 1_000_000 - 20_000] * 400
+    metrics.delivery_seconds("jobs", now, [*microseconds, now * 1_000_000 - 25_000])  # the last on the bound: inside
+    metrics.delivery_seconds("jobs", now, [(now + 3) * 1_000_000, (now - 1_000_000_000) * 1_000_000])  # a clock ahead
     samples = scrape(metrics)
     bucket = "spillway_delivery_seconds_bucket"
     assert value(samples, bucket, sink="jobs", le="0.01") == 1

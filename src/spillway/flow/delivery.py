@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -497,13 +496,11 @@ class Delivery(Readback):
         resolved = len(ok) + len(ok.superseded)
         self.delivered += resolved
         self._metrics.delivered(self.name, resolved)
-        wall = self._clock.wall()
-        times: Counter[int] = Counter()
+        times: list[int] = []
         for span, start, stop in ok.pieces:
             column = span.chunk.column(TIME)
-            times.update(column[start:stop] if span.whole_chunk else [column[i] for i in span.indices[start:stop]])
-        for microseconds, count in times.items():
-            self._metrics.delivery_seconds(self.name, max(0.0, wall - microseconds / 1_000_000), count)
+            times += column[start:stop] if span.whole_chunk else [column[i] for i in span.indices[start:stop]]
+        self._metrics.delivery_seconds(self.name, self._clock.wall(), times)
 
     def _note(self, reason: str, detail: str, now: float) -> None:
         self.last_error = f"{reason}: {detail}" if detail else reason
