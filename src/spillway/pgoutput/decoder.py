@@ -145,7 +145,7 @@ class Decoder:
         self._kept: memoryview | None = None  # the frame that the chunk had no credit for
         # The chunk that is being filled.
         self._builder = ChunkBuilder(groups)
-        self._unmoved = (b"",) * (1 + groups)  # what the keys were before, where nothing has changed them
+        self._no_texts = (b"",) * (2 + 2 * groups)
         self._commit_lsn = self._end_lsn = self._truncates = 0
         # Of the open transaction; without one, final_lsn is 0.
         self._final_lsn = 0
@@ -212,7 +212,8 @@ class Decoder:
         needed_bytes = 3 * payload_bytes + self._frame_overhead_bytes
         action = _ROWS.get(kind)
         if action is not None:
-            plan = self._plan(_oid_at(payload)[0])
+            (oid,) = _oid_at(payload)
+            plan = self._plan(oid)
             needed_bytes += plan.overhead_bytes
         if self.used_bytes + needed_bytes > credit_bytes or self._builder.count >= max_changes:
             self._kept = memoryview(bytes(frame))
@@ -310,7 +311,7 @@ class Decoder:
             plan = self._plan(oid)
             tail = self._tail(plan, _TRUNCATED, b"null", b"[]")
             body = BODY_START + b"null" + tail
-            self._add(plan.own_name, _TRUNCATED, body, tail, self._unmoved, sub=min(sub, _LAST_SUB))
+            self._add(plan.own_name, _TRUNCATED, body, tail, self._no_texts, sub=min(sub, _LAST_SUB))
         self._truncates += 1
         self._idx += 1
 
@@ -336,16 +337,16 @@ class Decoder:
     def _insert_or_delete(self, plan: TablePlan, action: int, payload: bytes) -> None:
         row, end, unchanged = plan.split(payload, _ROW_START)
         self._check(payload, end, row)
-        body, tail, keys = self._render(plan, action, row, b"null", unchanged)
-        self._add(plan.name, action, body, tail, keys, flags=0 if unchanged else WHOLE)
+        body, tail, texts = self._render(plan, action, row, b"null", unchanged)
+        self._add(plan.name, action, body, tail, texts, flags=0 if unchanged else WHOLE)
 
     def _update(self, plan: TablePlan, payload: bytes) -> None:
         mark = payload[_ROW_START - 1]
         if mark == _NEW:
             row, end, unchanged = plan.split(payload, _ROW_START)
             self._check(payload, end, row)
-            body, tail, keys = self._render(plan, _UPDATED, row, b"{}", unchanged)
-            self._add(plan.name, _UPDATED, body, tail, keys, flags=0 if unchanged else WHOLE)
+            body, tail, texts = self._render(plan, _UPDATED, row, b"{}", unchanged)
+            self._add(plan.name, _UPDATED, body, tail, texts, flags=0 if unchanged else WHOLE)
             return
         old, position, _ = plan.split(payload, _ROW_START)
         row, end, unchanged = plan.split(payload, _after_new(payload, position))
@@ -354,9 +355,9 @@ class Decoder:
             row = filled(row, old)
             unchanged = any(value is UNCHANGED for value in row)
         changes = plan.columns(old, differing(old, row)) if mark == _OLD else b"{}"
-        body, tail, keys = self._render(plan, _UPDATED, row, changes, unchanged)
-        moved, was = self._move(plan, old, row, mark == _OLD, keys)
-        self._add(plan.name, _UPDATED, body, tail, keys, was, flags=moved if unchanged else moved | WHOLE)
+        body, tail, texts = self._render(plan, _UPDATED, row, changes, unchanged)
+        moved, texts = self._move(plan, old, row, mark == _OLD, texts)
+        self._add(plan.name, _UPDATED, body, tail, texts, flags=moved if unchanged else moved | WHOLE)
 
     def _large_row(self, plan: TablePlan, action: int, payload: memoryview, size_bytes: int) -> None:
         _, mark = _row_head(payload)
@@ -368,11 +369,13 @@ class Decoder:
             row = filled(row, old)
         key_row = known(row)
         primary, pks = plan.primary(key_row)
-        keys = plan.keys(primary, key_row)
+        texts = plan.texts(primary, key_row)
         tail = self._tail(plan, action, b"{}" if action == _UPDATED else b"null", pks)
-        moved, was = (0, self._unmoved) if old is None else self._move(plan, old, row, mark == _OLD, keys)
+        moved = 0
+        if old is not None:
+            moved, texts = self._move(plan, old, row, mark == _OLD, texts)
         body = plan.key_body(row, tail)
-        self._add(plan.name, action, body, tail, keys, was, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
+        self._add(plan.name, action, body, tail, texts, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
 
     def _check(self, payload: bytes, end: int, *rows: Row) -> None:
         """The rows fill their frame, and rendering them is not known beforehand to exceed what a message may have."""
@@ -394,24 +397,25 @@ class Decoder:
         body = plan.partial_body(row, tail) if unchanged else plan.body(row, tail)
         if len(body) > self._max_message_bytes:
             raise _TooLargeError(len(body))
-        return body, tail, plan.keys(primary, key_row)
+        return body, tail, plan.texts(primary, key_row)
 
     def _move(
-        self, plan: TablePlan, old: Row, row: Row, full: bool, keys: tuple[bytes, ...]
-    ) -> tuple[int, Sequence[bytes]]:
-        """What an update has done to its keys: the flag, and the texts before where they are others. Adds the delete of
-        the old primary key."""
+        self, plan: TablePlan, old: Row, row: Row, full: bool, texts: tuple[bytes, ...]
+    ) -> tuple[int, tuple[bytes, ...]]:
+        """What an update has done to its keys: the flag, and the texts with those before where they were others. Adds
+        the delete of the old primary key."""
         key_row = old if full else before(old, known(row))
         primary, pks = plan.primary(key_row)
-        old_keys = plan.keys(primary, key_row)
-        if old_keys == keys:
-            return 0, self._unmoved
-        was = [b"" if then == now else then for then, now in zip(old_keys, keys, strict=True)]
-        if not was[0]:
-            return 0, was
-        tail = self._tail(plan, _DELETED, b"null", pks)
-        self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_keys, flags=WHOLE | OLD)
-        return MOVED, was
+        old_texts = plan.texts(primary, key_row)
+        if old_texts == texts:
+            return 0, texts
+        moved = 0
+        if primary not in (b"", texts[0]):
+            moved = MOVED
+            tail = self._tail(plan, _DELETED, b"null", pks)
+            self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_texts, flags=WHOLE | OLD)
+        pairs = [(now, b"" if then == now else then) for now, then in zip(texts[::2], old_texts[::2], strict=True)]
+        return moved, tuple(chain.from_iterable(pairs))
 
     def _tail(self, plan: TablePlan, action: int, changes: bytes, pks: bytes) -> bytes:
         return plan.tails[action] % (
@@ -429,8 +433,7 @@ class Decoder:
         action: int,
         body: bytes,
         tail: bytes,
-        keys: Sequence[bytes],
-        was: Sequence[bytes] | None = None,
+        texts: Sequence[bytes],
         *,
         flags: int = WHOLE,
         sub: int = 0,
@@ -445,8 +448,8 @@ class Decoder:
             self._commit_microseconds,
             body,
             len(body) - len(tail) - RECORD_START,
-            tuple(chain.from_iterable(zip(keys, was or self._unmoved, strict=True))),
-            n=self._number(keys[0]),
+            texts,
+            n=self._number(texts[0]),
             flags=flags,
             sub=sub,
             too_large_bytes=too_large_bytes,

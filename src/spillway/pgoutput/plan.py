@@ -162,12 +162,13 @@ class TablePlan:
         pks = [to_text(value) for value in values]
         return make_key(self.schema, self.table, tuple(pks)).encode(), orjson.dumps(pks)
 
-    def keys(self, primary: bytes, row: Row) -> tuple[bytes, ...]:
-        """The texts of all keys: the primary key's, and each group's."""
+    def texts(self, primary: bytes, row: Row) -> tuple[bytes, ...]:
+        """The keys' texts as a record has them (spillway.chunk), each with none before it: the primary key's, then
+        the groups'."""
         if not self._groups:
-            return (primary,)
+            return (primary, b"")
         groups = [primary if group is None else self._group_key(group, row) for group in self._groups]
-        return (primary, *groups)
+        return (primary, b"", *[text for group in groups for text in (group, b"")])
 
     def _group_key(self, group: Sequence[int | None], row: Row) -> bytes:
         values = tuple(None if index is None else _group_value(row[index]) for index in group)
