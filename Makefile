@@ -19,8 +19,8 @@ help:
 
 setup: $(INSTALLED)
 
-# Made anew when dependencies or entry points change. pip knows dependency groups since 25.1.
-$(INSTALLED): pyproject.toml
+# Made anew when dependencies, entry points or the compiled part change. pip knows dependency groups since 25.1.
+$(INSTALLED): pyproject.toml setup.py $(wildcard src/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[demo]' --group dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spillway import impl
 from spillway.pgoutput.decoder import Decoder
 
-TWINS: tuple[type[Decoder], ...] = (Decoder,)
+TWINS: tuple[type[Decoder], ...] = (Decoder,) if impl.native is None else (Decoder, impl.native.Decoder)

@@ -1,0 +1,48 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: embedsignature=True
+"""The compiled twin of `spillway.pgoutput.decoder` and `spillway.columns`: the same bytes, without an object per row.
+
+The Python is the reference: what is promised is said there, and one suite of tests holds for both. Here stands how it
+is made fast, in this order:
+
+- memory: output grows in `bytes` objects, which become the chunk's without a copy; nothing else is allocated per row
+- text: scanning, JSON escapes, UTF-8, numbers, base64, CRC-32
+- scalars: one renderer per frequent type; all others are the reference's functions, called with the value
+- reference: what is taken from it
+- plan: what is compiled once per relation
+- libpq: ``PQgetCopyData`` of the very libpq that psycopg has loaded, called without psycopg
+- decoder: frames in, records out
+- columns: gather, join, by_kind, bulk
+
+Rules that keep it safe: every read of a frame is checked against the frame's end before it happens (`split`,
+`split_key` and `read_begin` are the only places that read what a frame says of its own length); every write is behind
+a `reserve` that covers it; what fails takes the output back to where the row began. Values are slices of the frame and
+do not outlive it.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_XDECREF
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+
+from hashlib import sha256
+from struct import error as StructError
+
+import orjson
+
+from spillway.change import ACTIONS, table_prefix
+from spillway.chunk import Chunk
+from spillway.errors import Finding
+from spillway.position import format_lsn
+
+include "memory.pxi"
+include "text.pxi"
+include "scalars.pxi"
+include "reference.pxi"
+include "plan.pxi"
+include "libpq.pxi"
+include "decoder.pxi"
+include "columns.pxi"

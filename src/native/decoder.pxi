@@ -1,0 +1,819 @@
+# Frames in, a chunk out, after spillway.pgoutput.decoder.
+
+cdef enum:
+    WHOLE = 1  # flags of a record
+    OLD = 2
+    MOVED = 4
+    TOO_LARGE = 8
+
+    XLOG_HEADER_BYTES = 25
+    KEEPALIVE_BYTES = 18
+    BEGIN_BYTES = 21
+    COMMIT_BYTES = 26
+    ROW_START = 6
+    LOGICAL_MESSAGE_START = 10
+    LONGEST_PREFIX = 256
+
+    LARGEST_GROWTH = 6  # no byte of text becomes more than six bytes of JSON
+    BUCKETS = 65536
+    MOST = 255
+    LAST_SUB = 255
+    MOST_TABLES = 65536
+    NOTED_BUCKETS = 1024
+    RECENT = 256
+
+    WORDS = 8  # of a record
+
+cdef int64_t POSTGRES_EPOCH_MICROSECONDS = 946684800000000
+cdef int64_t LAST_MICROSECOND = 253402300799999999  # of the year 9999
+cdef int64_t DAY_MICROSECONDS = 86400000000
+
+cdef enum Changes:  # what of an update's old row is told
+    NO_OLD_ROW
+    NOTHING
+    DIFFERING
+
+cdef enum Outcome:
+    DONE
+    STOP  # with `stop`
+    KEEP  # the same, and the frame comes again
+
+
+cdef void write_time(uint8_t* out, int64_t microseconds) noexcept nogil:
+    """``2024-10-28T21:39:21.127470Z``: 27 bytes. The date is Howard Hinnant's ``civil_from_days``, for years 1970 on."""
+    cdef int64_t days = microseconds // DAY_MICROSECONDS, rest = microseconds % DAY_MICROSECONDS
+    cdef int64_t shifted = days + 719468
+    cdef int64_t era = shifted // 146097
+    cdef int64_t of_era = shifted - era * 146097
+    cdef int64_t year_of_era = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
+    cdef int64_t of_year = of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    cdef int64_t shifted_month = (5 * of_year + 2) // 153
+    cdef int64_t month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
+    cdef int64_t seconds = rest // 1000000
+    write_digits(out, year_of_era + era * 400 + (1 if month <= 2 else 0), 4)
+    out[4] = c"-"
+    write_digits(out + 5, month, 2)
+    out[7] = c"-"
+    write_digits(out + 8, of_year - (153 * shifted_month + 2) // 5 + 1, 2)
+    out[10] = c"T"
+    write_digits(out + 11, seconds // 3600, 2)
+    out[13] = c":"
+    write_digits(out + 14, seconds // 60 % 60, 2)
+    out[16] = c":"
+    write_digits(out + 17, seconds % 60, 2)
+    out[19] = c"."
+    write_digits(out + 20, rest % 1000000, 6)
+    out[26] = c"Z"
+
+
+cdef void write_digits(uint8_t* out, int64_t number, int count) noexcept nogil:
+    while count:
+        count -= 1
+        out[count] = c"0" + <uint8_t> (number % 10)
+        number //= 10
+
+
+cdef class Decoder:
+    # For the caller.
+    cdef readonly uint64_t largest_frame_bytes
+    cdef public uint64_t taken_bytes
+    cdef readonly uint64_t used_bytes
+    # What it was made with.
+    cdef object _group_columns
+    cdef object _on_warning
+    cdef object _database_name
+    cdef bytes _database_json
+    cdef int _groups
+    cdef size_t _max_message_bytes
+    cdef size_t _max_annotation_bytes
+    cdef uint64_t _frame_overhead_bytes
+    cdef uint64_t _renew_frame_bytes
+    # Relations, and a few of them by the low bits of their OID.
+    cdef dict _plans
+    cdef PyObject* _recent[RECENT]
+    cdef uint32_t _recent_oid[RECENT]
+    # The frame that the chunk had no credit for: libpq's memory, or bytes.
+    cdef char* _kept
+    cdef size_t _kept_size
+    cdef bytes _kept_bytes
+    cdef object _stop
+    cdef uint8_t _kind  # of the frame that is being decoded
+    # The chunk that is being filled.
+    cdef readonly uint64_t count
+    cdef Buffer _data
+    cdef Buffer _meta
+    cdef Buffer _texts
+    cdef dict _tables
+    cdef uint64_t _chunk
+    cdef uint64_t _commit_lsn
+    cdef uint64_t _end_lsn
+    cdef uint64_t _truncates
+    # The row that is being decoded; in `_known` and `_before` nothing is UNCHANGED.
+    cdef Value* _rows  # the memory of the four
+    cdef Value* _row
+    cdef Value* _old
+    cdef Value* _known
+    cdef Value* _before
+    cdef int _columns
+    cdef Keys _keys
+    cdef Keys _old_keys
+    cdef Buffer _old_body
+    cdef size_t _old_record_bytes
+    # Of the open transaction; without one, final_lsn is 0.
+    cdef uint64_t _final_lsn
+    cdef int64_t _microseconds
+    cdef uint64_t _idx
+    cdef uint8_t* _counts
+    cdef uint16_t _noted[NOTED_BUCKETS]  # which counts are not 0, if they are few
+    cdef size_t _noted_count
+    cdef Buffer _head  # base64 of what of "lsn:" fills its groups
+    cdef uint8_t _rest[24]  # what of it does not, and room for the digits of commit_idx
+    cdef size_t _rest_size
+    cdef Buffer _moment  # from the idempotency key's end to commit_idx
+    cdef bytes _database_part  # from there to the primary key
+
+    def __cinit__(
+        self,
+        database,
+        group_columns,
+        Py_ssize_t groups,
+        Py_ssize_t max_message_bytes,
+        Py_ssize_t frame_overhead_bytes,
+        Py_ssize_t renew_frame_bytes,
+        on_warning=None,
+    ):
+        bind_reference()
+        self._group_columns = group_columns
+        self._on_warning = on_warning
+        self._database_name = database.name
+        self._database_json = database.as_json()
+        self._groups = <int> groups
+        self._max_message_bytes = <size_t> max_message_bytes
+        self._max_annotation_bytes = <size_t> max_message_bytes // 4
+        self._frame_overhead_bytes = <uint64_t> frame_overhead_bytes
+        self._renew_frame_bytes = <uint64_t> renew_frame_bytes
+        self._plans = {}
+        self._tables = {}
+        self._chunk = 1
+        buffer_open(&self._data, SMALLEST_CAPACITY)
+        buffer_open(&self._meta, SMALLEST_CAPACITY)
+        buffer_open(&self._texts, SMALLEST_CAPACITY)
+        buffer_open(&self._old_body, SMALLEST_CAPACITY)
+        buffer_open(&self._head, 64)
+        buffer_open(&self._moment, 128)
+        keys_open(&self._keys, 1 + self._groups)
+        keys_open(&self._old_keys, 1 + self._groups)
+        self._counts = <uint8_t*> PyMem_Malloc(BUCKETS)
+        if self._counts == NULL:
+            raise MemoryError
+        memset(self._counts, 0, BUCKETS)
+        self._start_key()
+        append_bytes(&self._moment, b'","commit_timestamp":,"commit_idx":')
+        self._database_part = b',"database_name":,"record_pks":'
+
+    def __dealloc__(self):
+        buffer_close(&self._data)
+        buffer_close(&self._meta)
+        buffer_close(&self._texts)
+        buffer_close(&self._old_body)
+        buffer_close(&self._head)
+        buffer_close(&self._moment)
+        keys_close(&self._keys)
+        keys_close(&self._old_keys)
+        PyMem_Free(self._counts)
+        PyMem_Free(self._rows)
+        if self._kept != NULL:
+            free_memory(self._kept)
+
+    @property
+    def in_transaction(self):
+        return self._final_lsn != 0
+
+    def fill(self, copy, object credit_bytes, object max_changes):
+        cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
+        cdef object pointer = getattr(copy, "pgconn_ptr", None) if get_copy_data != NULL else None
+        try:
+            if pointer is not None:
+                return self._fill_from_libpq(<void*> <uintptr_t> pointer, credit, most)
+            return self._fill_from_python(copy, credit, most)
+        except (StructError, IndexError, OverflowError) as error:
+            raise ProtocolError(f"a frame of kind {chr(self._kind)!r} ends too early or is garbled") from error
+
+    def take(self):
+        if self._idx > 0xFFFFFFFF:
+            raise ProtocolError("a transaction of more than 4294967295 operations")
+        cdef object chunk = Chunk(
+            self.count,
+            buffer_take(&self._data),
+            buffer_take(&self._meta),
+            buffer_take(&self._texts),
+            tuple(self._tables),
+            self._groups,
+            self._commit_lsn,
+            self._end_lsn,
+            self._truncates,
+        )
+        self._chunk += 1
+        self._tables = {}
+        self.count = self.used_bytes = 0
+        self._commit_lsn = self._end_lsn = self._truncates = 0
+        return chunk
+
+    def learn(self, relation, info, frozenset wanted):
+        schema, table = info.root or (relation.schema, relation.table)
+        groups = self._group_columns(schema, table)
+        if len(groups) != self._groups:
+            raise ProtocolError(
+                f"{len(groups)} sets of group columns for {schema}.{table} where {self._groups} are due"
+            )
+        cdef Plan plan = Plan(relation, info, tuple(groups), wanted)
+        if plan.column_count > self._columns or self._rows == NULL:
+            self._make_room(plan.column_count)
+        self._forget(relation.oid)
+        self._plans[relation.oid] = plan
+
+    cdef int _make_room(self, int columns) except -1:
+        cdef Value* all_four = <Value*> PyMem_Realloc(self._rows, 4 * (columns + 1) * sizeof(Value))
+        if all_four == NULL:
+            raise MemoryError
+        self._rows = self._row = all_four
+        self._old = all_four + (columns + 1)
+        self._known = all_four + 2 * (columns + 1)
+        self._before = all_four + 3 * (columns + 1)
+        self._columns = columns
+        return 0
+
+    # Frames.
+
+    cdef object _fill_from_libpq(self, void* connection, uint64_t credit, uint64_t most):
+        cdef char* frame
+        cdef int size
+        cdef Outcome outcome
+        while True:
+            if self._kept_bytes is not None or self._kept != NULL:
+                outcome = self._take_kept(credit, most)
+            else:
+                size = get_copy_data(connection, &frame, 1)
+                if size <= 0:
+                    return Ended(size) if size else None
+                self.taken_bytes += <uint64_t> size
+                outcome = KEEP
+                try:
+                    outcome = self._frame(<const uint8_t*> frame, <size_t> size, credit, most)
+                finally:
+                    if outcome == KEEP and self._stop is not None:
+                        self._kept, self._kept_size = frame, <size_t> size
+                    else:
+                        free_memory(frame)
+            if outcome != DONE:
+                return self._stopped()
+
+    cdef object _fill_from_python(self, copy, uint64_t credit, uint64_t most):
+        cdef Py_buffer view
+        cdef Outcome outcome
+        while True:
+            if self._kept_bytes is not None or self._kept != NULL:
+                outcome = self._take_kept(credit, most)
+            else:
+                size, frame = copy.get_copy_data(1)
+                if size <= 0:
+                    return Ended(size) if size else None
+                self.taken_bytes += <uint64_t> size
+                PyObject_GetBuffer(frame, &view, PyBUF_SIMPLE)
+                try:
+                    outcome = self._frame(<const uint8_t*> view.buf, <size_t> view.len, credit, most)
+                    if outcome == KEEP:
+                        self._kept_bytes = PyBytes_FromStringAndSize(<char*> view.buf, view.len)
+                finally:
+                    PyBuffer_Release(&view)
+            if outcome != DONE:
+                return self._stopped()
+
+    cdef Outcome _take_kept(self, uint64_t credit, uint64_t most) except? DONE:
+        cdef bytes kept = self._kept_bytes
+        cdef char* frame = self._kept
+        cdef Outcome outcome
+        if kept is not None:
+            outcome = self._frame(
+                <const uint8_t*> PyBytes_AS_STRING(kept), <size_t> PyBytes_GET_SIZE(kept), credit, most
+            )
+            if outcome != KEEP:
+                self._kept_bytes = None
+            return outcome
+        outcome = self._frame(<const uint8_t*> frame, self._kept_size, credit, most)
+        if outcome != KEEP:
+            self._kept = NULL
+            free_memory(frame)
+        return outcome
+
+    cdef object _stopped(self):
+        cdef object stop = self._stop
+        self._stop = None
+        return stop
+
+    cdef Outcome _frame(self, const uint8_t* frame, size_t size, uint64_t credit, uint64_t most) except? DONE:
+        cdef const uint8_t* payload
+        cdef uint64_t needed
+        cdef uint8_t kind
+        cdef int action
+        cdef Plan plan = None
+        if size == 0:
+            raise IndexError
+        if frame[0] != c"w":
+            return self._keepalive(frame, size)
+        if size <= XLOG_HEADER_BYTES:
+            raise IndexError
+        payload = frame + XLOG_HEADER_BYTES
+        size -= XLOG_HEADER_BYTES
+        kind = self._kind = payload[0]
+        needed = 3 * size + self._frame_overhead_bytes
+        action = INSERTED if kind == c"I" else UPDATED if kind == c"U" else DELETED if kind == c"D" else -1
+        if action >= 0:
+            if size < 5:
+                raise IndexError
+            plan = self._plan(big32(payload + 1))
+            needed += plan.overhead_bytes
+        if self.used_bytes + needed > credit or self.count >= most:
+            self._stop = Full(needed)
+            return KEEP
+        self.used_bytes += needed
+        if size > self.largest_frame_bytes:
+            self.largest_frame_bytes = size
+        if action >= 0:
+            self._any_row(plan, action, payload, size)
+            return DONE
+        return self._other(kind, payload, size)
+
+    cdef Outcome _keepalive(self, const uint8_t* frame, size_t size) except? DONE:
+        if frame[0] != c"k":
+            raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
+        if size < KEEPALIVE_BYTES:
+            raise IndexError
+        if self._final_lsn and not frame[17]:
+            return DONE
+        self._stop = Keepalive(big64(frame + 1), frame[17] != 0)
+        return STOP
+
+    cdef Plan _plan(self, uint32_t oid):
+        cdef uint32_t place = oid % RECENT
+        if self._recent[place] != NULL and self._recent_oid[place] == oid:
+            return <Plan> self._recent[place]
+        cdef Plan plan = self._plans.get(oid)
+        if plan is None:
+            raise ProtocolError(f"a row of relation {oid} before learn() was called for it")
+        self._recent[place] = <PyObject*> plan
+        self._recent_oid[place] = oid
+        return plan
+
+    cdef int _forget(self, uint32_t oid) except -1:
+        self._recent[oid % RECENT] = NULL
+        self._plans.pop(oid, None)
+        return 0
+
+    # Transactions, and what is not a row.
+
+    cdef Outcome _other(self, uint8_t kind, const uint8_t* payload, size_t size) except? DONE:
+        if kind == c"B":
+            self._begin(payload, size)
+        elif kind == c"C":
+            if size < COMMIT_BYTES:
+                raise IndexError
+            self._commit_lsn = big64(payload + 2)
+            self._end_lsn = big64(payload + 10)
+            self._final_lsn = 0
+            self._start_key()
+            if self.largest_frame_bytes > self._renew_frame_bytes:
+                self._stop = Renew()
+                return STOP
+        elif kind == c"R":
+            relation = read_relation(PyBytes_FromStringAndSize(<const char*> payload, <Py_ssize_t> size))
+            self._forget(relation.oid)
+            self._stop = relation
+            return STOP
+        elif kind == c"T":
+            self._truncate(PyBytes_FromStringAndSize(<const char*> payload, <Py_ssize_t> size))
+        elif kind == c"M":
+            self._logical_message(payload, size)
+        elif kind != c"O" and kind != c"Y" and kind != c"A":
+            raise ProtocolError(f"a frame of kind {chr(kind)!r}")
+        return DONE
+
+    cdef int _begin(self, const uint8_t* payload, size_t size) except -1:
+        cdef int64_t time
+        cdef uint8_t digits[20]
+        if size < BEGIN_BYTES:
+            raise IndexError
+        time = <int64_t> big64(payload + 9)
+        if time < -POSTGRES_EPOCH_MICROSECONDS:
+            raise ProtocolError("a transaction from before 1970")
+        if time > LAST_MICROSECOND - POSTGRES_EPOCH_MICROSECONDS:
+            raise OverflowError
+        self._final_lsn = big64(payload + 1)
+        self._microseconds = time + POSTGRES_EPOCH_MICROSECONDS
+        self._idx = 0
+        self._forget_counts()
+        self._start_key()
+        self._moment.size = 0
+        append_bytes(&self._moment, b'","commit_timestamp":"')
+        reserve(&self._moment, 27)
+        write_time(self._moment.data + self._moment.size, self._microseconds)
+        self._moment.size += 27
+        append_bytes(&self._moment, b'","commit_lsn":')
+        append(&self._moment, digits, write_number(digits, self._final_lsn))
+        append_bytes(&self._moment, b',"commit_idx":')
+        return self._annotate(b"null")
+
+    cdef int _start_key(self) except -1:
+        """What of the idempotency key is the same for all of the transaction."""
+        cdef uint8_t text[24]
+        cdef size_t size = write_number(text, self._final_lsn), whole
+        text[size] = c":"
+        size += 1
+        whole = size - size % 3
+        reserve(&self._head, 32)
+        self._head.size = write_base64(self._head.data, text, whole)
+        self._rest_size = size - whole
+        memcpy(self._rest, text + whole, self._rest_size)
+        return 0
+
+    cdef void _forget_counts(self) noexcept:
+        cdef size_t i
+        if self._noted_count < NOTED_BUCKETS:
+            for i in range(self._noted_count):
+                self._counts[self._noted[i]] = 0
+        else:
+            memset(self._counts, 0, BUCKETS)
+        self._noted_count = 0
+
+    cdef uint8_t _number(self, uint64_t hashed) noexcept:
+        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
+        cdef uint16_t bucket = hashed & 0xFFFF
+        cdef uint8_t count = self._counts[bucket]
+        if not hashed:
+            return 1
+        if count < MOST:
+            if count == 0 and self._noted_count < NOTED_BUCKETS:
+                self._noted[self._noted_count] = bucket
+                self._noted_count += 1
+            count += 1
+            self._counts[bucket] = count
+        return count
+
+    cdef int _annotate(self, bytes annotations) except -1:
+        self._database_part = b',"database_name":%b,"transaction_annotations":%b,"database":%b,"record_pks":' % (
+            orjson.dumps(self._database_name),
+            annotations,
+            self._database_json,
+        )
+        return 0
+
+    cdef int _logical_message(self, const uint8_t* payload, size_t size) except -1:
+        cdef const void* end
+        cdef bytes prefix, content
+        cdef size_t start = size
+        if size < LOGICAL_MESSAGE_START:
+            raise IndexError
+        if not payload[1] & 1:
+            return 0
+        self._idx += 1
+        payload += LOGICAL_MESSAGE_START
+        size -= LOGICAL_MESSAGE_START
+        end = memchr(payload, 0, min(size, <size_t> LONGEST_PREFIX))
+        if end == NULL:
+            return 0
+        prefix = PyBytes_FromStringAndSize(<const char*> payload, <const uint8_t*> end - payload)
+        if prefix == ANNOTATION_CLEAR:
+            return self._annotate(b"null")
+        if prefix != ANNOTATION_SET:
+            return 0
+        start = min(<size_t> len(prefix) + 5, size)  # its end, and the content's length
+        size -= start
+        if size > self._max_annotation_bytes:
+            return self._no_annotations(f"of {size} bytes, above the {self._max_annotation_bytes} allowed")
+        content = PyBytes_FromStringAndSize(<const char*> payload + start, <Py_ssize_t> size)
+        try:
+            orjson.loads(content)
+        except orjson.JSONDecodeError:
+            return self._no_annotations("that is not JSON")
+        return self._annotate(scalars.json(content))
+
+    cdef int _no_annotations(self, why) except -1:
+        if self._on_warning is not None:
+            self._on_warning(
+                Finding(
+                    code="invalid_transaction_annotation",
+                    what=f"the transaction at {format_lsn(self._final_lsn)} has an annotation {why}; "
+                    "its messages go without",
+                    remedy="pass a short JSON object to "
+                    f"pg_logical_emit_message(true, '{ANNOTATION_SET.decode()}', ...)",
+                    severity="warning",
+                    database=self._database_name,
+                )
+            )
+        return self._annotate(b"null")
+
+    cdef int _truncate(self, bytes payload) except -1:
+        cdef Plan plan
+        cdef size_t began
+        cdef int sub = 0, i
+        for oid in read_truncate(payload):
+            plan = self._plan(oid)
+            began = self._data.size
+            append(&self._data, b'{"record":null,"changes":null', 29)
+            self._append_tail(&self._data, plan, TRUNCATED, b"[]", 2)
+            for i in range(1 + self._groups):
+                self._keys.ends[i] = 0
+                self._keys.hashes[i] = 0
+            self._keys.texts.size = 0
+            self._record(
+                self._table_number(plan.own_name), TRUNCATED, &self._keys, NULL, self._data.size, 4, WHOLE, sub, 0
+            )
+            sub = min(sub + 1, <int> LAST_SUB)
+        self._truncates += 1
+        self._idx += 1
+        return 0
+
+    # Rows.
+
+    cdef int _any_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
+        cdef size_t too_large = size
+        if not self._final_lsn:
+            raise ProtocolError("a row outside of a transaction")
+        if plan.wanted >> action & 1:
+            if size <= self._max_message_bytes:
+                too_large = self._whole_row(plan, action, payload, size)
+            if too_large:
+                self._large_row(plan, action, payload, size, too_large)
+        self._idx += 1
+        return 0
+
+    cdef size_t _whole_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except? 1:
+        """0, or what the row's size is if it is too large; then nothing has happened."""
+        cdef bint unchanged = False, ignored = False
+        cdef bint has_old = False
+        cdef size_t at, began = self._data.size, record_end, too_large
+        cdef Value* key_row = self._row
+        cdef Changes changes = NO_OLD_ROW
+        if size <= ROW_START:
+            raise IndexError
+        if action == UPDATED and payload[ROW_START - 1] != c"N":
+            has_old = True
+            at = plan.split(payload, size, ROW_START, self._old, &ignored)
+            at = plan.split(payload, size, after_new(payload, size, at), self._row, &unchanged)
+        else:
+            at = plan.split(payload, size, ROW_START, self._row, &unchanged)
+        if at != size:
+            raise ProtocolError(f"a row ends at byte {at} of a frame of {size}")
+        if size * LARGEST_GROWTH > self._max_message_bytes:
+            too_large = size + growth_bytes(self._row, plan.column_count)
+            if has_old:
+                too_large += growth_bytes(self._old, plan.column_count)
+            if too_large > self._max_message_bytes:
+                return too_large
+        if unchanged:
+            unchanged = self._fill_and_know(plan, has_old)
+            key_row = self._known
+        if action == UPDATED:
+            changes = DIFFERING if has_old and payload[ROW_START - 1] == c"O" else NOTHING
+        read_keys(&self._keys, plan, key_row)
+        if unchanged:
+            append(&self._data, b'{"record":', 10)
+            plan.append_columns(&self._data, self._row, NULL, False)
+        else:
+            plan.append_record(&self._data, self._row)
+        record_end = self._data.size
+        self._append_changes(plan, changes)
+        self._append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        too_large = self._data.size - began
+        if too_large > self._max_message_bytes:
+            self._data.size = began
+            return too_large
+        self._add(
+            plan,
+            action,
+            began,
+            record_end - began - 10,
+            0 if unchanged else WHOLE,
+            0,
+            self._old if has_old else NULL,
+            key_row,
+            changes == DIFFERING,
+        )
+        return 0
+
+    cdef bint _fill_and_know(self, Plan plan, bint has_old) noexcept:
+        """Fills UNCHANGED columns from the old row, and copies the row, with null for those that are left, to `_known`.
+        Whether any is left."""
+        cdef bint left = False
+        cdef int i
+        for i in range(plan.column_count):
+            if self._row[i].data == UNCHANGED:
+                if has_old and self._old[i].data != NULL:
+                    self._row[i] = self._old[i]
+            self._known[i] = self._row[i]
+            if self._row[i].data == UNCHANGED:
+                left = True
+                self._known[i].data = NULL
+                self._known[i].size = 0
+        return left
+
+    cdef int _large_row(self, Plan plan, int action, const uint8_t* payload, size_t size, size_t too_large) except -1:
+        cdef bint has_old = action == UPDATED and size > ROW_START and payload[ROW_START - 1] != c"N"
+        cdef size_t at, began = self._data.size, record_end
+        at = plan.split_key(payload, size, ROW_START, self._row)
+        if has_old:
+            self._row, self._old = self._old, self._row
+            plan.split_key(payload, size, after_new(payload, size, at), self._row)
+        self._fill_and_know(plan, has_old)
+        read_keys(&self._keys, plan, self._known)
+        append(&self._data, b'{"record":', 10)
+        plan.append_columns(&self._data, self._row, NULL, True)
+        record_end = self._data.size
+        self._append_changes(plan, NOTHING if action == UPDATED else NO_OLD_ROW)
+        self._append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        return self._add(
+            plan,
+            action,
+            began,
+            record_end - began - 10,
+            TOO_LARGE,
+            too_large,
+            self._old if has_old else NULL,
+            self._known,
+            has_old and payload[ROW_START - 1] == c"O",
+        )
+
+    cdef int _append_changes(self, Plan plan, Changes changes) except -1:
+        if changes == NO_OLD_ROW:
+            return append(&self._data, b',"changes":null', 15)
+        if changes == NOTHING:
+            return append(&self._data, b',"changes":{}', 13)
+        append(&self._data, b',"changes":', 11)
+        return plan.append_columns(&self._data, self._old, self._row, False)
+
+    cdef int _append_tail(
+        self, Buffer* out, Plan plan, int action, const uint8_t* values, size_t values_size
+    ) except -1:
+        cdef size_t database_size = <size_t> PyBytes_GET_SIZE(self._database_part), digits
+        cdef Slice* tail = &plan.tails[action]
+        cdef uint8_t* to
+        reserve(out, tail.size + 64 + self._moment.size + 20 + database_size + values_size)
+        to = out.data + out.size
+        memcpy(to, tail.data, tail.size)
+        to += tail.size
+        memcpy(to, self._head.data, self._head.size)
+        to += self._head.size
+        digits = write_number(self._rest + self._rest_size, self._idx)
+        to += write_base64(to, self._rest, self._rest_size + digits)
+        memcpy(to, self._moment.data, self._moment.size)
+        to += self._moment.size
+        memcpy(to, self._rest + self._rest_size, digits)
+        to += digits
+        memcpy(to, PyBytes_AS_STRING(self._database_part), database_size)
+        to += database_size
+        memcpy(to, values, values_size)
+        out.size = <size_t> (to - out.data) + values_size
+        return 0
+
+    cdef int _add(
+        self,
+        Plan plan,
+        int action,
+        size_t began,
+        size_t record_bytes,
+        int flags,
+        size_t too_large,
+        Value* old,
+        Value* key_row,
+        bint full,
+    ) except -1:
+        """Records of the row whose body stands in the output from ``began`` on; before it, that of its old key."""
+        cdef Keys* was = NULL
+        cdef uint16_t number
+        if plan.chunk != self._chunk:
+            plan.number = self._table_number(plan.name)
+            plan.chunk = self._chunk
+        number = plan.number
+        if old != NULL and self._read_old_keys(plan, old, key_row, full):
+            was = &self._old_keys
+            if not same_text(&self._keys, was, 0):
+                # An unknown old key has nothing to delete.
+                if was.ends[0]:
+                    self._insert_old_body(plan, old, began)
+                    self._record(
+                        number, DELETED, was, NULL, began + self._old_body.size, self._old_record_bytes, WHOLE | OLD,
+                        0, 0,
+                    )
+                    flags |= MOVED
+        return self._record(number, action, &self._keys, was, self._data.size, record_bytes, flags, 0, too_large)
+
+    cdef bint _read_old_keys(self, Plan plan, Value* old, Value* key_row, bint full) except -1:
+        """Whether any key was another."""
+        cdef int i
+        if not full:
+            for i in range(plan.column_count):
+                self._before[i] = key_row[i] if old[i].data == NULL else old[i]
+            old = self._before
+        read_keys(&self._old_keys, plan, old)
+        for i in range(1 + self._groups):
+            if not same_text(&self._keys, &self._old_keys, i):
+                return True
+        return False
+
+    cdef int _insert_old_body(self, Plan plan, Value* old, size_t began) except -1:
+        """The body of the delete of the old key, before the one that stands at ``began``."""
+        cdef Buffer* body = &self._old_body
+        cdef size_t size = self._data.size - began
+        body.size = 0
+        plan.append_record(body, old)
+        self._old_record_bytes = body.size - 10
+        append(body, b',"changes":null', 15)
+        self._append_tail(body, plan, DELETED, self._old_keys.values.data, self._old_keys.values.size)
+        reserve(&self._data, body.size)
+        memmove(self._data.data + began + body.size, self._data.data + began, size)
+        memcpy(self._data.data + began, body.data, body.size)
+        self._data.size += body.size
+        return 0
+
+    cdef int _table_number(self, tuple name) except -1:
+        cdef int number = self._tables.setdefault(name, len(self._tables))
+        if number >= MOST_TABLES:
+            raise OverflowError
+        return number
+
+    cdef int _record(
+        self,
+        uint16_t table,
+        int action,
+        Keys* keys,
+        Keys* was,
+        size_t end,
+        size_t record_bytes,
+        int flags,
+        int sub,
+        size_t too_large,
+    ) except -1:
+        cdef size_t stride = (WORDS + 2 * self._groups) * 8
+        cdef size_t words_at, i, text_bytes
+        cdef uint64_t* words
+        cdef uint8_t* kind
+        cdef uint8_t* text
+        reserve(&self._meta, stride)
+        reserve(&self._texts, keys.texts.size + (was.texts.size if was != NULL else 0) + 2 * (1 + self._groups))
+        words = <uint64_t*> (self._meta.data + self._meta.size)
+        words[0] = self._final_lsn
+        words[1] = self._idx | <uint64_t> record_bytes << 32
+        words[2] = <uint64_t> self._microseconds
+        words[4] = 0
+        kind = <uint8_t*> &words[4]
+        kind[0] = <uint8_t> action
+        kind[1] = self._number(keys.hashes[0])
+        kind[2] = <uint8_t> flags
+        kind[3] = <uint8_t> sub
+        memcpy(kind + 4, &table, 2)
+        words[5] = too_large
+        for i in range(1 + self._groups):
+            words[6 + 2 * i] = keys.hashes[i]
+            self._append_text(keys, i)
+            words[7 + 2 * i] = 0
+            if was != NULL and not same_text(keys, was, i):
+                words[7 + 2 * i] = was.hashes[i]
+                self._append_text(was, i)
+            else:
+                self._texts.data[self._texts.size] = 0
+                self._texts.size += 1
+        words[3] = <uint64_t> end | <uint64_t> self._texts.size << 32
+        if end > 0xFFFFFFFF or self._texts.size > 0xFFFFFFFF:
+            raise OverflowError
+        self._meta.size += stride
+        self.count += 1
+        return 0
+
+    cdef inline void _append_text(self, Keys* keys, size_t number) noexcept:
+        """There is room."""
+        cdef Slice text = key_text(keys, <int> number)
+        cdef uint8_t* to = self._texts.data + self._texts.size
+        memcpy(to, text.data, text.size)
+        to[text.size] = 0
+        self._texts.size += text.size + 1
+
+
+cdef inline bint same_text(Keys* one, Keys* other, size_t number) noexcept:
+    cdef Slice a, b
+    if one.hashes[number] != other.hashes[number]:
+        return False
+    a = key_text(one, <int> number)
+    b = key_text(other, <int> number)
+    return a.size == b.size and memcmp(a.data, b.data, a.size) == 0
+
+
+cdef inline Py_ssize_t after_new(const uint8_t* payload, size_t size, size_t at) except -1:
+    if at >= size:
+        raise IndexError
+    if payload[at] != c"N":
+        raise ProtocolError("an update without a new row")
+    return <Py_ssize_t> at + 1
+
+
+cdef bytes ANNOTATION_SET = b"sequin:transaction_annotations.set"
+cdef bytes ANNOTATION_CLEAR = b"sequin:transaction_annotations.clear"

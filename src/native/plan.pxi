@@ -1,0 +1,400 @@
+# What is compiled once per relation, after spillway.pgoutput.plan.
+
+cdef enum:
+    INSERTED = 0  # codes of actions, as a chunk has them
+    UPDATED = 1
+    DELETED = 2
+    TRUNCATED = 4
+    GROUP_VALUE_BYTES = 1024
+
+cdef struct Slice:
+    const uint8_t* data
+    size_t size
+
+cdef struct Column:
+    Kind kind
+    bint in_key  # of the primary key or a group
+    bint in_primary_key
+    PyObject* renderer  # of kind PYTHON and NUMBERS
+    Slice lead  # what stands before its value in a whole record
+    Slice name  # the name alone, with its colon
+
+cdef struct Group:
+    int count  # of columns; -1: it is the primary key
+    int* columns  # -1: the relation has no such column
+
+
+cdef class Plan:
+    cdef readonly tuple name
+    cdef readonly tuple own_name
+    cdef size_t overhead_bytes
+    cdef int column_count
+    cdef Column* columns
+    cdef int primary_count
+    cdef int* primary
+    cdef bint plain_primary
+    cdef int group_count
+    cdef Group* groups
+    cdef uint32_t wanted  # bits, by action
+    cdef Slice prefix  # of the table's keys
+    cdef uint32_t prefix_crc
+    cdef Slice tails[5]  # by action: from the action up to the idempotency key
+    cdef uint64_t chunk  # the chunk in which the table has this number
+    cdef uint16_t number
+    cdef list _kept  # objects that the slices and pointers above belong to
+
+    def __cinit__(self, relation, info, tuple groups, frozenset wanted):
+        cdef int index
+        cdef bytes name
+        self._kept = []
+        self.own_name = (relation.schema, relation.table)
+        self.name = info.root or self.own_name
+        self.column_count = len(relation.columns)
+        self.columns = <Column*> self._zeroed(self.column_count, sizeof(Column))
+        for index, column in enumerate(relation.columns):
+            self.overhead_bytes += 2 * len(column.name) + 8
+            self._set_renderer(&self.columns[index], column.type_oid, info.types)
+            name = orjson.dumps(column.name) + b":"
+            self.columns[index].name = self._keep(name)
+            self.columns[index].lead = self._keep((b"," if index else b'{"record":{') + name)
+        self._set_keys(relation, info, groups)
+        for action in wanted:
+            self.wanted |= 1 << <int> ACTIONS.index(action)
+        for index, action in enumerate(ACTIONS):
+            schema, table = self.own_name if action == "truncate" else self.name
+            self.tails[index] = self._keep(
+                b',"action":"%b","metadata":{"table_schema":%b,"table_name":%b,"idempotency_key":"'
+                % (action.encode(), orjson.dumps(schema), orjson.dumps(table))
+            )
+
+    def __dealloc__(self):
+        cdef int index
+        PyMem_Free(self.columns)
+        PyMem_Free(self.primary)
+        if self.groups != NULL:
+            for index in range(self.group_count):
+                PyMem_Free(self.groups[index].columns)
+        PyMem_Free(self.groups)
+
+    cdef void* _zeroed(self, size_t count, size_t size) except NULL:
+        cdef void* memory = PyMem_Malloc(count * size + 1)
+        if memory == NULL:
+            raise MemoryError
+        memset(memory, 0, count * size + 1)
+        return memory
+
+    cdef Slice _keep(self, bytes data):
+        cdef Slice kept
+        self._kept.append(data)
+        kept.data = <const uint8_t*> PyBytes_AS_STRING(data)
+        kept.size = <size_t> PyBytes_GET_SIZE(data)
+        return kept
+
+    cdef int _set_renderer(self, Column* column, oid, types) except -1:
+        renderer = renderer_for(oid, types)
+        column.kind = KINDS.get(renderer, NUMBERS if oid in NUMBER_ARRAYS else PYTHON)
+        column.renderer = <PyObject*> renderer
+        self._kept.append(renderer)
+        return 0
+
+    cdef int _set_keys(self, relation, info, tuple groups) except -1:
+        cdef int index, at
+        index_of = {column.name: index for index, column in enumerate(relation.columns)}
+        names = primary_key(relation, info)
+        self.primary_count = len(names)
+        self.primary = <int*> self._zeroed(self.primary_count, sizeof(int))
+        for at, name in enumerate(names):
+            index = index_of[name]
+            self.primary[at] = index
+            self.columns[index].in_key = self.columns[index].in_primary_key = True
+        self.plain_primary = (
+            self.primary_count == 1 and relation.columns[self.primary[0]].type_oid in plain_oids
+        )
+        self.group_count = len(groups)
+        self.groups = <Group*> self._zeroed(self.group_count, sizeof(Group))
+        for at, columns in enumerate(groups):
+            self._set_group(&self.groups[at], columns, index_of)
+        self.prefix = self._keep(table_prefix(*self.name).encode())
+        self.prefix_crc = crc32_more(0, self.prefix.data, self.prefix.size)
+        return 0
+
+    cdef int _set_group(self, Group* group, columns, dict index_of) except -1:
+        cdef int index, at
+        if columns is None:
+            group.count = -1
+            return 0
+        group.columns = <int*> self._zeroed(len(columns), sizeof(int))
+        for at, name in enumerate(columns):
+            index = index_of.get(name, -1)
+            group.columns[at] = index
+            if index >= 0:
+                self.columns[index].in_key = True
+        group.count = len(columns)
+        return 0
+
+    # Taking a row apart.
+
+    cdef Py_ssize_t split(self, const uint8_t* payload, size_t size, size_t at, Value* row, bint* unchanged) except -1:
+        """TupleData at ``at`` into slices; where it ends. ``unchanged`` is set if a column of it is UNCHANGED."""
+        cdef int index
+        cdef uint8_t kind
+        cdef size_t length
+        at = self._start(payload, size, at)
+        for index in range(self.column_count):
+            if at >= size:
+                raise IndexError
+            kind = payload[at]
+            at += 1
+            if kind == c"t":
+                if size - at < 4:
+                    raise IndexError
+                length = big32(payload + at)
+                at += 4
+                if size - at < length:
+                    raise ProtocolError(f"a row ends at byte {at + length} of a frame of {size}")
+                row[index].data = payload + at
+                row[index].size = length
+                at += length
+            elif kind == c"n":
+                row[index].data = NULL
+                row[index].size = 0
+            elif kind == c"u":
+                row[index].data = UNCHANGED
+                row[index].size = UNCHANGED_BYTES
+                unchanged[0] = True
+            else:
+                raise ProtocolError(f"a column of kind {kind:#04x} in a row of {self.own_name}")
+        return <Py_ssize_t> at
+
+    cdef Py_ssize_t split_key(self, const uint8_t* payload, size_t size, size_t at, Value* row) except -1:
+        """As `split` for a row that is too large: other columns than the key's are null."""
+        cdef int index
+        cdef uint8_t kind
+        cdef size_t length
+        at = self._start(payload, size, at)
+        for index in range(self.column_count):
+            row[index].data = NULL
+            row[index].size = 0
+            if at >= size:
+                raise IndexError
+            kind = payload[at]
+            at += 1
+            if kind == c"t":
+                if size - at < 4:
+                    raise IndexError
+                length = big32(payload + at)
+                at += 4
+                if size - at < length:
+                    raise ProtocolError(f"a row ends at byte {at + length} of a frame of {size}")
+                if self.columns[index].in_key:
+                    row[index].data = payload + at
+                    row[index].size = length
+                at += length
+            elif kind == c"u":
+                row[index].data = UNCHANGED
+                row[index].size = UNCHANGED_BYTES
+        return <Py_ssize_t> at
+
+    cdef Py_ssize_t _start(self, const uint8_t* payload, size_t size, size_t at) except -1:
+        cdef int count
+        if at > size or size - at < 2:
+            raise IndexError
+        count = (payload[at] << 8) | payload[at + 1]
+        if count != self.column_count:
+            raise ProtocolError(f"a row of {count} columns where {self.own_name} has {self.column_count}")
+        return <Py_ssize_t> at + 2
+
+    # Rendering.
+
+    cdef int append_record(self, Buffer* out, Value* row) except -1:
+        """The beginning of a body: the whole row."""
+        cdef int index
+        cdef Column* column
+        if self.column_count == 0:
+            return append(out, b'{"record":{}', 12)
+        for index in range(self.column_count):
+            column = &self.columns[index]
+            append(out, column.lead.data, column.lead.size)
+            append_value(out, column, row[index])
+        return append_byte(out, c"}")
+
+    cdef int append_columns(self, Buffer* out, Value* row, Value* differs_from, bint key_alone) except -1:
+        """A JSON object of some columns, without those that are UNCHANGED: those that differ from another row, the
+        key's, or all."""
+        cdef int index
+        cdef Column* column
+        cdef bint first = True
+        append_byte(out, c"{")
+        for index in range(self.column_count):
+            column = &self.columns[index]
+            if row[index].data == UNCHANGED or (differs_from != NULL and same(row[index], differs_from[index])):
+                continue
+            if key_alone and not (
+                column.in_primary_key or (column.in_key and row[index].size <= GROUP_VALUE_BYTES)
+            ):
+                continue
+            if not first:
+                append_byte(out, c",")
+            first = False
+            append(out, column.name.data, column.name.size)
+            append_value(out, column, row[index])
+        return append_byte(out, c"}")
+
+
+cdef inline bint same(Value one, Value other) noexcept nogil:
+    if one.data == NULL or other.data == NULL:
+        return one.data == other.data
+    return one.size == other.size and memcmp(one.data, other.data, one.size) == 0
+
+
+cdef size_t growth_bytes(Value* row, int count) noexcept nogil:
+    """How much larger than itself the row's JSON is at least, by characters that take six bytes."""
+    cdef size_t found = 0, at
+    cdef int index
+    cdef uint8_t c
+    for index in range(count):
+        if row[index].data == NULL:
+            continue
+        for at in range(row[index].size):
+            c = row[index].data[at]
+            found += c < 0x20 and c != 0x08 and c != 0x09 and c != 0x0A and c != 0x0C and c != 0x0D
+    return 5 * found
+
+
+# The texts of a row's keys, one behind the other: the primary key's, and each group's.
+
+cdef struct Keys:
+    Buffer texts
+    Buffer values  # of the primary key, as JSON
+    size_t* ends
+    uint64_t* hashes
+
+
+cdef int keys_open(Keys* keys, int count) except -1:
+    buffer_open(&keys.texts, SMALLEST_CAPACITY)
+    buffer_open(&keys.values, SMALLEST_CAPACITY)
+    keys.ends = <size_t*> PyMem_Malloc(count * sizeof(size_t))
+    keys.hashes = <uint64_t*> PyMem_Malloc(count * sizeof(uint64_t))
+    if keys.ends == NULL or keys.hashes == NULL:
+        raise MemoryError
+    return 0
+
+
+cdef void keys_close(Keys* keys) noexcept:
+    buffer_close(&keys.texts)
+    buffer_close(&keys.values)
+    PyMem_Free(keys.ends)
+    PyMem_Free(keys.hashes)
+
+
+cdef inline Slice key_text(Keys* keys, int number) noexcept:
+    cdef Slice text
+    cdef size_t start = keys.ends[number - 1] if number else 0
+    text.data = keys.texts.data + start
+    text.size = keys.ends[number] - start
+    return text
+
+
+cdef int read_keys(Keys* keys, Plan plan, Value* row) except -1:
+    """All keys of a row, in which nothing is UNCHANGED any more."""
+    cdef int number
+    cdef Slice primary
+    keys.texts.size = keys.values.size = 0
+    read_primary(keys, plan, row)
+    keys.ends[0] = keys.texts.size
+    primary = key_text(keys, 0)
+    keys.hashes[0] = hash_of(plan, primary)
+    for number in range(plan.group_count):
+        if plan.groups[number].count < 0:
+            reserve(&keys.texts, keys.ends[0])
+            append(&keys.texts, keys.texts.data, keys.ends[0])
+            keys.hashes[1 + number] = keys.hashes[0]
+            keys.ends[1 + number] = keys.texts.size
+        else:
+            read_group(&keys.texts, plan, &plan.groups[number], row)
+            keys.ends[1 + number] = keys.texts.size
+            keys.hashes[1 + number] = hash_of(plan, key_text(keys, 1 + number))
+    return 0
+
+
+cdef inline uint64_t hash_of(Plan plan, Slice key) noexcept:
+    """`spillway.chunk.key_hash`: every key begins with the table's prefix."""
+    if key.size == 0:
+        return 0
+    return crc32_more(plan.prefix_crc, key.data + plan.prefix.size, key.size - plan.prefix.size) | <uint64_t> 1 << 32
+
+
+cdef int read_primary(Keys* keys, Plan plan, Value* row) except -1:
+    cdef int at
+    cdef Value value
+    cdef bint first = True
+    for at in range(plan.primary_count):
+        if row[plan.primary[at]].data == NULL:
+            return append(&keys.values, b"[]", 2)
+    if plan.primary_count == 0:
+        return append(&keys.values, b"[]", 2)
+    append(&keys.texts, plan.prefix.data, plan.prefix.size)
+    if plan.plain_primary:
+        value = row[plan.primary[0]]
+        append(&keys.texts, value.data, value.size)
+        append(&keys.values, b'["', 2)
+        append(&keys.values, value.data, value.size)
+        return append(&keys.values, b'"]', 2)
+    append_byte(&keys.values, c"[")
+    for at in range(plan.primary_count):
+        if not first:
+            append_byte(&keys.texts, c":")
+            append_byte(&keys.values, c",")
+        first = False
+        value = row[plan.primary[at]]
+        if append_string(&keys.values, value.data, value.size):
+            append_part(&keys.texts, value)
+        else:
+            append_odd_part(&keys.texts, &keys.values, value)
+    return append_byte(&keys.values, c"]")
+
+
+cdef int read_group(Buffer* texts, Plan plan, Group* group, Value* row) except -1:
+    cdef int at
+    cdef Value value
+    append(texts, plan.prefix.data, plan.prefix.size)
+    for at in range(group.count):
+        if at:
+            append_byte(texts, c":")
+        if group.columns[at] < 0 or row[group.columns[at]].data == NULL:
+            append(texts, b"\\N", 2)
+            continue
+        value = row[group.columns[at]]
+        if value.size > GROUP_VALUE_BYTES:
+            append_bytes(texts, f"sha256-{sha256(value_bytes(value)).hexdigest()}".encode())
+        elif is_utf8(value.data, value.size):
+            append_part(texts, value)
+        else:
+            append_odd_part(texts, NULL, value)
+    return 0
+
+
+cdef int append_odd_part(Buffer* texts, Buffer* values, Value value) except -1:
+    """A part of a key that is not UTF-8."""
+    cdef bytes text = scalars.to_text(value_bytes(value)).encode()
+    value.data = <const uint8_t*> PyBytes_AS_STRING(text)
+    value.size = <size_t> PyBytes_GET_SIZE(text)
+    append_part(texts, value)
+    if values != NULL:
+        append_string(values, value.data, value.size)
+    return 0
+
+
+cdef int append_part(Buffer* texts, Value value) except -1:
+    """Escaped as `spillway.change.make_key` does."""
+    cdef size_t i
+    cdef uint8_t c
+    reserve(texts, value.size * 2)
+    for i in range(value.size):
+        c = value.data[i]
+        if c == 0x5C or c == c"." or c == c":":
+            texts.data[texts.size] = 0x5C
+            texts.size += 1
+        texts.data[texts.size] = c
+        texts.size += 1
+    return 0

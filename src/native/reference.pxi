@@ -1,0 +1,35 @@
+# What is taken from the reference. It is imported when the first decoder is made, not with this module: the package
+# that holds it asks for this module when it is imported itself.
+
+cdef object scalars, renderer_for, primary_key, plain_oids
+cdef object ProtocolError, read_relation, read_truncate
+cdef object Ended, Full, Keepalive, Renew
+cdef dict KINDS = None
+
+
+cdef int bind_reference() except -1:
+    global scalars, renderer_for, primary_key, plain_oids, KINDS
+    global ProtocolError, read_relation, read_truncate, Ended, Full, Keepalive, Renew
+    if KINDS is not None:
+        return 0
+    from spillway.pgoutput import frames, messages, plan, types
+    from spillway.pgoutput import scalars as scalar_renderers
+
+    scalars = scalar_renderers
+    renderer_for, plain_oids = types.renderer_for, types.PLAIN_OIDS
+    primary_key = plan.primary_key
+    ProtocolError, read_relation, read_truncate = messages.ProtocolError, messages.read_relation, messages.read_truncate
+    Ended, Full, Keepalive, Renew = frames.Ended, frames.Full, frames.Keepalive, frames.Renew
+    KINDS = {
+        None: AS_IT_IS,
+        scalars.text: TEXT,
+        scalars.quoted: QUOTED,
+        scalars.boolean: BOOLEAN,
+        scalars.number: NUMBER,
+        scalars.json: JSON,
+        scalars.bytea: BYTEA,
+        scalars.date: DATE,
+        scalars.timestamp: TIMESTAMP,
+        scalars.timestamptz: TIMESTAMPTZ,
+    }
+    return 0
