@@ -32,22 +32,14 @@ Promises:
   outside of the key and cannot be told from real ones: who asks the catalogue has to find that.
 - A partition published under its own name has the identity of its root, but for TRUNCATE: that emptied the partition,
   not the table, and is reported under the partition's own name.
-
-Annotations: ``pg_logical_emit_message(true, 'sequin:transaction_annotations.set', '{...}')`` counts for what follows
-in its transaction, ``...clear`` takes it back. What is not JSON gives null and a warning.
 """
 
 from __future__ import annotations
 
 import struct
-from binascii import b2a_base64
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Final
-from zlib import crc32
-
-import orjson
 
 from spillway.change import ACTIONS, BODY_START, RECORD_START, Action
 from spillway.chunk import LOW, MOVED, OLD, TOO_LARGE, WHOLE, Chunk, ChunkBuilder
@@ -55,9 +47,7 @@ from spillway.errors import Finding
 from spillway.pgoutput.frames import Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.messages import (
     ProtocolError,
-    read_begin,
     read_commit,
-    read_logical_message,
     read_relation,
     read_truncate,
 )
@@ -73,11 +63,7 @@ from spillway.pgoutput.plan import (
     known,
 )
 from spillway.pgoutput.relation import Relation, TableInfo
-from spillway.pgoutput.scalars import json as embed_json
-from spillway.position import format_lsn
-
-ANNOTATION_SET = b"sequin:transaction_annotations.set"
-ANNOTATION_CLEAR = b"sequin:transaction_annotations.clear"
+from spillway.pgoutput.transaction import Transaction
 
 # Of the replication protocol: XLogData, whose header is wal_start, wal_end and the time; keepalive.
 _XLOG_DATA, _KEEPALIVE = b"wk"
@@ -96,12 +82,6 @@ _ROWS: Final = {ord("I"): _INSERTED, ord("U"): _UPDATED, ord("D"): _DELETED}
 _row_head = struct.Struct(">xIB").unpack_from
 _oid_at = struct.Struct(">xI").unpack_from
 _ROW_START: Final = 6
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-# Earlier changes of a key are counted per bucket, in one byte each.
-_BUCKETS: Final = 65536
-_MOST: Final = 255
 
 # A record has one byte for the place within a TRUNCATE. What counts is that the places do not fall.
 _LAST_SUB: Final = 255
@@ -129,35 +109,26 @@ class Decoder:
         renew_frame_bytes: int,
         on_warning: Callable[[Finding], None] = lambda _: None,
     ) -> None:
-        self.largest_frame_bytes = 0  # its payload, since the decoder was made
+        self.largest_frame_bytes = 0  # the payload of one that was decoded, since the decoder was made
         self.taken_bytes = 0  # in frames, since the caller last set it to 0
         self.used_bytes = 0  # credit used by the chunk that is being filled
-        self._database_name = database.name
-        self._database_json = database.as_json()
         self._group_columns = group_columns
         self._groups = groups
         self._max_message_bytes = max_message_bytes
-        self._max_annotation_bytes = max_message_bytes // 4  # so that every body has room for it
         self._frame_overhead_bytes = frame_overhead_bytes
         self._renew_frame_bytes = renew_frame_bytes
-        self._on_warning = on_warning
+        # An annotation is small enough that every body has room for it.
+        self._transaction = Transaction(database, max_message_bytes // 4, on_warning)
         self._plans: dict[int, TablePlan] = {}
         self._kept: memoryview | None = None  # the frame that the chunk had no credit for
         # The chunk that is being filled.
         self._builder = ChunkBuilder(groups)
         self._no_texts = (b"",) * (2 + 2 * groups)
         self._commit_lsn = self._end_lsn = self._truncates = 0
-        # Of the open transaction; without one, final_lsn is 0.
-        self._final_lsn = 0
-        self._commit_microseconds = 0
-        self._idx = 0
-        self._counts = bytearray()
-        self._commit_json = b""  # commit_timestamp's value and commit_lsn
-        self._database_part = b""  # database_name's value, transaction_annotations and database
 
     @property
     def in_transaction(self) -> bool:
-        return self._final_lsn != 0
+        return self._transaction.final_lsn != 0
 
     @property
     def count(self) -> int:
@@ -184,7 +155,7 @@ class Decoder:
 
     def take(self) -> Chunk:
         """What was filled, and the last commit that was read meanwhile. The next chunk begins."""
-        if self._idx > LOW:
+        if self._transaction.idx > LOW:
             raise ProtocolError(f"a transaction of more than {LOW} operations")
         chunk = self._builder.take(self._commit_lsn, self._end_lsn, self._truncates)
         self._commit_lsn = self._end_lsn = self._truncates = 0
@@ -229,7 +200,7 @@ class Decoder:
         if frame[0] != _KEEPALIVE:
             raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
         wal_end, _, reply_requested = _keepalive(frame)
-        if self._final_lsn and not reply_requested:
+        if self._transaction.final_lsn and not reply_requested:
             return None
         return Keepalive(wal_end, reply_requested != 0)
 
@@ -237,7 +208,7 @@ class Decoder:
 
     def _other(self, kind: int, payload: memoryview) -> Relation | Renew | None:
         if kind == _BEGIN:
-            self._begin(bytes(payload))
+            self._transaction.begin(bytes(payload))
         elif kind == _COMMIT:
             return self._commit(bytes(payload))
         elif kind == _RELATION:
@@ -247,78 +218,30 @@ class Decoder:
         elif kind == _TRUNCATE:
             self._truncate(bytes(payload))
         elif kind == _MESSAGE:
-            self._logical_message(payload)
+            self._transaction.logical_message(payload)
         elif kind not in _IGNORED:
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return None
 
-    def _begin(self, payload: bytes) -> None:
-        begin = read_begin(payload)
-        self._final_lsn, self._commit_microseconds = begin.final_lsn, begin.commit_microseconds
-        self._idx = 0
-        self._counts = bytearray(_BUCKETS)
-        time = _EPOCH + timedelta(microseconds=begin.commit_microseconds)
-        timestamp = time.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
-        self._commit_json = b'"%b","commit_lsn":%d' % (timestamp, begin.final_lsn)
-        self._annotate(b"null")
-
     def _commit(self, payload: bytes) -> Renew | None:
         commit = read_commit(payload)
         self._commit_lsn, self._end_lsn = commit.commit_lsn, commit.end_lsn
-        self._final_lsn = 0
+        self._transaction.final_lsn = 0
         return Renew() if self.largest_frame_bytes > self._renew_frame_bytes else None
-
-    def _annotate(self, annotations: bytes) -> None:
-        self._database_part = b'%b,"transaction_annotations":%b,"database":%b' % (
-            orjson.dumps(self._database_name),
-            annotations,
-            self._database_json,
-        )
-
-    def _logical_message(self, payload: memoryview) -> None:
-        message = read_logical_message(payload)
-        if not message.transactional:
-            return
-        self._idx += 1
-        if message.prefix == ANNOTATION_CLEAR:
-            self._annotate(b"null")
-        elif message.prefix == ANNOTATION_SET:
-            self._annotate(self._annotations(message.content))
-
-    def _annotations(self, content: memoryview) -> bytes:
-        if len(content) > self._max_annotation_bytes:
-            return self._no_annotations(f"of {len(content)} bytes, above the {self._max_annotation_bytes} allowed")
-        text = bytes(content)
-        try:
-            orjson.loads(text)
-        except orjson.JSONDecodeError:
-            return self._no_annotations("that is not JSON")
-        return embed_json(text)
-
-    def _no_annotations(self, why: str) -> bytes:
-        finding = Finding(
-            code="invalid_transaction_annotation",
-            what=f"the transaction at {format_lsn(self._final_lsn)} has an annotation {why}; its messages go without",
-            remedy=f"pass a short JSON object to pg_logical_emit_message(true, '{ANNOTATION_SET.decode()}', ...)",
-            severity="warning",
-            database=self._database_name,
-        )
-        self._on_warning(finding)
-        return b"null"
 
     def _truncate(self, payload: bytes) -> None:
         for sub, oid in enumerate(read_truncate(payload)):
             plan = self._plan(oid)
-            tail = self._tail(plan, _TRUNCATED, b"null", b"[]")
+            tail = self._transaction.tail(plan.tails[_TRUNCATED], b"null", b"[]")
             body = BODY_START + b"null" + tail
             self._add(plan.own_name, _TRUNCATED, body, tail, self._no_texts, sub=min(sub, _LAST_SUB))
         self._truncates += 1
-        self._idx += 1
+        self._transaction.idx += 1
 
     # Rows.
 
     def _row(self, plan: TablePlan, action: int, payload: memoryview) -> None:
-        if not self._final_lsn:
+        if not self._transaction.final_lsn:
             raise ProtocolError("a row outside of a transaction")
         if action in plan.wanted:
             if len(payload) > self._max_message_bytes:
@@ -332,7 +255,7 @@ class Decoder:
                         self._insert_or_delete(plan, action, whole_payload)
                 except _TooLargeError as too_large:
                     self._large_row(plan, action, payload, too_large.size_bytes)
-        self._idx += 1
+        self._transaction.idx += 1
 
     def _insert_or_delete(self, plan: TablePlan, action: int, payload: bytes) -> None:
         row, end, unchanged = plan.split(payload, _ROW_START)
@@ -370,7 +293,7 @@ class Decoder:
         key_row = known(row)
         primary, pks = plan.primary(key_row)
         texts = plan.texts(primary, key_row)
-        tail = self._tail(plan, action, b"{}" if action == _UPDATED else b"null", pks)
+        tail = self._transaction.tail(plan.tails[action], b"{}" if action == _UPDATED else b"null", pks)
         moved = 0
         if old is not None:
             moved, texts = self._move(plan, old, row, mark == _OLD, texts)
@@ -393,7 +316,7 @@ class Decoder:
         """Body, its tail, and the texts of the keys. Nothing is counted yet: the row may turn out to be too large."""
         key_row = known(row) if unchanged else row
         primary, pks = plan.primary(key_row)
-        tail = self._tail(plan, action, changes, pks)
+        tail = self._transaction.tail(plan.tails[action], changes, pks)
         body = plan.partial_body(row, tail) if unchanged else plan.body(row, tail)
         if len(body) > self._max_message_bytes:
             raise _TooLargeError(len(body))
@@ -412,20 +335,10 @@ class Decoder:
         moved = 0
         if primary not in (b"", texts[0]):
             moved = MOVED
-            tail = self._tail(plan, _DELETED, b"null", pks)
+            tail = self._transaction.tail(plan.tails[_DELETED], b"null", pks)
             self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_texts, flags=WHOLE | OLD)
         pairs = [(now, b"" if then == now else then) for now, then in zip(texts[::2], old_texts[::2], strict=True)]
         return moved, tuple(chain.from_iterable(pairs))
-
-    def _tail(self, plan: TablePlan, action: int, changes: bytes, pks: bytes) -> bytes:
-        return plan.tails[action] % (
-            changes,
-            b2a_base64(b"%d:%d" % (self._final_lsn, self._idx), newline=False),
-            self._commit_json,
-            self._idx,
-            self._database_part,
-            pks,
-        )
 
     def _add(
         self,
@@ -440,31 +353,21 @@ class Decoder:
         too_large_bytes: int = 0,
     ) -> None:
         """A record. From here on the change counts: one that is given up as too large must not be here twice."""
+        transaction = self._transaction
         self._builder.add(
             table,
             action,
-            self._final_lsn,
-            self._idx,
-            self._commit_microseconds,
+            transaction.final_lsn,
+            transaction.idx,
+            transaction.commit_microseconds,
             body,
             len(body) - len(tail) - RECORD_START,
             texts,
-            n=self._number(texts[0]),
+            n=transaction.number(texts[0]),
             flags=flags,
             sub=sub,
             too_large_bytes=too_large_bytes,
         )
-
-    def _number(self, key: bytes) -> int:
-        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
-        if not key:
-            return 1
-        bucket = crc32(key) & 0xFFFF
-        count = self._counts[bucket]
-        if count < _MOST:
-            count += 1
-            self._counts[bucket] = count
-        return count
 
     def _plan(self, oid: int) -> TablePlan:
         plan = self._plans.get(oid)
