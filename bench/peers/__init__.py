@@ -12,7 +12,7 @@ A backlog is filled once and drained by each tool from a *copy* of the slot, so 
     ``pg_recvlogical`` to /dev/null.
 ``bare.drain(slot, *, pause_us=0, receive_buffer_bytes=0, unix=False)``
     Our socket reader that decodes nothing; over TCP with ``pause_us=1000`` it is what the issue calls *the limit*.
-``debezium.drain(slot, *, schemas=False, settings=None)``
+``debezium.drain(slot, *, schemas=False, settings=None, jvm_options=())``
     Debezium's engine; ``debezium.Callbacks`` for latency. Its configuration is ``debezium/engine.properties``.
 ``pgsync.run(source, waiting, index)``
     pgsync in WAL mode into OpenSearch; makes its own kind of slot (``pgsync.drain`` takes one that was made so).

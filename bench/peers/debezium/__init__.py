@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
@@ -45,7 +45,9 @@ def _classpath() -> str:
     return f"{ensure(f'bench-debezium-{digest}', build) / 'classes'}:{libs}/*"
 
 
-def _command(slot: Slot, rows: int, folder: Path, settings: Mapping[str, str]) -> list[str | Path]:
+def _command(
+    slot: Slot, rows: int, folder: Path, settings: Mapping[str, str], jvm_options: Sequence[str] = ()
+) -> list[str | Path]:
     """Writes the run's properties: those of the repository, then what belongs to the run."""
     own = {
         "database.hostname": slot.host,
@@ -59,7 +61,7 @@ def _command(slot: Slot, rows: int, folder: Path, settings: Mapping[str, str]) -
     }
     properties = folder / "run.properties"
     properties.write_text(_PROPERTIES.read_text() + "".join(f"{name}={value}\n" for name, value in own.items()))
-    return ["java", "-cp", _classpath(), "Drain", properties, str(rows)]
+    return ["java", *jvm_options, "-cp", _classpath(), "Drain", properties, str(rows)]
 
 
 def _environment() -> dict[str, str]:
@@ -67,12 +69,18 @@ def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
 
 
-def drain(slot: Slot, *, schemas: bool = False, settings: Mapping[str, str] | None = None) -> Measured:
-    """``settings`` are further properties, for whoever wants to see what tuning gives."""
+def drain(
+    slot: Slot,
+    *,
+    schemas: bool = False,
+    settings: Mapping[str, str] | None = None,
+    jvm_options: Sequence[str] = (),
+) -> Measured:
+    """``settings`` are further properties and ``jvm_options`` such as ``-Xmx512m``: to see what tuning gives."""
     switch = {f"{part}.converter.schemas.enable": str(schemas).lower() for part in ("key", "value")}
     with tempfile.TemporaryDirectory(prefix="spillway-debezium-") as name:
         folder = Path(name)
-        command = _command(slot, slot.rows, folder, {**switch, **(settings or {})})
+        command = _command(slot, slot.rows, folder, {**switch, **(settings or {})}, jvm_options)
         done = watched(command, slot, folder=folder, env=_environment())
     lines = [line for line in done.output.splitlines() if line.startswith('{"rows"')]
     if not lines:
@@ -89,6 +97,7 @@ def drain(slot: Slot, *, schemas: bool = False, settings: Mapping[str, str] | No
             "version": debezium.VERSION,
             "schemas": schemas,
             "settings": dict(settings or {}),
+            "jvm_options": list(jvm_options),
             "second_half_rows_per_second": (told["rows"] - told["rows"] // 2) / ((told["end"] - told["half"]) / 1e9),
             "start_seconds": (told["first"] - told["started"]) / 1e9,
             "whole_process_seconds": done.seconds,
