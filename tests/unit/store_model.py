@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from spillway.change import Change, Message
-from spillway.store.base import Counters, Gap, Select, Write
+from spillway.chunk import Chunk, Message, Span
+from spillway.store.base import Counters, Gap, Park, Select, Write
 
 _FOREVER = float("-inf")
 
@@ -20,13 +20,28 @@ class Record:
     row: int
     position: tuple[int, int, int]
     keys: tuple[str, ...]  # what it stands under: a private key if it has none
-    change: Change
     message_keys: tuple[str, ...]
+    table: tuple[str, str]
+    body: bytes
+    commit_time: float
+    chunk: Chunk
+    index: int
+    keying: int
     held: bool = False
+    revived: bool = False
 
-    @property
-    def bytes(self) -> int:
-        return len(self.change.body)
+    def __deepcopy__(self, memo: dict[int, object]) -> Record:
+        return copy.copy(self)
+
+
+@dataclass
+class Said:
+    """Of a parked key: of which head, and what."""
+
+    row: int
+    attempts: int
+    reason: str
+    waits: bool
 
 
 @dataclass
@@ -40,86 +55,101 @@ class Letter:
 class Model:
     """One sink."""
 
-    next_row: int = 1
+    next_span: int = 1
+    last_span: int = 0  # of which anything was stored
     position: tuple[int, int, int] | None = None
     paused: bool | None = None
     gap: Gap | None = None
     rows: dict[int, Record] = field(default_factory=dict)
     dead: dict[int, Letter] = field(default_factory=dict)
-    said: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # key -> head row, attempts, reason
-    due_at: dict[int, float] = field(default_factory=dict)  # row of a head that may be sent -> when
+    said: dict[str, Said] = field(default_factory=dict)
+    due_at: dict[int, float] = field(default_factory=dict)  # row of a head of all its lanes -> when
 
     def copy(self) -> Model:
-        return copy.deepcopy(self, {id(r.change): r.change for r in self.rows.values()})
+        return copy.deepcopy(self)
 
     # -- what is so -------------------------------------------------------------------------------------------------
     def of_key(self, key: str) -> list[Record]:
         return [self.rows[row] for row in sorted(self.rows) if key in self.rows[row].keys]
 
+    def lane(self, key: str) -> list[Record]:
+        return [record for record in self.of_key(key) if record.held]
+
     def parked_keys(self) -> set[str]:
         return {key for record in self.rows.values() if record.held for key in record.keys}
-
-    def head(self, key: str) -> Record:
-        return next(record for record in self.of_key(key) if record.held)
 
     def queue(self) -> list[Record]:
         return [self.rows[row] for row in sorted(self.rows) if not self.rows[row].held]
 
-    def sendable(self, record: Record) -> bool:
-        """The first of everything that waits under each of its keys."""
+    def first(self, record: Record) -> bool:
+        """Of everything that waits under each of its keys."""
         return all(self.of_key(key)[0] is record for key in record.keys)
 
-    def due(self, now: float, *, regardless: bool = False) -> set[int]:
-        return {row for row, at in self.due_at.items() if regardless or at <= now}
+    def head(self, record: Record) -> bool:
+        """Of all its lanes."""
+        return record.held and all(self.lane(key)[0] is record for key in record.keys)
+
+    def due(self, now: float, read_up_to: int, *, regardless: bool = False) -> dict[int, float]:
+        """The row of each, with its time."""
+        found = {}
+        for row, at in self.due_at.items():
+            unread = any(read_up_to < other.row <= row for other in self.queue())
+            waits = self.said[min(self.rows[row].keys)].waits
+            if (regardless or at <= now) and not (waits and unread):
+                found[row] = at
+        return found
 
     def counters(self) -> Counters:
         return Counters(
             messages=len(self.rows),
-            bytes=sum(r.bytes for r in self.rows.values()),
+            bytes=sum(len(r.body) for r in self.rows.values()),
             queued=len(self.queue()),
             parked_keys=len(self.parked_keys()),
             dead_letters=len(self.dead),
         )
 
     # -- what happens -----------------------------------------------------------------------------------------------
-    def write(self, write: Write, rows: dict[int, int], now: float) -> set[int]:
-        """``rows``: the row of each message of the Write by identity, known or to be given; extended by `put`."""
-        first = self.next_row
-        for message in write.put:
-            rows[id(message)] = self.next_row
-            self._append(message, held=not self.parked_keys().isdisjoint(message.keys))
+    def write(self, write: Write, now: float) -> list[list[int]]:
+        """Returns the row of each place of what was put; 0 for none."""
+        placed: dict[int, list[int]] = {}
+        for span in write.put:
+            placed[id(span)] = self._put(span)
+
+        def row(message: Message) -> int:
+            return _row(placed, message.span, message.place)
+
         if write.position is not None:
             self.position = tuple(write.position)
-        self._remove({rows.get(id(m), m.row) for m in write.resolved}, now)
-        for park in write.park:
-            self._park(rows.get(id(park.message), park.message.row), park.reason, now + park.due_seconds, now)
-        for bury in write.bury:
-            row = rows.get(id(bury.message), bury.message.row)
-            if row in self.rows:
-                record = self.rows[row]
-                said = self.said.get(record.keys[0])
-                before = said[1] if said is not None and said[0] == row else 0
-                self.dead[row] = Letter(record, before + 1, bury.reason)
-                self._remove({row}, now)
-        for number, message in write.revive:
-            if self.dead.pop(number, None) is not None:
-                self._append(message, held=True)
+        self._remove(
+            {_row(placed, span, place) for span, start, stop in write.resolved for place in range(start, stop)}, now,
+            held=False,
+        )  # fmt: skip
+        self._remove({row(message) for message in write.resolved_held}, now, held=True)
+        for message in write.superseded_by:
+            (key,) = message.keys
+            self._remove({r.row for r in self.lane(key) if r.row < row(message)}, now)
+        self._park([(row(park.message), park) for park in write.park], now)
+        for message in write.hold:
+            if row(message) in self.rows:
+                self.rows[row(message)].held = True
+        self._look(now)
+        self._bury([(row(bury.message), bury) for bury in write.bury], now)
+        self._revive(write)
         self._look(now)
         if write.drop_table_below is not None:
-            prefix, below = write.drop_table_below
-            self._remove(
-                {r.row for r in self.rows.values() if r.keys[0].startswith(prefix) and r.position < tuple(below)}, now
-            )
+            schema, table, below = write.drop_table_below
+            dropped = [r for r in self.rows.values() if r.table == (schema, table) and r.position < tuple(below)]
+            self._remove({r.row for r in dropped}, now)
         self.paused = self.paused if write.paused is None else write.paused
         self.gap = None if write.clear_gap else write.gap or self.gap
-        return {row for row in range(first, first + len(write.put)) if row in self.rows and self.rows[row].held}
+        return [placed[id(span)] for span in write.put]
 
     def retry(self, select: Select, now: float) -> None:
         for row in self.due_at:
             keys = self.rows[row].keys
             if select.all:
                 self.due_at[row] = _FOREVER
-            elif select.key in keys or select.reason == self.said[min(keys)][2]:
+            elif select.key in keys or select.reason == self.said[min(keys)].reason:
                 self.due_at[row] = now
 
     def discarded(self, rows: set[int], now: float) -> None:
@@ -130,58 +160,84 @@ class Model:
             return set(self.rows)
         if select.key is not None:
             return {r.row for r in self.of_key(select.key)}
-        keys = {key for key in self.parked_keys() if self.said[key][2] == select.reason}
-        return {r.row for key in keys for r in self.of_key(key) if r.held}
+        keys = {key for key in self.parked_keys() if self.said[key].reason == select.reason}
+        return {r.row for key in keys for r in self.lane(key)}
 
     def restarted(self) -> None:
+        self.next_span = self.last_span + 1
         self.due_at = dict.fromkeys(self.due_at, _FOREVER)
 
-    def _append(self, message: Message, *, held: bool) -> None:
-        row, change = self.next_row, message.change
-        self.next_row += 1
+    def _put(self, span: Span) -> list[int]:
+        base, self.next_span = self.next_span << 16, self.next_span + 1
+        rows = []
+        count = 0
+        for place in range(span.size):
+            if span.resolved[place]:
+                rows.append(0)
+            else:
+                rows.append(base + count)
+                self._append(base + count, Message(span, place))
+                count += 1
+        return rows
+
+    def _append(self, row: int, message: Message) -> Record:
+        change, span = message.change, message.span
+        self.last_span = row >> 16
         keys = message.keys or (f"{change.schema}.{change.table}:\\#{row}",)
-        self.rows[row] = Record(row, message.position, keys, change, message.keys, held)
+        record = self.rows[row] = Record(
+            row, message.position, keys, message.keys, (change.schema, change.table), change.body, change.commit_time,
+            span.chunk, span.indices[message.place], span.keying,
+        )  # fmt: skip
+        return record
 
-    def _park(self, row: int, reason: str, due: float, now: float) -> None:
-        record = self.rows.get(row)
-        if record is None:
-            return
-        if record.held:
-            if any(self.head(key) is not record for key in record.keys):
-                return
-        else:
-            self._hold(record)
+    def _park(self, parks: list[tuple[int, Park]], now: float) -> None:
+        there = {row: park for row, park in parks if row in self.rows}
+        for row in there:
+            self.rows[row].held = True
         self._look(now)
-        for key in record.keys:
-            head = self.head(key)
-            attempts = self.said[key][1]
-            self.said[key] = (head.row, attempts + 1, reason)
-            if self.sendable(head):
-                self.due_at[head.row] = due
+        for row, park in there.items():
+            record = self.rows[row]
+            if self.head(record):
+                for key in record.keys:
+                    said = self.said[key]
+                    self.said[key] = Said(row, said.attempts + park.counts_attempt, park.reason, waits=False)
+                self.due_at[row] = now + park.due_seconds
 
-    def _hold(self, record: Record) -> None:
-        starts = dict.fromkeys(record.keys, 0)
-        changed = True
-        while changed:
-            changed = False
-            for other in self.queue():
-                if any(key in starts and other.row >= starts[key] for key in other.keys):
-                    other.held = changed = True
-                    for key in other.keys:
-                        starts[key] = min(starts.get(key, other.row), other.row)
+    def _bury(self, buries: list[tuple[int, Park]], now: float) -> None:
+        for row, bury in buries:
+            record = self.rows.pop(row, None)
+            if record is not None:
+                said = self.said.get(record.keys[0])
+                before = said.attempts if said is not None and said.row == row else 0
+                self.dead[row] = Letter(record, before + bury.counts_attempt, bury.reason)
+        self._look(now)
 
-    def _remove(self, rows: set[int], now: float) -> None:
+    def _revive(self, write: Write) -> None:
+        revived = [message for number, message in write.revive if self.dead.pop(number, None) is not None]
+        if revived:
+            base, self.next_span = self.next_span << 16, self.next_span + 1
+            for row, message in enumerate(revived, base):
+                record = self._append(row, message)
+                record.held = record.revived = True
+
+    def _remove(self, rows: set[int], now: float, held: bool | None = None) -> None:
         for row in rows:
-            self.rows.pop(row, None)
+            if row in self.rows and held in (None, self.rows[row].held):
+                del self.rows[row]
         self._look(now)
 
     def _look(self, now: float) -> None:
-        """New heads begin anew; those that may be sent are due now."""
-        keys = self.parked_keys()
-        self.said = {
-            key: self.said[key] if key in self.said and self.said[key][0] == self.head(key).row
-            else (self.head(key).row, 0, "")
-            for key in keys
-        }  # fmt: skip
-        heads = {self.head(key).row for key in keys}
-        self.due_at = {row: self.due_at.get(row, now) for row in heads if self.sendable(self.rows[row])}
+        """New heads begin anew; those of all their lanes are due now."""
+        said = {}
+        for key in self.parked_keys():
+            head = self.lane(key)[0]
+            known = self.said.get(key)
+            fresh = Said(head.row, 0, "", waits=head.revived or len(head.keys) == 2)
+            said[key] = known if known is not None and known.row == head.row else fresh
+        self.said = said
+        heads = [self.lane(key)[0] for key in said]
+        self.due_at = {r.row: self.due_at.get(r.row, now) for r in heads if self.head(r)}
+
+
+def _row(placed: dict[int, list[int]], span: Span, place: int) -> int:
+    return placed[id(span)][place] if id(span) in placed else span.row(place)

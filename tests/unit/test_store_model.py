@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from store_model import Model, Record
-from store_support import SINK, SLOT, StillClock, everything, fast_folder, key, message
+from store_support import ALL, END, SINK, SLOT, StillClock, add, everything, fast_folder, key
 
-from spillway.change import Message
+from spillway.chunk import ChunkBuilder, Keying, Message, Piece, Span
 from spillway.position import Position
-from spillway.store import apply, file, lanes, rows, sqlite
+from spillway.store import apply, file, lanes, queue, reads, rows, sqlite
 from spillway.store.base import Gap, Park, Select, Write
 from spillway.store.sqlite import SqliteStore, open_store
 
@@ -35,7 +34,11 @@ _values = st.one_of(
     st.lists(st.sampled_from(VALUES), min_size=2, max_size=2, unique=True),
     st.just([]),
 )
-_newcomers = st.lists(st.tuples(_values, st.sampled_from(TABLES), st.integers(0, 30)), max_size=5)
+_change = st.tuples(_values, _values, st.sampled_from(TABLES), st.integers(0, 30), st.integers(0, 9))
+_keying = st.sampled_from(
+    [Keying.EVENTS, Keying.EVENTS, Keying.STATE, Keying.UNGROUPED, Keying.GROUPED, Keying.GROUPED + 1]
+)
+_newcomers = st.lists(st.tuples(_keying, st.booleans(), st.lists(_change, min_size=1, max_size=5)), max_size=3)
 _selects = st.one_of(
     st.sampled_from(KEYS).map(lambda k: Select(key=k)),
     st.sampled_from(REASONS).map(lambda r: Select(reason=r)),
@@ -52,8 +55,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock = StillClock()
         self.model = Model()
         self.lsn = 100
-        self.messages: list[Message] = []  # kept, so that their identity is theirs alone
-        self.row_of: dict[int, int] = {}
         self.store = self.open()
 
     def teardown(self) -> None:
@@ -69,67 +70,91 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- writes -----------------------------------------------------------------------------------------------------
     def draw(self, data: st.DataObject) -> Write:
+        """What the contract allows, more or less: whether it makes sense is not the store's concern."""
         put = [self.newcomer(*given) for given in data.draw(_newcomers, label="put")]
-        first = self.model.next_row
-        targets = [(row, None) for row in self.model.rows] + [(first + i, m) for i, m in enumerate(put)]
-        some = data.draw(st.lists(st.sampled_from(targets), unique=True, max_size=4), label="some") if targets else []
-        uses = [(data.draw(st.sampled_from(["resolved", "park", "bury"])), self.named(*target)) for target in some]
-        parks = [m for use, m in uses if use == "park"]
-        if len(parks) > 1:  # several at once are the heads of different keys, as those in flight are
-            parks = self.heads_among(parks)
-        dead = (
-            data.draw(st.lists(st.sampled_from(sorted(self.model.dead)), unique=True, max_size=2))
-            if (self.model.dead)
-            else []
-        )
+        queued = [self.named(record) for record in self.model.queue()]
+        queued += [Message(span, place) for span in put for place in range(span.size)]
+        held = [self.named(record) for record in self.model.rows.values() if record.held]
+        chosen = self.some(data, queued, 6)
+        uses = [(data.draw(st.sampled_from(["resolved", "park", "hold", "bury"])), message) for message in chosen]
+        old = self.some(data, held, 4)
+        uses += [(data.draw(st.sampled_from(["resolved_held", "park", "bury", "superseded_by"])), m) for m in old]
+        dead = self.some(data, sorted(self.model.dead), 2)
+
+        def park(message: Message) -> Park:
+            reason, seconds = data.draw(st.sampled_from(REASONS)), data.draw(st.integers(0, 400)) / 8
+            return Park(message, reason, "why", seconds, counts_attempt=data.draw(st.booleans()))
+
         return Write(
             SINK,
             put=put,
-            position=Position(*put[-1].position) if put else None,
-            resolved=[m for use, m in uses if use == "resolved"],
-            park=[Park(m, data.draw(st.sampled_from(REASONS)), "why", data.draw(st.floats(0, 50))) for m in parks],
-            bury=[Park(m, data.draw(st.sampled_from(REASONS)), "why", 0.0) for use, m in uses if use == "bury"],
-            revive=[(row, self.revived(self.model.dead[row].record)) for row in dead],
+            position=Position(self.lsn, 0, 1) if put else None,
+            resolved=[self.piece(message) for use, message in uses if use == "resolved"],
+            resolved_held=[message for use, message in uses if use == "resolved_held"],
+            superseded_by=[m for use, m in uses if use == "superseded_by" and len(m.keys) == 1],
+            park=[park(message) for use, message in uses if use == "park"],
+            hold=[message for use, message in uses if use == "hold"],
+            bury=[park(message) for use, message in uses if use == "bury"],
+            revive=[(row, self.named(self.model.dead[row].record)) for row in dead],
         )
 
-    def newcomer(self, values: list[str], table: str, size: int) -> Message:
-        self.lsn += 1
-        made = message(self.lsn, *values, table=table, body=b'{"record":' + b"x" * size)
-        self.messages.append(made)
-        return made
+    def some(self, data, among, most):  # type: ignore[no-untyped-def]
+        indices = st.lists(st.integers(0, len(among) - 1), unique=True, max_size=most)
+        return [among[index] for index in data.draw(indices)] if among else []
 
-    def revived(self, record: Record) -> Message:
-        made = Message(replace(record.change, body=record.change.body + b"!"), record.message_keys)
-        self.messages.append(made)
-        return made
+    def newcomer(self, keying: int, cut: bool, changes: list[tuple[list[str], list[str], str, int, int]]) -> Span:
+        groups = max(1, keying - Keying.GROUPED + 1) if keying != Keying.STATE else 0
+        builder = ChunkBuilder(groups)
+        for values, group, table, size, _ in changes:
+            self.lsn += 1
+            texts = ["", "", *[key(value, table) for value in group]][-2:]
+            body = b'{"record":' + b"x" * size
+            add(
+                builder,
+                self.lsn,
+                *values,
+                table=table,
+                body=body,
+                groups=(["?", ""] * (groups - 1) + texts[::-1])[: 2 * groups],
+            )
+        span = Span(builder.take(), keying)
+        if cut:  # a sink that does not get every change
+            indices = [index for index, change in enumerate(changes) if change[4] % 3] or [0]
+            span = Span(span.chunk, keying, indices)
+        for place in range(span.size):
+            if changes[span.indices[place]][4] > 7:
+                span.resolved[place] = 1
+                span.left -= 1
+        return span
 
-    def named(self, row: int, put: Message | None) -> Message:
-        """A message of this Write, or one as the caller has it after reading it back."""
-        if put is not None:
-            return put
-        record = self.model.rows[row]
-        made = Message(record.change, record.message_keys, row=row)
-        self.messages.append(made)
-        return made
+    def named(self, record: Record) -> Message:
+        """As the caller has it after reading it back."""
+        number = record.row & 0xFFFF
+        span = Span(record.chunk, record.keying, [record.index], record.row - number, [number])
+        return Message(span, 0)
 
-    def heads_among(self, messages: list[Message]) -> list[Message]:
-        taken: set[str] = set()
-        heads = []
-        for one in messages:
-            record = self.model.rows.get(one.row)
-            if record is not None and self.model.sendable(record) and taken.isdisjoint(record.keys):
-                taken.update(record.keys)
-                heads.append(one)
-        return heads
+    def piece(self, message: Message) -> Piece:
+        return (message.span, message.place, message.place + 1)
 
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         write = self.draw(data)
-        held = self.model.write(write, self.row_of, self.clock.now)
-        written = self.store.write(write).result(10)
-        assert written.held == held
-        assert written.counters == self.model.counters()
-        assert [m.row for m in write.put] == [self.row_of[id(m)] for m in write.put]
+        future = self.store.write(write)
+        placed = self.model.write(write, self.clock.now)
+        assert future.result(10).counters == self.model.counters()
+        for span, rows_ in zip(write.put, placed, strict=True):
+            assert [span.row(place) for place in range(span.size) if rows_[place]] == [row for row in rows_ if row]
+
+    @rule(data=st.data())
+    def read_and_resolve(self, data: st.DataObject) -> None:
+        """As a flow does that catches up."""
+        spans = self.store.page(SINK, 0, 4, 1 << 20)
+        count = data.draw(st.integers(0, len(spans)))
+        pieces = [(span, 0, span.size) for span in spans[:count]]
+        pieces += [(span, 0, span.size // 2) for span in spans[count:]]
+        write = Write(SINK, resolved=pieces)
+        self.model.write(write, self.clock.now)
+        assert self.store.write(write).result(10).counters == self.model.counters()
 
     @rule(position=st.booleans(), paused=st.none() | st.booleans(), gap=st.booleans(), clear=st.booleans())
     def mark(self, position: bool, paused: bool | None, gap: bool, clear: bool) -> None:
@@ -141,13 +166,13 @@ class StoreMachine(RuleBasedStateMachine):
             gap=Gap(self.lsn, None, 1.5, "full") if gap else None,
             clear_gap=clear and not gap,
         )
-        self.model.write(write, self.row_of, self.clock.now)
+        self.model.write(write, self.clock.now)
         self.store.write(write).result(10)
 
     @rule(table=st.sampled_from(TABLES), back=st.integers(0, 10))
     def truncate(self, table: str, back: int) -> None:
-        write = Write(SINK, drop_table_below=(f"public.{table}:", Position(self.lsn - back, 0)))
-        self.model.write(write, self.row_of, self.clock.now)
+        write = Write(SINK, drop_table_below=("public", table, Position(self.lsn - back, 0)))
+        self.model.write(write, self.clock.now)
         assert self.store.write(write).result(10).counters == self.model.counters()
 
     @rule(select=_selects)
@@ -174,14 +199,14 @@ class StoreMachine(RuleBasedStateMachine):
             row for row, letter in sorted(self.model.dead.items()) if _matches(select, letter.record, letter.reason)
         ]
         assert self.store.discard_dead(SINK, select, limit).result(10) == min(limit, len(chosen))
-        left = {m.row for m in self.store.read_dead(SINK, Select(all=True), 0, 1000)}
+        left = {m.row for m in self.store.read_dead(SINK, ALL, 0, 1000)}
         gone = set(self.model.dead) - left
         assert gone <= set(chosen)
         for row in gone:
             del self.model.dead[row]
 
-    @rule(seconds=st.floats(0, 60))
-    def time_passes(self, seconds: float) -> None:
+    @rule(seconds=st.integers(0, 60))
+    def time_passes(self, seconds: int) -> None:
         self.clock.now += seconds
 
     @rule()
@@ -196,7 +221,7 @@ class StoreMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.model = self.model.copy()
             write = self.draw(data)
-            self.model.write(write, self.row_of, self.clock.now)
+            self.model.write(write, self.clock.now)
             models.append(self.model)
             asked.append(write)
         futures = [self.store.write(write) for write in asked]
@@ -249,54 +274,92 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def queue_is_right(self) -> None:
         queue = self.model.queue()
-        found = everything(self.store, page=3)
-        assert [(m.row, m.keys, m.position, m.change.body) for m in found] == [
-            (r.row, r.message_keys, r.position, r.change.body) for r in queue
-        ]
-        assert self.store.bytes_at_head(SINK, 0) == (queue[0].bytes if queue else None)
-        heads = [r.row for r in queue if self.model.sendable(r)]
+        for size in (1, 3, 1000):
+            found = everything(self.store, page=size)
+            assert [(m.row, m.keys, m.position, m.change.body) for m in found] == [
+                (r.row, r.message_keys, r.position, r.body) for r in queue
+            ]
+        for message, record in zip(found, queue, strict=True):
+            original = record.chunk.change(record.index)
+            for name in original.__dataclass_fields__:
+                assert getattr(message.change, name) == getattr(original, name), name
+        head = self.store.bytes_at_head(SINK, 0)
+        assert (head is None) == (not queue)
+        if head is not None:
+            size, count = head
+            (span,) = self.store.page(SINK, 0, 1, size)
+            assert (len(span.chunk.data), span.size) == (size, count)
+            assert span.left == sum(r.row >> 16 == queue[0].row >> 16 for r in queue)
+            assert self.store.page(SINK, 0, 1, size - 1) == []
+        if len(queue) > 1:
+            behind = queue[len(queue) // 2 - 1].row
+            rest = [m.row for s in self.store.page(SINK, behind, 1000, 1 << 20) for m in left(s)]
+            assert rest, "at least the first"
+            assert rest == [r.row for r in queue if r.row > behind][: len(rest)]
+        parked = self.model.parked_keys()
+        heads = [r.row for r in queue if self.model.first(r) and parked.isdisjoint(r.keys)]
         newest = self.store.newest(SINK, 1 << 20)
         assert (newest.row if newest else None) == (max(heads) if heads else None)
-        waiting = self.model.rows
-        assert self.store.oldest(SINK) == (waiting[min(waiting)].change.commit_time if waiting else None)
+        times = [queue[0].commit_time] if queue else []
+        lane = [record for record in self.model.rows.values() if record.held]
+        times += [min(lane, key=lambda record: record.row).commit_time] if lane else []
+        assert self.store.oldest(SINK) == min(times, default=None)
 
     @invariant()
     def lanes_are_right(self) -> None:
         model, now = self.model, self.clock.now
         assert self.store.parked(SINK, KEYS) == model.parked_keys().intersection(KEYS)
-        for regardless in (False, True):
-            heads = self.store.due(SINK, 1000, 1 << 20, regardless)
-            assert {h.message.row for h in heads} == model.due(now, regardless=regardless)
-            assert len(heads) == len(model.due(now, regardless=regardless))
-            times = [model.due_at[h.message.row] for h in heads]
-            assert times == sorted(times)
-            for head in heads:
-                record = model.rows[head.message.row]
-                assert (head.message.keys, head.message.change.body) == (record.message_keys, record.change.body)
-                assert (head.attempts, head.reason) == model.said[min(record.keys)][1:]
-            size = len(heads[0].message.change.body) if heads else None
-            assert self.store.bytes_due(SINK, regardless) == size
-        seconds = self.store.next_due_seconds(SINK)
-        soonest = min(model.due_at.values(), default=None)
-        assert (seconds is None) == (soonest is None)
-        if seconds is not None and soonest is not None:
-            assert seconds == (soonest - now if soonest > 0 else 0.0)
+        cursors = {0, END, *[row for row in model.due_at if row], *[row - 1 for row in model.due_at]}
+        for read_up_to in cursors:
+            for regardless in (False, True):
+                expected = model.due(now, read_up_to, regardless=regardless)
+                heads = self.store.due(SINK, 1000, 1 << 20, read_up_to, regardless)
+                assert sorted(h.message.row for h in heads) == sorted(expected)
+                times = [model.due_at[h.message.row] for h in heads]
+                assert times == sorted(times)
+                for head in heads:
+                    record = model.rows[head.message.row]
+                    assert (head.message.keys, head.message.change.body) == (record.message_keys, record.body)
+                    said = model.said[min(record.keys)]
+                    assert (head.attempts, head.reason) == (said.attempts, said.reason)
+                size = heads[0].message.body_bytes if heads else None
+                first = self.store.bytes_due(SINK, read_up_to, regardless)
+                assert first in (
+                    {size} if len(set(times[:2])) == len(times[:2]) else {len(model.rows[r].body) for r in expected}
+                )
+            seconds = self.store.next_due_seconds(SINK, read_up_to)
+            soonest = min(model.due(now, read_up_to, regardless=True).values(), default=None)
+            assert (seconds is None) == (soonest is None)
+            if seconds is not None and soonest is not None:
+                assert seconds == (soonest - now if soonest > 0 else 0.0)
+        for k in KEYS[:3]:
+            lane = model.lane(k)
+            latest = self.store.latest(SINK, k, 1 << 20)
+            row = lane[-1].row if lane and all(len(r.keys) == 1 for r in lane) else None
+            assert (latest.row if latest else None) == row
 
     @invariant()
     def people_see_what_is_so(self) -> None:
         model = self.model
-        keys = sorted({k for r in model.rows.values() for k in r.keys})
-        said = {k: model.said.get(k, (0, 0, "")) for k in keys}
+        keys = sorted(model.parked_keys())
         expected = [
-            (k, said[k][2], said[k][1], sum(r.bytes for r in model.of_key(k)), len(model.of_key(k))) for k in keys
+            (k, said.reason, said.attempts, sum(len(r.body) for r in model.lane(k)), len(model.lane(k)))
+            for k in keys
+            for said in [model.said[k]]
         ]
-        found = list(_pages(lambda after: self.store.waiting(SINK, after, 3)))
+        found = list(_pages(lambda after: self.store.held(SINK, after, 3)))
         assert [(w.key, w.reason, w.attempts, w.bytes, w.messages) for w in found] == expected
         for reason in REASONS:
-            found = list(_pages(lambda after, r=reason: self.store.waiting(SINK, after, 3, r)))
-            assert [w.key for w in found] == [k for k in keys if said[k][2] == reason]
-        for k in keys[:2]:
-            assert [m.row for m in self.store.show(SINK, k, 100)] == [r.row for r in model.of_key(k)]
+            found = list(_pages(lambda after, r=reason: self.store.held(SINK, after, 3, r)))
+            assert [w.key for w in found] == [k for k in keys if model.said[k].reason == reason]
+        queue = model.queue()
+        for limit in (2, 1000):
+            listed = list(_queued(self.store, limit))
+            assert [(row, w.key, w.bytes) for row, w in listed] == [(r.row, r.keys[-1], len(r.body)) for r in queue]
+        for k in [*KEYS[:2], *[r.keys[0] for r in queue[:2]]]:
+            shown = self.store.show(SINK, k, 100)
+            assert [m.row for m in shown] == [r.row for r in sorted(model.of_key(k), key=lambda r: (not r.held, r.row))]
+            assert [m.change.body for m in shown] == [model.rows[m.row].body for m in shown]
 
     @invariant()
     def letters_are_right(self) -> None:
@@ -305,7 +368,7 @@ class StoreMachine(RuleBasedStateMachine):
             found = self.store.read_dead(SINK, select, 0, 1000)
             chosen = [row for row in sorted(dead) if _matches(select, dead[row].record, dead[row].reason)]
             assert [m.row for m in found] == chosen
-            assert [m.change.body for m in found] == [dead[row].record.change.body for row in chosen]
+            assert [m.change.body for m in found] == [dead[row].record.body for row in chosen]
         oldest: dict[str, int] = {}
         for row in sorted(dead):
             oldest.setdefault(dead[row].record.keys[0], row)
@@ -326,9 +389,21 @@ def _pages(read):  # type: ignore[no-untyped-def]
         after = page[-1].key
 
 
+def _queued(store: SqliteStore, limit: int):  # type: ignore[no-untyped-def]
+    after = 0
+    while page := store.queued(SINK, after, limit):
+        yield from page
+        after = page[-1][0]
+
+
+def left(span: Span) -> list[Message]:
+    return [Message(span, place) for place in range(span.size) if not span.resolved[place]]
+
+
 def rows_of_everything(store: SqliteStore) -> list[int]:
     """All waiting rows, held or not, by what people are shown."""
-    return sorted({m.row for w in _pages(lambda a: store.waiting(SINK, a, 100)) for m in store.show(SINK, w.key, 1000)})
+    held = {m.row for w in _pages(lambda a: store.held(SINK, a, 100)) for m in store.show(SINK, w.key, 1000)}
+    return sorted(held.union(row for row, _ in _queued(store, 100)))
 
 
 @pytest.fixture
@@ -336,7 +411,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Limits so small that every loop over pieces goes round; no tidying up under the hand of a copy."""
     monkeypatch.setattr(lanes, "CHUNK", 2)
     monkeypatch.setattr(apply, "CHUNK", 2)
+    monkeypatch.setattr(queue, "CHUNK", 2)
+    monkeypatch.setattr(queue, "WITH_KEY", 2)
+    monkeypatch.setattr(apply, "INSERT_BYTES", 40)
     monkeypatch.setattr(rows, "INSERT_BYTES", 40)
+    monkeypatch.setattr(rows, "WIDTH", 3)
+    monkeypatch.setattr(reads, "PAGE_SPANS", 3)
+    monkeypatch.setattr(reads, "PROBED", 10_000)
     monkeypatch.setattr(sqlite, "IDLE_SECONDS", 3600.0)
     monkeypatch.setattr(file, "RESERVE_BYTES", 4096)
     yield

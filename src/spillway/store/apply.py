@@ -1,7 +1,7 @@
 """Applying writes: what the writer's thread does between BEGIN and COMMIT.
 
-`Transaction` is one group commit. It works on copies of the sinks' rows and hands them over, with the row numbers of
-what was put, when the commit has returned; after a rollback it is thrown away and nothing has happened.
+`Transaction` is one group commit. It works on copies of the sinks' rows and hands them over, with the numbers of the
+spans that were put, when the commit has returned; after a rollback it is thrown away and nothing has happened.
 
 Anything that contradicts the contract (a put without its position, a message that was never put) is a defect of the
 caller and raises; the store then fails as a whole, because what the caller believes is no longer what is on disk.
@@ -10,49 +10,37 @@ caller and raises; the store then fails as a whole, because what the caller beli
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
-from spillway.change import Message
+from spillway.change import table_prefix
+from spillway.chunk import MOST_PLACES, PLACE_BITS, Keying, Message, Piece, Span
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
+from spillway.impl import gather
 from spillway.position import Position
 from spillway.store.base import Counters, Gap, Identity, Park, Select, SinkState, Write, Written
-from spillway.store.lanes import Failure, Lanes, SinkRow
-from spillway.store.rows import (
-    CHUNK,
-    Row,
-    as_json,
-    insert,
-    insert_messages,
-    lane_keys,
-    lane_rows,
-    message_row,
-    rows_of,
-)
+from spillway.store.lanes import Failure, Lanes
+from spillway.store.queue import Put, Queue, Taken
+from spillway.store.rows import CHUNK, INSERT_BYTES, Row, SinkRow, as_json, message_rows, ones, rows_of, single
 
 INSERT_DEAD = """
-    INSERT INTO dead (id, sink, lsn, idx, sub, action, schema_name, table_name, change_key, key1, key2, pks, n, flags,
-        too_large_bytes, commit_time, stored, record_bytes, attempts, reason, detail, body)
-    SELECT m.id, m.sink, lsn, idx, sub, action, schema_name, table_name, change_key, key1, key2, pks, n, flags,
-        too_large_bytes, commit_time, stored, record_bytes,
+    INSERT INTO dead (id, sink, keying, key_groups, tables, key1, stored, size, attempts, reason, detail, keys, meta,
+        data)
+    SELECT m.id, m.sink, keying, key_groups, tables, key1, stored, size,
         json_extract(j.value, '$[3]') + coalesce(
             (SELECT p.attempts FROM parked p WHERE p.sink = m.sink AND p.key = m.key1 AND p.head = m.id), 0),
-        json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]'), body
+        json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]'), keys, meta, data
     FROM json_each(?2) j CROSS JOIN message m ON m.id = json_extract(j.value, '$[0]') AND m.sink = ?1"""
-SELECT_KEYS = """
-    SELECT json_group_array(json_array(id, key1, key2)) FROM message
-    WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
 SELECT_TABLE = """
     SELECT json_group_array(json_array(key, id, below)) FROM (
         SELECT l.key, l.id, (m.lsn, m.idx, m.sub) < (?5, ?6, ?7) AS below
         FROM lane l CROSS JOIN message m ON m.id = l.id
         WHERE l.sink = ?1 AND (l.key, l.id) > (?2, ?3) AND l.key < ?4 ORDER BY l.key, l.id LIMIT ?8)"""
-SELECT_QUEUE = """
-    SELECT json_group_array(id) FROM (SELECT id FROM queue WHERE sink = ? AND id > ? ORDER BY id LIMIT ?)"""
 SELECT_KEY_ROWS = """
-    SELECT json_group_array(id) FROM (SELECT id FROM lane WHERE sink = ? AND key = ? AND id > ? ORDER BY id LIMIT ?)"""
+    SELECT json_group_array(id) FROM (
+        SELECT id FROM lane WHERE sink = ? AND key = ? AND id > ? AND id < ? ORDER BY id LIMIT ?)"""
 # From the end of each lane: its head, which has the reason, goes last.
 SELECT_HELD = """
     SELECT json_group_array(json_array(key, id)) FROM (
@@ -98,14 +86,15 @@ _LAST = (1 << 63) - 1
 
 
 class Transaction:
-    def __init__(self, db: sqlite3.Connection, sinks: dict[str, SinkRow], next_row: int, clock: Clock) -> None:
+    def __init__(self, db: sqlite3.Connection, sinks: dict[str, SinkRow], next_span: int, clock: Clock) -> None:
         self._db = db
+        self._queue = Queue(db)
         self._lanes = Lanes(db)
         self._committed = sinks
         self._clock = clock
         self._sinks: dict[str, SinkRow] = {}  # changed by this transaction
-        self._rows: dict[int, tuple[Message, int]] = {}  # what was put, by identity, with its row
-        self.next_row = next_row
+        self._put: dict[int, tuple[int, Put]] = {}  # by identity of the span: its number
+        self.next_span = next_span
 
     def _sink(self, name: str) -> SinkRow:
         sink = self._sinks.get(name)
@@ -127,8 +116,9 @@ class Transaction:
     def committed(self) -> None:
         """COMMIT has returned: publish."""
         self._committed.update(self._sinks)
-        for message, row in self._rows.values():
-            message.row = row
+        for number, put in self._put.values():
+            put.span.numbers = put.numbers
+            put.span.base = number << PLACE_BITS
 
     # -- start ------------------------------------------------------------------------------------------------------
     def open_sink(self, name: str, slot: str) -> SinkState:
@@ -164,26 +154,32 @@ class Transaction:
         )
 
     # -- a write, in the order of its fields ------------------------------------------------------------------------
-    def write(self, write: Write) -> Written:
+    def write(self, write: Write, puts: Sequence[Put]) -> Written:
         sink = self._sink(write.sink)
         now = self._clock.monotonic()
-        first = self.next_row
-        held = self._put(sink, write.put) if write.put else set()
+        if puts:
+            self._append(sink, puts)
         if write.position is not None:
             if sink.position is not None and write.position < sink.position:
                 raise ValueError(f"position {write.position} of sink {write.sink} is below {sink.position}")
             sink.position = write.position
-        removed = self._lanes.remove(sink, [self._row(m) for m in write.resolved], now)
+        if write.resolved:
+            self._queue.take(sink, self._queue.look(sink, self._numbers(write.resolved)))
+        if write.resolved_held:
+            self._lanes.remove(sink, [self._row(m) for m in write.resolved_held], now)
         for message in write.superseded_by:
-            removed += self._remove_before(sink, message, now)
+            self._remove_before(sink, message, now)
         if write.park:
-            held |= self._park(sink, write.park, now, first)
-        removed += self._bury(sink, write.bury, now) if write.bury else []
+            self._park(sink, write.park, now)
+        if write.hold:
+            self._lanes.settle(sink, self._hold(sink, [self._row(m) for m in write.hold]), now)
+        if write.bury:
+            self._bury(sink, write.bury, now)
         if write.revive:
             self._revive(sink, write.revive, now)
         if write.drop_table_below is not None:
-            prefix, position = write.drop_table_below
-            removed += self._drop_table(sink, prefix, position, now)
+            schema, table, below = write.drop_table_below
+            self._drop_table(sink, (schema, table), below, now)
         if write.paused is not None:
             self._db.execute("UPDATE sink SET paused = ? WHERE id = ?", (write.paused, sink.id))
         if write.gap is not None or write.clear_gap:
@@ -193,127 +189,130 @@ class Transaction:
                 "UPDATE sink SET gap_first = ?, gap_last = ?, gap_since = ?, gap_reason = ? WHERE id = ?",
                 (*values, sink.id),
             )
-        return Written(frozenset(held.difference(removed)), replace(sink.counters))
+        return Written(replace(sink.counters))
 
-    def _remove_before(self, sink: SinkRow, message: Message, now: float) -> list[int]:
-        """Remove what waits under the key of a message that was resolved, up to where it stood."""
-        (key,) = message.keys
-        row = self._row(message)
-        removed: list[int] = []
-        while True:
-            found = cast("list[int]", rows_of(self._db.execute(SELECT_KEY_ROWS, (sink.id, key, 0, CHUNK))))
-            before = [r for r in found if r < row]
-            if not before:
-                return removed
-            removed += self._lanes.remove(sink, before, now)
+    def _append(self, sink: SinkRow, puts: Sequence[Put]) -> None:
+        numbered: list[tuple[int, Put]] = []
+        for put in puts:
+            # One of which nothing was left gets a number, too: what is said of it later is passed over.
+            self._put[id(put.span)] = (self.next_span, put)
+            if put.indices:
+                numbered.append((self.next_span, put))
+            self.next_span += 1
+        if numbered:
+            first = numbered[0][1].position()
+            if sink.position is not None and first <= sink.position:
+                raise ValueError(f"a put at {first} for a sink at {sink.position}")
+            self._queue.put(sink, numbered, self._clock.wall())
+
+    def _where(self, span: Span) -> tuple[int, Sequence[int] | None]:
+        """The number of a span, or the one it gets when this transaction commits, and the numbers of its places."""
+        put = self._put.get(id(span))
+        if put is not None:
+            return put[0], put[1].numbers
+        if span.base <= 0:
+            raise ValueError("a span that was never put")
+        return span.base >> PLACE_BITS, span.numbers
 
     def _row(self, message: Message) -> int:
-        """The row of a message: its own, or the one it gets when this transaction commits."""
-        if message.row > 0:
-            return message.row
-        return self._rows[id(message)][1]
+        """The row of a message; negative for one that was resolved when its span was put."""
+        span, numbers = self._where(message.span)
+        return span << PLACE_BITS | (message.place if numbers is None else numbers[message.place])
 
-    def _put(self, sink: SinkRow, messages: Sequence[Message]) -> set[int]:
-        """Append. Returns the rows that are held."""
-        if sink.position is not None and messages[0].position <= sink.position:
-            raise ValueError(f"a put at {messages[0].position} for a sink at {sink.position}")
-        parked = self._lanes.parked(sink, {key for m in messages for key in m.keys})
-        behind: dict[str, int] = {}
-        stored = self._clock.wall()
-        held: set[int] = set()
-        rows: list[Row] = []
-        queue: list[Row] = []
-        lanes: list[Row] = []
-        size = 0
-        for row, message in enumerate(messages, self.next_row):
-            self._rows[id(message)] = (message, row)
-            rows.append(message_row(message, row, sink.id, stored))
-            lanes += lane_rows(message, row, sink.id)
-            body_bytes = len(message.change.body)
-            size += body_bytes
-            if parked and not parked.keys().isdisjoint(message.keys):
-                held.add(row)
-                for key in message.keys:
-                    if key not in parked:
-                        parked[key] = behind[key] = row
+    def _numbers(self, pieces: Iterable[Piece]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for span, start, stop in pieces:
+            number, numbers = self._where(span)
+            if numbers is None:
+                bits = ones(start, stop)
             else:
-                queue.append((sink.id, row, body_bytes))
-        self.next_row += len(messages)
-        lanes.sort(key=_by_key)  # the index is written page by page, not here and there
-        insert_messages(self._db, rows)
-        insert(self._db, "queue", queue)
-        insert(self._db, "lane", lanes)
-        if behind:
-            self._lanes.start_behind(sink, behind)
-        sink.counters.messages += len(messages)
-        sink.counters.bytes += size
-        sink.counters.queued += len(queue)
-        return held
+                bits = 0
+                for one in numbers[start:stop]:
+                    bits |= 1 << one if one >= 0 else 0
+            found[number] = found.get(number, 0) | bits
+        return found
 
-    def _park(self, sink: SinkRow, parks: Sequence[Park], now: float, first: int) -> set[int]:
-        """Park the keys of what failed. Returns which rows from ``first`` on left the queue."""
+    def _remove_before(self, sink: SinkRow, message: Message, now: float) -> None:
+        """Remove what waits in the lane of a message that was resolved, up to where it stood."""
+        (key,) = message.keys
+        row = self._row(message)
+        while found := rows_of(self._db.execute(SELECT_KEY_ROWS, (sink.id, key, 0, row, CHUNK))):
+            self._lanes.remove(sink, cast("list[int]", found), now)
+
+    def _park(self, sink: SinkRow, parks: Sequence[Park], now: float) -> None:
         by_row = {self._row(park.message): park for park in parks}
-        found = rows_of(self._db.execute(SELECT_KEYS, (sink.id, as_json(by_row))))
-        waiting = cast("list[tuple[int, str, str | None]]", found)
-        heads = self._lanes.parked(sink, {key for _, *keys in waiting for key in keys if key is not None})
-        starts: dict[str, int] = {}
-        failures: dict[str, Failure] = {}
-        for row, *keys in waiting:
-            park = by_row[row]
-            its_keys = [key for key in keys if key is not None]
-            if any(row > heads.get(key, _LAST) for key in its_keys):
-                continue  # held behind the head of its lane: it was not its turn, which will come
-            failure = Failure(_text(park.reason), _text(park.detail), now + park.due_seconds, int(park.counts_attempt))
-            for key in its_keys:
-                failures.setdefault(key, failure)
-                if row != heads.get(key):
-                    starts[key] = 0
-        touched, moved = self._lanes.hold(sink, starts, first)
-        self._lanes.settle(sink, touched | failures.keys(), now, failures)
-        return moved
+        entered = self._hold(sink, by_row)
+        failures = {
+            row: Failure(_text(park.reason), _text(park.detail), now + park.due_seconds, int(park.counts_attempt))
+            for row, park in by_row.items()
+        }
+        self._lanes.settle(sink, entered | self._lanes.keys(sink, by_row), now, failures)
 
-    def _bury(self, sink: SinkRow, buries: Sequence[Park], now: float) -> list[int]:
-        removed: list[int] = []
+    def _hold(self, sink: SinkRow, rows: Iterable[int]) -> set[str]:
+        """Into their lanes, as far as they are in the queue. Returns the keys, to be settled."""
+        return self._enter(sink, self._queue.look(sink, by_span(rows)))
+
+    def _enter(self, sink: SinkRow, taken: Sequence[Taken]) -> set[str]:
+        messages: list[Row] = []
+        lanes: list[Row] = []
+        keys: set[str] = set()
+        size = 0
+        for one in taken:
+            for message in self._queue.messages(one):
+                row, its = message_rows(message, message.row, sink.id, one.row.stored)
+                messages.append(row)
+                lanes += its
+                size += message.body_bytes
+                if size > INSERT_BYTES:
+                    keys |= self._lanes.enter(sink, messages, lanes)
+                    messages, lanes, size = [], [], 0
+        self._queue.take(sink, taken)
+        return keys | self._lanes.enter(sink, messages, lanes)
+
+    def _bury(self, sink: SinkRow, buries: Sequence[Park], now: float) -> None:
         for start in range(0, len(buries), CHUNK):
             letters = [
                 (self._row(b.message), _text(b.reason), _text(b.detail), int(b.counts_attempt))
                 for b in buries[start : start + CHUNK]
             ]
+            rows = [row for row, *_ in letters]
+            self._hold(sink, rows)
             sink.counters.dead_letters += self._db.execute(INSERT_DEAD, (sink.id, as_json(letters))).rowcount
-            removed += self._lanes.remove(sink, [row for row, *_ in letters], now)
-        return removed
+            self._lanes.remove(sink, rows, now)
 
     def _revive(self, sink: SinkRow, letters: Sequence[tuple[int, Message]], now: float) -> None:
         """Dead letters become the last of their lanes."""
         numbers = as_json(row for row, _ in letters)
         dead = set(cast("list[int]", rows_of(self._db.execute(SELECT_DEAD, (sink.id, numbers)))))
-        revived = [message for row, message in letters if row in dead]
         self._db.execute(DELETE_DEAD, (sink.id, numbers))
+        sink.counters.dead_letters -= len(dead)
         stored = self._clock.wall()
-        first = self.next_row
-        self.next_row += len(revived)
-        insert_messages(self._db, [message_row(m, row, sink.id, stored) for row, m in enumerate(revived, first)])
-        insert(self._db, "lane", [r for row, m in enumerate(revived, first) for r in lane_rows(m, row, sink.id)])
-        sink.counters.dead_letters -= len(revived)
-        sink.counters.messages += len(revived)
-        sink.counters.bytes += sum(len(m.change.body) for m in revived)
-        last_first = [(key, row) for row, m in enumerate(revived, first) for key in lane_keys(m, row)][::-1]
-        heads = dict(last_first)
-        parked = self._lanes.parked(sink, heads)
-        self._lanes.start_behind(sink, {key: row for key, row in heads.items() if key not in parked})
-        self._lanes.settle(sink, heads.keys(), now)
+        messages: list[Row] = []
+        lanes: list[Row] = []
+        for at, (_, message) in enumerate([letter for letter in letters if letter[0] in dead]):
+            if at % MOST_PLACES == 0:
+                first, self.next_span = self.next_span << PLACE_BITS, self.next_span + 1
+            span = message.span
+            chunk = gather(span.chunk, [span.indices[message.place]], Keying.hash_word(span.keying))
+            one = single(Span(chunk, min(span.keying, Keying.GROUPED)), 0, chunk.data)
+            row, its = message_rows(one, first | at % MOST_PLACES, sink.id, stored, waits=True)
+            messages.append(row)
+            lanes += its
+        self._lanes.settle(sink, self._lanes.enter(sink, messages, lanes), now)
 
-    def _drop_table(self, sink: SinkRow, prefix: str, position: Position, now: float) -> list[int]:
-        removed: list[int] = []
+    def _drop_table(self, sink: SinkRow, table: tuple[str, str], below: Position, now: float) -> None:
+        for taken in self._queue.of_table(sink, table, below):
+            self._queue.take(sink, [taken] if taken.bits else [])
+        prefix = table_prefix(*table)
         key, row, end = prefix, 0, prefix[:-1] + chr(ord(prefix[-1]) + 1)
         while True:
             found = cast(
                 "list[tuple[str, int, int]]",
-                rows_of(self._db.execute(SELECT_TABLE, (sink.id, key, row, end, *position, CHUNK))),
+                rows_of(self._db.execute(SELECT_TABLE, (sink.id, key, row, end, *below, CHUNK))),
             )
-            removed += self._lanes.remove(sink, {row for _, row, below in found if below}, now)
+            self._lanes.remove(sink, {row for _, row, below in found if below}, now)
             if len(found) < CHUNK:
-                return removed
+                return
             key, row, _ = found[-1]
 
     # -- for people -------------------------------------------------------------------------------------------------
@@ -341,22 +340,23 @@ class Transaction:
 
     def discard(self, name: str, select: Select, limit: int, spare: frozenset[int]) -> int:
         sink = self._sink(name)
+        now = self._clock.monotonic()
         rows: set[int] = set()
-        if select.key is not None or select.all:
-            self._collect_rows(sink, select.key, rows, limit, spare)
         if select.key is None:
             self._collect_held(sink, select.reason, rows, limit, spare)
-        return len(self._lanes.remove(sink, rows, self._clock.monotonic()))
+        else:
+            self._collect_lane(sink, select.key, rows, limit, spare)
+        count = self._lanes.remove(sink, rows, now)
+        if count == limit or select.reason is not None:
+            return count
+        spared = by_span(spare)
+        queue = self._queue.all(sink, spared) if select.key is None else self._queue.of_key(sink, select.key, spared)
+        return count + self._queue.take(sink, list(_at_most(limit - count, queue)))
 
-    def _collect_rows(self, sink: SinkRow, key: str | None, rows: set[int], limit: int, spare: frozenset[int]) -> None:
-        """Of one key, or of the queue."""
+    def _collect_lane(self, sink: SinkRow, key: str, rows: set[int], limit: int, spare: frozenset[int]) -> None:
         after = 0
         while len(rows) < limit:
-            cursor = (
-                self._db.execute(SELECT_QUEUE, (sink.id, after, CHUNK))
-                if key is None
-                else self._db.execute(SELECT_KEY_ROWS, (sink.id, key, after, CHUNK))
-            )
+            cursor = self._db.execute(SELECT_KEY_ROWS, (sink.id, key, after, _LAST, CHUNK))
             found = cast("list[int]", rows_of(cursor))
             rows.update([row for row in found if row not in spare][: limit - len(rows)])
             if len(found) < CHUNK:
@@ -399,5 +399,23 @@ def _text(said: str) -> str:
     return said[:TEXT_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _by_key(row: Row) -> str:
-    return cast(str, row[1])
+def by_span(rows: Iterable[int]) -> dict[int, int]:
+    """Rows as numbers by span."""
+    found: dict[int, int] = {}
+    for row in rows:
+        if row > 0:
+            span = row >> PLACE_BITS
+            found[span] = found.get(span, 0) | 1 << (row & (MOST_PLACES - 1))
+    return found
+
+
+def _at_most(limit: int, taken: Iterable[Taken]) -> Iterator[Taken]:
+    for one in taken:
+        bits = one.bits
+        while bits.bit_count() > limit:
+            bits &= ~(1 << bits.bit_length() - 1)
+        limit -= bits.bit_count()
+        if bits:
+            yield replace(one, bits=bits)
+        if limit == 0:
+            return

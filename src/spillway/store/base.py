@@ -26,8 +26,9 @@ not parked (any more) parks it, due at once.
 
 The head of a lane has earlier rows of its keys in the queue only if it is in two lanes or was revived; such a head is
 ``waits_for`` its own row: it is due only when the caller says that it has read the queue beyond that
-(``read_up_to``). What the caller has read and not sent it knows by itself: it keeps the keys of what it has in memory
-busy until the removal has committed. So nothing of a key is ever sent past an earlier row, whatever home that has.
+(``read_up_to``), or nothing of the queue before it is unread. What the caller has read and not sent it knows by itself:
+it keeps the keys of what it has in memory busy until the removal has committed. So nothing of a key is ever sent past
+an earlier row, whatever home that has.
 
 A message without keys is its own lane when it is parked: under a private key, ``public.jobs:\\#17``, that begins with
 its table's prefix. It is read back without keys.
@@ -233,8 +234,9 @@ class Store(Protocol):
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
         """The newest in a key's lane, if it fits and no message with two keys is there; None otherwise."""
 
-    def next_due_seconds(self, sink: str) -> float | None:
-        """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent."""
+    def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
+        """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent, unless
+        more of the queue is read."""
 
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""

@@ -1,22 +1,19 @@
-"""Which rows are held: lanes, their heads, and how they advance.
+"""The lanes of parked keys: single messages, their heads, and how they advance.
 
-Runs inside the writer's transaction. `Lanes` is told what goes (`remove`), what must be held (`hold`) and what has
-failed, and keeps these invariants:
+Runs inside the writer's transaction. `Lanes` is told what comes (`enter`), what goes (`remove`) and what has failed,
+and keeps these invariants:
 
-- L1. A row with key k is held (is not in ``queue``) if and only if k is parked and the row is not before k's head:
-  ``parked.head`` is the first held row of its key. With two keys: held under both or under neither.
-- L2. A key is parked as long as a row of it is held, and no longer.
-- L3. ``due`` is null unless the head is the first of *all* waiting rows of *all* its keys; then exactly one of its
-  keys carries the due time (the smaller one): so the head is offered once.
+- L1. A message is under all its keys or under none.
+- L2. A key is parked as long as it has a lane, and no longer; ``parked.head`` is the first row of its lane.
+- L3. ``due`` is null unless the head is the first of the lanes of *all* its keys; then exactly one of its keys carries
+  the due time (the smaller one): so the head is offered once.
 - L4. ``attempts``, ``reason`` and ``detail`` are those of the head; a new head starts with none, due at once.
+- L5. ``waits_for`` is the head's row if there may be earlier rows of its keys in the queue: if it has two keys, or was
+  a dead letter. Not once it was tried: whoever tried it knew that it was the first.
 
-**Holding** (`hold`): the rows of a key from some row on leave the queue. Where such a row has a second key, that key is
-parked behind it, and its rows from there on leave the queue, and so on. Rows of the second key that come before stay in
-the queue and flow; its lane waits for them (L3). By L1 each round reads only rows that it moves: up to the old head.
-
-**Advancing** (`settle`): for each key that may have changed, the first of its waiting rows and the first of its held
-rows are looked up by index. Nothing held: no longer parked. First held row not the head: new head. First of all rows
-of all its keys: due. The work is that of the rows removed, never that of the rows which wait.
+**Settling** (`settle`): for each key that may have changed, the first row of its lane is looked up by index. None: no
+longer parked. Not the head: new head. First of all its lanes: due. The work is that of the rows which came or went,
+never that of the rows which wait.
 
 Nothing here is done row by row: see `spillway.store.rows`.
 """
@@ -24,26 +21,11 @@ Nothing here is done row by row: see `spillway.store.rows`.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
-from spillway.store.base import Counters
-from spillway.store.rows import CHUNK, as_json, rows_of
-
-
-@dataclass(slots=True)
-class SinkRow:
-    """A sink as its row in table ``sink`` says; `spillway.store.apply` writes it back."""
-
-    id: int
-    slot: str
-    run: int
-    position: tuple[int, int, int] | None
-    counters: Counters
-
-    def copy(self) -> SinkRow:
-        return replace(self, counters=replace(self.counters))
+from spillway.store.rows import CHUNK, INSERT_LANE, INSERT_MESSAGE, Row, SinkRow, as_json, insert, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,188 +40,152 @@ class Failure:
 
 @dataclass(slots=True)
 class _Lane:
-    """A parked key, and what the lane index says about it: its first row at all, its first held row."""
+    """A key: what table ``parked`` says, and the first row of its lane as it is."""
 
-    head: int
+    head: int | None
     due: float | None
+    waits_for: int
     attempts: int
     reason: str
     detail: str
     first: int | None
-    next: int | None
-    other: str | None  # of the first held row
+    other: str | None  # of the first
+    waits: int | None
+    head_other: str | None  # of the head, if it is still there
 
 
 SELECT_REMOVED = """
-    SELECT json_group_array(json_array(id, key1, key2, length(body))) FROM message
+    SELECT json_group_array(json_array(id, key1, key2, length(data))) FROM message
+    WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
+SELECT_KEYS = """
+    SELECT json_group_array(json_array(key1, key2)) FROM message
     WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
 DELETE_MESSAGES = "DELETE FROM message WHERE id IN (SELECT value FROM json_each(?))"
-DELETE_QUEUE = "DELETE FROM queue WHERE sink = ? AND id IN (SELECT value FROM json_each(?))"
 # Without the casts SQLite would not use the whole key.
 DELETE_LANES = """
     DELETE FROM lane WHERE sink = ?1 AND (key, id) IN (
         SELECT CAST(json_extract(value, '$[0]') AS TEXT), CAST(json_extract(value, '$[1]') AS INTEGER)
         FROM json_each(?2))"""
-SELECT_PARKED = """
-    SELECT json_group_array(json_array(p.key, p.head))
-    FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"""
-SELECT_QUEUED = """
-    SELECT json_group_array(json_array(key, id, other)) FROM (
-        SELECT l.key, l.id, l.other FROM json_each(?2) k CROSS JOIN lane l
-        ON l.sink = ?1 AND l.key = json_extract(k.value, '$[0]')
-        AND l.id >= json_extract(k.value, '$[1]') AND l.id < json_extract(k.value, '$[2]') LIMIT ?3)"""
 SELECT_LANES = """
-    SELECT json_group_array(json_array(p.key, p.head, p.due, p.attempts, p.reason, p.detail,
-        (SELECT l.id FROM lane l WHERE l.sink = p.sink AND l.key = p.key ORDER BY l.id LIMIT 1),
-        (SELECT l.id FROM lane l WHERE l.sink = p.sink AND l.key = p.key AND l.id >= p.head ORDER BY l.id LIMIT 1),
-        (SELECT l.other FROM lane l WHERE l.sink = p.sink AND l.key = p.key AND l.id >= p.head ORDER BY l.id LIMIT 1)))
-    FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"""
+    SELECT json_group_array(json_array(k.value, p.head, p.due, coalesce(p.waits_for, 0), coalesce(p.attempts, 0),
+        coalesce(p.reason, ''), coalesce(p.detail, ''), l.id, l.other, l.waits, h.other))
+    FROM json_each(?2) k
+    LEFT JOIN parked p ON p.sink = ?1 AND p.key = k.value
+    LEFT JOIN lane l ON l.sink = ?1 AND l.key = k.value
+        AND l.id = (SELECT f.id FROM lane f WHERE f.sink = ?1 AND f.key = k.value ORDER BY f.id LIMIT 1)
+    LEFT JOIN lane h ON h.sink = ?1 AND h.key = k.value AND h.id = p.head"""
 DELETE_PARKED = "DELETE FROM parked WHERE sink = ? AND key IN (SELECT value FROM json_each(?))"
 UPSERT_PARKED = """
-    INSERT INTO parked (sink, run, key, head, due, attempts, reason, detail)
+    INSERT INTO parked (sink, run, key, head, due, waits_for, attempts, reason, detail)
     SELECT ?1, ?2, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]')
+        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+        json_extract(value, '$[6]')
     FROM json_each(?3) WHERE true
     ON CONFLICT (sink, key) DO UPDATE SET run = excluded.run, head = excluded.head, due = excluded.due,
-        attempts = excluded.attempts, reason = excluded.reason, detail = excluded.detail"""
-
-_NO_ROW = (1 << 63) - 1
+        waits_for = excluded.waits_for, attempts = excluded.attempts, reason = excluded.reason,
+        detail = excluded.detail"""
 
 
 class Lanes:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def parked(self, sink: SinkRow, keys: Iterable[str]) -> dict[str, int]:
-        """Which of these keys are parked, with their heads."""
-        if not sink.counters.parked_keys:
-            return {}
-        found = rows_of(self._db.execute(SELECT_PARKED, (sink.id, as_json(keys))))
-        return dict(cast("list[tuple[str, int]]", found))
+    def enter(self, sink: SinkRow, messages: Sequence[Row], lanes: Sequence[Row]) -> set[str]:
+        """Messages that were in the queue, or nowhere, as `message_rows` gives them. To be settled by their keys,
+        which are returned."""
+        insert(self._db, INSERT_MESSAGE, messages)
+        insert(self._db, INSERT_LANE, lanes)
+        sink.counters.messages += len(messages)
+        sink.counters.bytes += sum([len(cast(bytes, row[-1])) for row in messages])
+        return {cast(str, row[1]) for row in lanes}
 
-    def start_behind(self, sink: SinkRow, heads: dict[str, int]) -> None:
-        """Park keys that are not parked, behind a newcomer that is held for its other key."""
-        self._write(sink, [(key, head, None, 0, "", "") for key, head in heads.items()])
-        sink.counters.parked_keys += len(heads)
-
-    def hold(self, sink: SinkRow, starts: dict[str, int], newcomers_from: int) -> tuple[set[str], set[int]]:
-        """Take the rows of each key, from the given row on, out of the queue, and what must follow them. Returns all
-        keys concerned, to be settled, and which rows from ``newcomers_from`` on were moved."""
-        touched: set[str] = set()
-        moved: set[int] = set()
-        ranges: list[tuple[str, int, int]] = []
-        heads: dict[str, int] = {}
-        while starts or ranges:
-            if not ranges:
-                touched.update(starts)
-                heads = self.parked(sink, starts)
-                ranges = [(k, start, heads.get(k, _NO_ROW)) for k, start in starts.items()]
-                ranges = [r for r in ranges if r[1] < r[2]]
-                starts = {}
-                continue
-            found = cast(
-                "list[tuple[str, int, str | None]]",
-                rows_of(self._db.execute(SELECT_QUEUED, (sink.id, as_json(ranges), CHUNK))),
-            )
-            fresh: dict[str, int] = {}
-            for key, row, other in found:
-                if row < fresh.get(key, heads.get(key, _NO_ROW)):
-                    fresh[key] = row
-                if other is not None:
-                    starts[other] = min(row, starts.get(other, row))
-            sink.counters.parked_keys += len(fresh.keys() - heads.keys())
-            heads.update(fresh)
-            self._write(sink, [(key, head, None, 0, "", "") for key, head in fresh.items()])
-            self._unqueue(sink, [row for _, row, _ in found])
-            moved.update(row for _, row, _ in found if row >= newcomers_from)
-            ranges = _behind(ranges, found[-1][0], found[-1][1]) if len(found) == CHUNK else []
-        return touched, moved
+    def keys(self, sink: SinkRow, rows: Collection[int]) -> set[str]:
+        """Which lanes these rows are in."""
+        found = rows_of(self._db.execute(SELECT_KEYS, (sink.id, as_json(rows))))
+        return {key for keys in cast("list[list[str | None]]", found) for key in keys if key is not None}
 
     def settle(
-        self, sink: SinkRow, keys: Collection[str], now: float, failures: dict[str, Failure] | None = None
+        self, sink: SinkRow, keys: Collection[str], now: float, failures: Mapping[int, Failure] | None = None
     ) -> None:
-        """Bring the parked ones of these keys in line with what waits: invariants L2 to L4."""
+        """Bring what is parked in line with these lanes: invariants L2 to L5. ``failures``: by row."""
         lanes = self._lanes(sink, keys)
-        pairs = {lane.other for lane in lanes.values() if lane.other is not None} - lanes.keys()
-        both = lanes | self._lanes(sink, pairs)
-        empty = [key for key, lane in lanes.items() if lane.next is None]
+        partners = {key for lane in lanes.values() for key in (lane.other, lane.head_other) if key is not None}
+        both = lanes | self._lanes(sink, partners - lanes.keys())
         dirty: set[str] = set()
+        heads: dict[int, tuple[str, ...]] = {}  # that are, or were, with all their keys, the smaller one first
         for key, lane in lanes.items():
-            if lane.next is None:
+            if lane.head is not None and lane.head_other is not None:
+                heads[lane.head] = _sorted(key, lane.head_other)
+            if lane.first is None:
                 continue
-            if lane.next != lane.head:
-                lane.head, lane.due, lane.attempts, lane.reason, lane.detail = lane.next, None, 0, "", ""
+            heads[lane.first] = _sorted(key, lane.other)
+            if lane.first != lane.head:
+                sink.counters.parked_keys += lane.head is None
+                lane.head, lane.due, lane.attempts, lane.reason, lane.detail = lane.first, None, 0, "", ""
+                lane.waits_for = lane.first if lane.waits else 0
                 dirty.add(key)
-        for key, lane in lanes.items():
-            if lane.next is None:
+        for row, names in heads.items():
+            if any(both[name].first != row for name in names):
+                if both[names[0]].first == row and both[names[0]].due is not None:
+                    both[names[0]].due = None
+                    dirty.add(names[0])
                 continue
-            other = None if lane.other is None else both[lane.other]
-            ready = lane.first == lane.next and (other is None or other.first == other.next == lane.next)
-            carrier = key if lane.other is None else min(key, lane.other)
-            failure = failures.get(key) if failures else None
+            failure = failures.get(row) if failures else None
             if failure is not None:
-                lane.attempts += failure.attempts
-                lane.reason, lane.detail = failure.reason, failure.detail
-                dirty.add(key)
-            if ready and (both[carrier].due is None or failure is not None):
-                both[carrier].due = failure.due if failure is not None else now
-                dirty.add(carrier)
+                for name in names:
+                    lane = both[name]
+                    lane.attempts += failure.attempts
+                    lane.reason, lane.detail, lane.waits_for = failure.reason, failure.detail, 0
+                    dirty.add(name)
+            if both[names[0]].due is None or failure is not None:
+                both[names[0]].due = failure.due if failure is not None else now
+                dirty.add(names[0])
+        empty = [key for key, lane in lanes.items() if lane.first is None and lane.head is not None]
         if empty:
             self._db.execute(DELETE_PARKED, (sink.id, as_json(empty)))
             sink.counters.parked_keys -= len(empty)
-        self._write(
-            sink, [(k, both[k].head, both[k].due, both[k].attempts, both[k].reason, both[k].detail) for k in dirty]
-        )
+        if dirty:
+            self._write(sink, {key: both[key] for key in dirty})
 
-    def remove(self, sink: SinkRow, rows: Collection[int], now: float) -> list[int]:
-        """Remove waiting messages for good; lanes advance. Returns which were still there."""
-        removed: list[int] = []
+    def remove(self, sink: SinkRow, rows: Collection[int], now: float) -> int:
+        """Remove messages for good; lanes advance. Returns how many were still there."""
+        count = 0
         wanted = list(rows)
         for start in range(0, len(wanted), CHUNK):
-            removed += self._remove(sink, wanted[start : start + CHUNK], now)
-        return removed
+            count += self._remove(sink, wanted[start : start + CHUNK], now)
+        return count
 
-    def _remove(self, sink: SinkRow, rows: list[int], now: float) -> list[int]:
+    def _remove(self, sink: SinkRow, rows: list[int], now: float) -> int:
         found = cast(
             "list[tuple[int, str, str | None, int]]",
             rows_of(self._db.execute(SELECT_REMOVED, (sink.id, as_json(rows)))),
         )
         if not found:
-            return []
-        numbers = [row for row, _, _, _ in found]
+            return 0
         under = [(key1, row) for row, key1, _, _ in found]
         under += [(key2, row) for row, _, key2, _ in found if key2 is not None]
         self._db.execute(DELETE_LANES, (sink.id, as_json(under)))
-        self._unqueue(sink, numbers)
-        self._db.execute(DELETE_MESSAGES, (as_json(numbers),))
+        self._db.execute(DELETE_MESSAGES, (as_json([row for row, _, _, _ in found]),))
         sink.counters.messages -= len(found)
-        sink.counters.bytes -= sum(size for _, _, _, size in found)
-        if sink.counters.parked_keys:
-            self.settle(sink, {key for key, _ in under}, now)
-        return numbers
-
-    def _unqueue(self, sink: SinkRow, rows: list[int]) -> None:
-        if rows:
-            sink.counters.queued -= self._db.execute(DELETE_QUEUE, (sink.id, as_json(rows))).rowcount
+        sink.counters.bytes -= sum([size for _, _, _, size in found])
+        self.settle(sink, {key for key, _ in under}, now)
+        return len(found)
 
     def _lanes(self, sink: SinkRow, keys: Collection[str]) -> dict[str, _Lane]:
         if not keys:
             return {}
-        found = cast(
-            "list[tuple[str, int, float | None, int, str, str, int | None, int | None, str | None]]",
-            rows_of(self._db.execute(SELECT_LANES, (sink.id, as_json(keys)))),
-        )
-        return {
-            key: _Lane(head, due, attempts, reason, detail, first, following, other)
-            for key, head, due, attempts, reason, detail, first, following, other in found
-        }
+        found = cast("list[list[object]]", rows_of(self._db.execute(SELECT_LANES, (sink.id, as_json(keys)))))
+        return {cast(str, key): _Lane(*rest) for key, *rest in found}  # type: ignore[arg-type]  # JSON
 
-    def _write(self, sink: SinkRow, lanes: list[tuple[str, int, float | None, int, str, str]]) -> None:
-        if lanes:
-            self._db.execute(UPSERT_PARKED, (sink.id, sink.run, as_json(lanes)))
+    def _write(self, sink: SinkRow, lanes: dict[str, _Lane]) -> None:
+        rows = [
+            (key, lane.head, lane.due, lane.waits_for, lane.attempts, lane.reason, lane.detail)
+            for key, lane in lanes.items()
+        ]
+        self._db.execute(UPSERT_PARKED, (sink.id, sink.run, as_json(rows)))
 
 
-def _behind(ranges: list[tuple[str, int, int]], key: str, row: int) -> list[tuple[str, int, int]]:
-    """What is left of the ranges behind this row."""
-    at = next(index for index, (k, _, _) in enumerate(ranges) if k == key)
-    return [(key, row + 1, ranges[at][2]), *ranges[at + 1 :]]
+def _sorted(key: str, other: str | None) -> tuple[str, ...]:
+    if other is None:
+        return (key,)
+    return (key, other) if key < other else (other, key)

@@ -1,14 +1,15 @@
-"""The reading half of the SQLite store: one connection, one lock, any thread.
+"""The reading half of the SQLite store: two connections, each with its lock, any thread.
 
-Every method is one or two statements on a snapshot of the committed state, and by index: it visits the rows it returns
-and a constant number of others (a test holds every statement's plan against that). Two exceptions, for people only:
-`waiting` sums up the index entries of the keys that it lists, `dead` the letters.
+Every method of the stream is a few statements by index: they visit the rows that they return and a bounded number of
+others (a test holds every statement's plan against that). Where there are two, each sees the state as it was committed
+then: what has gone in between is left out. What scans is for people, and `newest`; it has a connection of its own, so
+that nobody of the stream stands behind it: `held` sums up the lanes of the keys that it lists, `dead` the letters;
+`newest` and `show` search the key texts of the queue.
 
-Bodies are loaded only for rows that fit the caller's bytes: the running sum is taken over the index before the
-messages are joined. What people ask for is bounded to `PEOPLE_BYTES` a page.
+Bodies are loaded only where they fit the caller's bytes: the sizes are read before. What people ask for is bounded to
+`PEOPLE_BYTES` a page.
 
-`newest` looks among the newest `PROBED` messages of the queue for one that is the first of its keys. If there is none
-(few keys, many changes) it takes the first message of the newest one's key.
+`newest` tries the last `PROBED` messages of the queue that are of different keys.
 """
 
 from __future__ import annotations
@@ -18,111 +19,123 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import cast
+from typing import NamedTuple, cast
 
-from spillway.change import Message
+from spillway.chunk import MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
 from spillway.store.base import Identity, LaneHead, Select, Waiting
 from spillway.store.file import free_bytes, open_reader
-from spillway.store.rows import CHUNK, MESSAGE_COLUMNS, Row, Value, as_json, read_message
+from spillway.store.queue import with_key
+from spillway.store.rows import (
+    CHUNK,
+    MESSAGE_COLUMNS,
+    SPAN_COLUMNS,
+    Row,
+    SpanRow,
+    Value,
+    as_json,
+    lane_keys,
+    mark,
+    ones,
+    read_blobs,
+    read_message,
+    rows_of,
+    single,
+    span_rows,
+)
 
-PROBED = 64
+PROBED = 8
 PEOPLE_BYTES = 4 << 20  # bodies that a page for people loads, at least one
+_LAST_ROW = (1 << 63) - 1
+PAGE_SPANS = 256  # at most in a page
 
 _COLUMNS = ", ".join(f"m.{name.strip()}" for name in MESSAGE_COLUMNS.split(","))
 _RUN = "(SELECT run FROM sink WHERE id = ?1)"
-_DUE = "p.sink = ?1 AND p.due IS NOT NULL"
-# Heads of older runs, then those whose time has come: two ranges of one index.
-_OLDER = f"{_DUE} AND p.run < {_RUN} AND ?2 IS NOT NULL"
-_PASSED = f"{_DUE} AND p.run = {_RUN} AND p.due <= ?2"
-_REGARDLESS = f"{_DUE} AND ?2 IS NOT NULL"
+_HEAD = "p.key, p.head, p.attempts, p.reason, p.run, p.due"
 
 
-def _fitting(select: str, max_bytes: str, source: str = "message", *, first: bool) -> str:
-    """The messages of a selection (id, bytes) as long as the sum of their bytes fits; ``first``: that in any case."""
-    or_first = " OR q.total = q.bytes" if first else ""
+def _fitting(select: str, max_bytes: str, source: str = "message") -> str:
+    """The messages of a selection (id, bytes), as long as the sum of their bytes fits, but the first in any case."""
     return f"""
     SELECT {_COLUMNS} FROM (SELECT id, bytes, sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS total FROM ({select})) q
-    CROSS JOIN {source} m ON m.id = q.id WHERE q.total <= {max_bytes}{or_first}"""
+    CROSS JOIN {source} m ON m.id = q.id WHERE q.total <= {max_bytes} OR q.total = q.bytes"""
 
 
-def _heads(which: str) -> str:
-    """The same for heads of lanes, with their attempts and reason."""
+def _heads(*ranges: tuple[str, str, str]) -> str:
+    """The first of each of some ranges of an index: index, condition, order."""
+    parts = [
+        f"""SELECT * FROM (SELECT {_HEAD} FROM parked p INDEXED BY {index}
+            WHERE p.sink = ?1 AND p.due IS NOT NULL AND {which} AND ?2 >= 0 AND ?3 IS NOT NULL
+            ORDER BY {order} LIMIT ?4)"""
+        for index, which, order in ranges
+    ]
     return f"""
-    SELECT {_COLUMNS}, q.attempts, q.reason FROM (
-        SELECT id, bytes, attempts, reason, sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS total FROM (
-            SELECT p.head AS id, p.attempts, p.reason, length(m.body) AS bytes
-            FROM parked p INDEXED BY parked_due CROSS JOIN message m ON m.id = p.head
-            WHERE {which} ORDER BY p.run, p.due LIMIT ?3)) q
-    CROSS JOIN message m ON m.id = q.id WHERE q.total <= ?4"""
-
-
-def _first_head_bytes(which: str) -> str:
-    return f"""
-    SELECT length(m.body) FROM parked p INDEXED BY parked_due CROSS JOIN message m ON m.id = p.head
-    WHERE {which} ORDER BY p.run, p.due LIMIT 1"""
-
-
-def _first_of(key: str) -> str:
-    return f"(SELECT l.id FROM lane l WHERE l.sink = m.sink AND l.key = {key} ORDER BY l.id LIMIT 1)"
+    SELECT json_group_array(json_array(p.head, p.attempts, p.reason, p.run, p.due, l.bytes))
+    FROM ({" UNION ALL ".join(parts)}) p CROSS JOIN lane l ON l.sink = ?1 AND l.key = p.key AND l.id = p.head"""
 
 
 def _letters(where: str) -> str:
-    letters = f"SELECT id, length(body) AS bytes FROM dead WHERE {where} ORDER BY id LIMIT ?4"
-    return _fitting(letters, "?5", "dead", first=True)
+    return _fitting(f"SELECT id, length(data) AS bytes FROM dead WHERE {where} ORDER BY id LIMIT ?4", "?5", "dead")
 
 
 def _dead_keys(where: str) -> str:
     # With min(id) alone, the columns beside it are those of the oldest letter (SQLite: bare columns).
     return f"""
-    SELECT key1, reason, detail, attempts, stored, sum(max(length(body), too_large_bytes)), count(*), min(id) FROM dead
+    SELECT key1, reason, detail, attempts, stored, sum(size), count(*), min(id) FROM dead
     WHERE {where} GROUP BY key1 ORDER BY key1 LIMIT ?4"""
+
+
+class _Head(NamedTuple):
+    row: int
+    attempts: int
+    reason: str
+    run: int
+    due: float
+    bytes: int
 
 
 SELECT_SINK_ID = "SELECT id FROM sink WHERE name = ?"
 SELECT_IDENTITY = "SELECT system_id, timeline, name, epoch, mark FROM slot WHERE name = ?"
-SELECT_PARKED = "SELECT p.key FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"
-SELECT_PAGE = _fitting(
-    "SELECT id, bytes FROM queue WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?3", "?4", first=False
+SELECT_PARKED = """
+    SELECT json_group_array(p.key) FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"""
+SELECT_PAGE = f"""
+    SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
+        SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id >= ?2 ORDER BY id LIMIT ?3)"""
+SELECT_LAST = f"""
+    SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
+        SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 ORDER BY id DESC LIMIT ?2)"""
+# Heads that wait for nothing of the queue: of older runs, and those whose time has come; and those that have waited:
+# they were never tried, so their time has come.
+_WAITED = ("parked_waits", "p.waits_for > 0 AND p.waits_for <= ?2", "p.waits_for")
+SELECT_DUE = _heads(
+    ("parked_due", f"p.waits_for = 0 AND p.run < {_RUN}", "p.run, p.due"),
+    ("parked_due", f"p.waits_for = 0 AND p.run = {_RUN} AND p.due <= ?3", "p.run, p.due"),
+    _WAITED,
 )
-SELECT_HEAD_BYTES = "SELECT bytes FROM queue WHERE sink = ? AND id > ? ORDER BY id LIMIT 1"
-SELECT_NEWEST = f"""
-    SELECT m.id, {_first_of("m.key1")}, iif(m.key2 IS NULL, NULL, {_first_of("m.key2")})
-    FROM queue q CROSS JOIN message m ON m.id = q.id WHERE q.sink = ? ORDER BY q.id DESC LIMIT ?"""
-SELECT_IF_HEAD = f"""
-    SELECT {_COLUMNS} FROM message m WHERE m.id = ?2 AND length(m.body) <= ?3
-    AND EXISTS (SELECT 1 FROM queue WHERE sink = ?1 AND id = ?2)
-    AND {_first_of("m.key1")} = m.id AND (m.key2 IS NULL OR {_first_of("m.key2")} = m.id)"""
-SELECT_OLDER, SELECT_PASSED, SELECT_REGARDLESS = _heads(_OLDER), _heads(_PASSED), _heads(_REGARDLESS)
-SELECT_OLDER_BYTES, SELECT_PASSED_BYTES, SELECT_REGARDLESS_BYTES = (
-    _first_head_bytes(_OLDER),
-    _first_head_bytes(_PASSED),
-    _first_head_bytes(_REGARDLESS),
-)
+SELECT_REGARDLESS = _heads(("parked_due", "p.waits_for = 0", "p.run, p.due"), _WAITED)
+SELECT_MESSAGES = f"SELECT {_COLUMNS} FROM json_each(?2) j CROSS JOIN message m ON m.id = j.value AND m.sink = ?1"
+SELECT_RUN = "SELECT run FROM sink WHERE id = ?"
 SELECT_LATEST = f"""
     SELECT {_COLUMNS} FROM message m
-    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.body) <= ?3
+    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.data) <= ?3
     AND NOT EXISTS (SELECT 1 FROM lane WHERE sink = ?1 AND key = ?2 AND other IS NOT NULL)"""
-SELECT_NEXT_DUE = f"SELECT p.run < {_RUN}, p.due FROM parked p WHERE {_DUE} ORDER BY p.run, p.due LIMIT 1"
 SELECT_OLDEST = """
-    SELECT m.commit_time FROM (SELECT
-        (SELECT id FROM queue WHERE sink = ?1 ORDER BY id LIMIT 1) AS queued,
-        (SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1) AS held)
-    CROSS JOIN message m ON m.id = min(coalesce(queued, held), coalesce(held, queued))"""
-SELECT_WAITING = """
+    SELECT (SELECT commit_time FROM span WHERE sink = ?1 ORDER BY id LIMIT 1),
+        (SELECT m.commit_time FROM message m WHERE m.id = (
+            SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1))"""
+SELECT_HELD = """
     SELECT g.key, p.reason, p.detail, p.attempts, m.stored, g.size, g.messages FROM (
         SELECT key, count(*) AS messages, sum(bytes) AS size, min(id) AS first FROM lane
         WHERE sink = ?1 AND key > ?2 GROUP BY key ORDER BY key LIMIT ?3) g
-    CROSS JOIN message m ON m.id = g.first LEFT JOIN parked p ON p.sink = ?1 AND p.key = g.key"""
-SELECT_WAITING_FOR = """
+    CROSS JOIN message m ON m.id = g.first CROSS JOIN parked p ON p.sink = ?1 AND p.key = g.key"""
+SELECT_HELD_FOR = """
     SELECT p.key, p.reason, p.detail, p.attempts, m.stored,
         (SELECT sum(l.bytes) FROM lane l WHERE l.sink = p.sink AND l.key = p.key),
         (SELECT count(*) FROM lane l WHERE l.sink = p.sink AND l.key = p.key)
-    FROM parked p CROSS JOIN message m
-    ON m.id = (SELECT l.id FROM lane l WHERE l.sink = p.sink AND l.key = p.key ORDER BY l.id LIMIT 1)
+    FROM parked p CROSS JOIN message m ON m.id = p.head
     WHERE p.sink = ?1 AND p.key > ?2 AND p.reason = ?4 ORDER BY p.key LIMIT ?3"""
-SELECT_KEY = _fitting("SELECT id, bytes FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id LIMIT ?3", "?4", first=True)
+SELECT_KEY = _fitting("SELECT id, bytes FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id LIMIT ?3", "?4")
 SELECT_DEAD = _dead_keys("sink = ?1 AND key1 > ?2 AND ?3 IS NULL")
 SELECT_DEAD_FOR = _dead_keys("sink = ?1 AND key1 > ?2 AND reason = ?3")
 SELECT_LETTERS = _letters("sink = ?1 AND id > ?2 AND ?3 IS NULL")
@@ -151,13 +164,23 @@ class Reads:
             self._people.close()
 
     def _rows(self, statement: str, given: Sequence[Value]) -> list[Row]:
-        with self._reading, _failing():
+        with self._stream() as db:
             self.reads += 1
-            return self._reader.execute(statement, given).fetchall()
+            return db.execute(statement, given).fetchall()
 
     def _asked(self, statement: str, given: Sequence[Value]) -> list[Row]:
+        with self._asked_for() as db:
+            return db.execute(statement, given).fetchall()
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[sqlite3.Connection]:
+        with self._reading, _failing():
+            yield self._reader
+
+    @contextlib.contextmanager
+    def _asked_for(self) -> Iterator[sqlite3.Connection]:
         with self._asking, _failing():
-            return self._people.execute(statement, given).fetchall()
+            yield self._people
 
     def _first(self, statement: str, given: Sequence[Value]) -> Row | None:
         rows = self._rows(statement, given)
@@ -182,71 +205,155 @@ class Reads:
     def parked(self, sink: str, keys: Sequence[str]) -> set[str]:
         found: set[str] = set()
         for start in range(0, len(keys), CHUNK):
-            rows = self._rows(SELECT_PARKED, (self._id(sink), as_json(keys[start : start + CHUNK])))
-            found.update(cast(str, row[0]) for row in rows)
+            with self._stream() as db:
+                self.reads += 1
+                cursor = db.execute(SELECT_PARKED, (self._id(sink), as_json(keys[start : start + CHUNK])))
+                found.update(cast("list[str]", rows_of(cursor)))
         return found
 
-    def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Message]:
-        return [read_message(r) for r in self._rows(SELECT_PAGE, (self._id(sink), after_row, max_messages, max_bytes))]
+    def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Span]:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 2  # also when nothing fits: the number of reads is the same whatever waits (I5)
+            chosen: list[tuple[SpanRow, int]] = []
+            for row, done in _behind(db, number, after_row, min(max_messages, PAGE_SPANS)):
+                max_bytes -= row.body_bytes
+                if max_bytes < 0:
+                    break
+                chosen.append((row, done))
+                max_messages -= row.messages
+                if max_messages <= 0:
+                    break
+            blobs = read_blobs(db, ("keys", "meta", "data"), [row.id for row, _ in chosen])
+        spans: list[Span] = []
+        for (row, done), found in zip(chosen, blobs, strict=True):
+            if found is not None:
+                keys, meta, data = found
+                span = row.span(keys, meta, data)
+                mark(span, done)
+                spans.append(span)
+        return spans
 
-    def bytes_at_head(self, sink: str, after_row: int) -> int | None:
-        found = self._first(SELECT_HEAD_BYTES, (self._id(sink), after_row))
-        return None if found is None else cast(int, found[0])
+    def bytes_at_head(self, sink: str, after_row: int) -> tuple[int, int] | None:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 1
+            for row, _ in _behind(db, number, after_row, 1):
+                return row.body_bytes, row.messages
+        return None
 
     def newest(self, sink: str, max_bytes: int) -> Message | None:
         number = self._id(sink)
-        newest = cast("list[tuple[int, int, int | None]]", self._rows(SELECT_NEWEST, (number, PROBED)))
-        if not newest:
-            return None
-        heads = [row for row, first1, first2 in newest if row == first1 and first2 in (None, row)]
-        found = self._first(SELECT_IF_HEAD, (number, heads[0] if heads else newest[0][1], max_bytes))
-        return None if found is None else read_message(found)
-
-    def due(self, sink: str, max_keys: int, max_bytes: int, regardless: bool = False) -> list[LaneHead]:
-        heads: list[LaneHead] = []
-        for statement in (SELECT_REGARDLESS,) if regardless else (SELECT_OLDER, SELECT_PASSED):
-            # Also when nothing more fits: the number of reads is the same whatever waits (I5).
-            given = (self._id(sink), self._clock.monotonic(), max_keys - len(heads), max_bytes)
-            for row in self._rows(statement, given):
-                attempts, reason = cast("tuple[int, str]", row[-2:])
-                message = read_message(row)
-                heads.append(LaneHead(message, attempts, reason))
-                max_bytes -= len(message.change.body)
-        return heads
-
-    def bytes_due(self, sink: str, regardless: bool = False) -> int | None:
-        given = (self._id(sink), self._clock.monotonic())
-        for statement in (SELECT_REGARDLESS_BYTES,) if regardless else (SELECT_OLDER_BYTES, SELECT_PASSED_BYTES):
-            found = self._first(statement, given)
-            if found is not None:
-                return cast(int, found[0])
+        with self._asked_for() as db, _snapshot(db):
+            self.reads += 1
+            firsts: dict[str, int] = {}
+            for row in span_rows(db.execute(SELECT_LAST, (number, PROBED))):
+                ((keys, meta),) = cast("list[list[bytes]]", read_blobs(db, ("keys", "meta"), [row.id]))
+                span, done = row.span(keys, meta, b""), row.done
+                for place in range(span.size - 1, -1, -1):
+                    if done >> place & 1:
+                        continue
+                    for key in span.keys(place):
+                        if key not in firsts:
+                            if len(firsts) == PROBED:
+                                return None
+                            firsts[key] = _first_of(db, number, key)
+                    if all(firsts[key] == span.row(place) for key in span.keys(place)):
+                        fits = span.bytes_between(place, place + 1) <= max_bytes
+                        return _read_one(db, row, span, place) if fits else None
         return None
+
+    def due(
+        self, sink: str, max_keys: int, max_bytes: int, read_up_to: int, regardless: bool = False
+    ) -> list[LaneHead]:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 3
+            chosen: dict[int, _Head] = {}
+            for head in self._due(db, number, max_keys, read_up_to, regardless):
+                max_bytes -= head.bytes
+                if max_bytes < 0:
+                    break
+                chosen[head.row] = head
+            rows = db.execute(SELECT_MESSAGES, (number, as_json(chosen))).fetchall()
+        heads = [chosen[row[0]] for row in rows]
+        return [LaneHead(read_message(row), head.attempts, head.reason) for row, head in zip(rows, heads, strict=True)]
+
+    def _due(self, db: sqlite3.Connection, number: int, limit: int, read_up_to: int, regardless: bool) -> list[_Head]:
+        """The longest due first."""
+        statement = SELECT_REGARDLESS if regardless else SELECT_DUE
+        given = (number, _read_up_to(db, number, read_up_to), self._clock.monotonic(), limit)
+        found = rows_of(db.execute(statement, given))
+        heads = [_Head(*head) for head in cast("list[tuple[int, int, str, int, float, int]]", found)]
+        return sorted(heads, key=lambda head: (head.run, head.due))[:limit]
+
+    def bytes_due(self, sink: str, read_up_to: int, regardless: bool = False) -> int | None:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 2
+            heads = self._due(db, number, 1, read_up_to, regardless)
+        return heads[0].bytes if heads else None
 
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
         found = self._first(SELECT_LATEST, (self._id(sink), key, max_bytes))
         return None if found is None else read_message(found)
 
-    def next_due_seconds(self, sink: str) -> float | None:
-        found = self._first(SELECT_NEXT_DUE, (self._id(sink),))
-        if found is None:
+    def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 3
+            heads = self._due(db, number, 1, read_up_to, True)
+            found = db.execute(SELECT_RUN, (number,)).fetchone()
+        if not heads:
             return None
-        older, due = cast("tuple[int, float]", found)
-        return 0.0 if older else due - self._clock.monotonic()
+        return 0.0 if heads[0].run < found[0] else heads[0].due - self._clock.monotonic()
 
     def oldest(self, sink: str) -> float | None:
         found = self._first(SELECT_OLDEST, (self._id(sink),))
-        return None if found is None else cast("float | None", found[0])
+        assert found is not None
+        return min([time for time in cast("tuple[float | None, ...]", found) if time is not None], default=None)
 
     # -- for people -------------------------------------------------------------------------------------------------
-    def waiting(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
+    def held(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
         given: tuple[Value, ...] = (self._id(sink), after_key or "", limit)
-        rows = (
-            self._asked(SELECT_WAITING, given) if reason is None else self._asked(SELECT_WAITING_FOR, (*given, reason))
-        )
+        rows = self._asked(SELECT_HELD, given) if reason is None else self._asked(SELECT_HELD_FOR, (*given, reason))
         return [_waiting(row) for row in rows]
 
+    def queued(self, sink: str, after_row: int, limit: int) -> list[tuple[int, Waiting]]:
+        number = self._id(sink)
+        found: list[tuple[int, Waiting]] = []
+        while len(found) < limit:
+            with self._asked_for() as db:
+                behind = _behind(db, number, after_row, 1)
+                if not behind:
+                    break
+                ((row, done),) = behind
+                (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
+            after_row = row.id << PLACE_BITS | MOST_PLACES - 1
+            if blobs is None:
+                continue
+            keys, meta = blobs
+            span = row.span(keys, meta, b"")
+            for place in range(span.size):
+                if not done >> place & 1 and len(found) < limit:
+                    key = lane_keys(span, place, span.row(place))[-1]
+                    size = span.bytes_between(place, place + 1)
+                    found.append((span.row(place), Waiting(key, "", "", 0, row.stored, size, 1)))
+        return found
+
     def show(self, sink: str, key: str, limit: int) -> list[Message]:
-        return [read_message(r) for r in self._asked(SELECT_KEY, (self._id(sink), key, limit, PEOPLE_BYTES))]
+        number = self._id(sink)
+        with self._asked_for() as db, _snapshot(db):
+            lane = db.execute(SELECT_KEY, (number, key, limit, PEOPLE_BYTES)).fetchall()
+            messages = [read_message(row) for row in lane]
+            size = sum([message.body_bytes for message in messages])
+            for row, span, places in with_key(db, number, key, 0):
+                for place in places:
+                    size += span.bytes_between(place, place + 1)
+                    if len(messages) >= limit or (messages and size > PEOPLE_BYTES):
+                        return messages
+                    messages.append(_read_one(db, row, span, place))
+        return messages
 
     def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
         statement = SELECT_DEAD if reason is None else SELECT_DEAD_FOR
@@ -274,6 +381,56 @@ def _failing() -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         raise StoreFailed("store_failed", f"the state file cannot be read: {error}", "see the disk it is on") from error
+
+
+@contextlib.contextmanager
+def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    """Several statements that see the same state."""
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")
+
+
+def _behind(db: sqlite3.Connection, sink: int, after_row: int, spans: int) -> list[tuple[SpanRow, int]]:
+    """The next spans behind the cursor, and what of each is gone or before it."""
+    cursor, at = after_row >> PLACE_BITS, (after_row & (MOST_PLACES - 1)) + 1
+    found = []
+    for row in span_rows(db.execute(SELECT_PAGE, (sink, cursor, spans + 1))):
+        done = row.done
+        if row.id == cursor:
+            done |= ones(0, min(at, row.messages))
+        if done.bit_count() < row.messages:
+            found.append((row, done))
+    return found[:spans]
+
+
+def _read_up_to(db: sqlite3.Connection, sink: int, row: int) -> int:
+    """The last row before which nothing of the queue is unread, if this one was read last."""
+    for span, done in _behind(db, sink, row, 1):
+        first = (~done & (done + 1)).bit_length() - 1
+        return (span.id << PLACE_BITS | first) - 1
+    return _LAST_ROW
+
+
+def _first_of(db: sqlite3.Connection, sink: int, key: str) -> int:
+    """The row of the first of a key, which is in the queue; 0 if the key is parked."""
+    if rows_of(db.execute(SELECT_PARKED, (sink, as_json([key])))):
+        return 0
+    for _, span, places in with_key(db, sink, key, 0):
+        return span.row(places[0])
+    return 0
+
+
+def _read_one(db: sqlite3.Connection, row: SpanRow, span: Span, place: int) -> Message:
+    """A message of the queue, alone. ``span`` has no bodies."""
+    end = span.ends[place]
+    start = span.ends[place - 1] if place else 0
+    with db.blobopen("span_data", "data", row.id, readonly=True) as blob:
+        blob.seek(start)
+        data = blob.read(end - start)
+    return single(span, place, data)
 
 
 def _waiting(row: Row) -> Waiting:

@@ -1,5 +1,5 @@
 -- The state file of Spillway. PRAGMA user_version is the version of this schema, PRAGMA application_id names the file.
--- Which statement may touch which rows is said in lanes.py and reads.py; every one of them goes by a key or an index.
+-- Which statement may touch which rows is said in queue.py, lanes.py and reads.py; every one goes by a key or an index.
 
 -- A slot's history: what all positions below belong to (invariant I9).
 CREATE TABLE slot (
@@ -26,48 +26,70 @@ CREATE TABLE sink (
     dead_letters INTEGER NOT NULL DEFAULT 0
 );
 
--- Every waiting message, written once and never changed. Numbers are never used again. The body comes last: what is
--- before it is read without touching the body's pages.
+-- The queue: a row per span, what is small and may change of it here, its columns below. The row of a message is
+-- ``id << 16 | its number in the span``. Numbers are never used again.
+CREATE TABLE span (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    sink INTEGER NOT NULL,
+    keying INTEGER NOT NULL,
+    key_groups INTEGER NOT NULL,
+    messages INTEGER NOT NULL,        -- all of them, and their bytes: what a reader gets
+    bytes INTEGER NOT NULL,
+    messages_left INTEGER NOT NULL,
+    bytes_left INTEGER NOT NULL,
+    first_lsn INTEGER NOT NULL,       -- of all of them
+    commit_time REAL NOT NULL,        -- of the first that is left
+    stored REAL NOT NULL,             -- wall seconds at which it came here
+    tables TEXT NOT NULL,             -- JSON array of [schema, table]
+    done TEXT NOT NULL                -- what is gone: a bit per number, as one hexadecimal integer
+);
+CREATE INDEX span_sink ON span (sink);
+
+-- Written once. The keys come first and the bodies last: what is before is read without touching what is behind.
+CREATE TABLE span_data (
+    id INTEGER PRIMARY KEY,
+    keys BLOB NOT NULL,
+    meta BLOB NOT NULL,
+    data BLOB NOT NULL
+);
+
+-- The messages in lanes, one by one: chunks of one change.
 CREATE TABLE message (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     sink INTEGER NOT NULL,
     lsn INTEGER NOT NULL, idx INTEGER NOT NULL, sub INTEGER NOT NULL,
-    action TEXT NOT NULL, schema_name TEXT NOT NULL, table_name TEXT NOT NULL,
-    change_key TEXT,                  -- Change.key, which may differ from what the sink orders by
+    keying INTEGER NOT NULL,
+    key_groups INTEGER NOT NULL,
+    tables TEXT NOT NULL,             -- JSON array of one [schema, table]
     key1 TEXT NOT NULL, key2 TEXT,    -- its lanes; a message without keys has one of its own, see rows.py
-    pks TEXT NOT NULL,                -- JSON array
-    n INTEGER NOT NULL,
-    flags INTEGER NOT NULL,           -- see rows.py
-    too_large_bytes INTEGER NOT NULL,
     commit_time REAL NOT NULL,
-    stored REAL NOT NULL,             -- wall seconds at which it came here
-    record_bytes INTEGER NOT NULL,
-    body BLOB NOT NULL
+    stored REAL NOT NULL,
+    size INTEGER NOT NULL,            -- of what people are told: of the body, or of the row that was too large for it
+    keys BLOB NOT NULL,
+    meta BLOB NOT NULL,
+    data BLOB NOT NULL
 );
 
--- The waiting messages that are not held back, in position order.
-CREATE TABLE queue (
-    sink INTEGER NOT NULL, id INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    PRIMARY KEY (sink, id)
-) WITHOUT ROWID;
-
--- Every waiting message under each of its keys, held or not. ``other``: its other key, if it has two.
+-- Every message of table message under each of its keys. ``other``: its other key, if it has two. ``waits``: there may
+-- be earlier rows of its keys in the queue.
 CREATE TABLE lane (
-    sink INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, other TEXT, bytes INTEGER NOT NULL,
+    sink INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, other TEXT, waits INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
     PRIMARY KEY (sink, key, id)
 ) WITHOUT ROWID;
 
--- The parked keys. Of a key's rows those from ``head`` on are held, those before it are in the queue.
+-- The parked keys: those that have a lane. ``head``: its first row.
 -- ``due``: monotonic seconds of the run that wrote it, at which the head may be sent; null: not before another row
--- has gone. Due times of older runs have passed.
+-- has gone. Due times of older runs have passed. ``waits_for``: nor before the queue has been read up to here.
 CREATE TABLE parked (
     sink INTEGER NOT NULL, key TEXT NOT NULL,
     head INTEGER NOT NULL,
-    run INTEGER NOT NULL, due REAL,
+    run INTEGER NOT NULL, due REAL, waits_for INTEGER NOT NULL,
     attempts INTEGER NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (sink, key)
 ) WITHOUT ROWID;
-CREATE INDEX parked_due ON parked (sink, run, due) WHERE due IS NOT NULL;
+CREATE INDEX parked_due ON parked (sink, run, due) WHERE due IS NOT NULL AND waits_for = 0;
+CREATE INDEX parked_waits ON parked (sink, waits_for) WHERE due IS NOT NULL AND waits_for > 0;
 CREATE INDEX parked_head ON parked (sink, head);
 CREATE UNIQUE INDEX parked_reason ON parked (sink, reason, key);  -- unique: so that key order needs no sort
 
@@ -75,13 +97,10 @@ CREATE UNIQUE INDEX parked_reason ON parked (sink, reason, key);  -- unique: so 
 CREATE TABLE dead (
     id INTEGER PRIMARY KEY,
     sink INTEGER NOT NULL,
-    lsn INTEGER NOT NULL, idx INTEGER NOT NULL, sub INTEGER NOT NULL,
-    action TEXT NOT NULL, schema_name TEXT NOT NULL, table_name TEXT NOT NULL,
-    change_key TEXT, key1 TEXT NOT NULL, key2 TEXT, pks TEXT NOT NULL,
-    n INTEGER NOT NULL, flags INTEGER NOT NULL, too_large_bytes INTEGER NOT NULL,
-    commit_time REAL NOT NULL, stored REAL NOT NULL, record_bytes INTEGER NOT NULL,
+    keying INTEGER NOT NULL, key_groups INTEGER NOT NULL, tables TEXT NOT NULL,
+    key1 TEXT NOT NULL, stored REAL NOT NULL, size INTEGER NOT NULL,
     attempts INTEGER NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL,
-    body BLOB NOT NULL
+    keys BLOB NOT NULL, meta BLOB NOT NULL, data BLOB NOT NULL
 );
 CREATE INDEX dead_sink ON dead (sink);
 CREATE INDEX dead_key ON dead (sink, key1);

@@ -36,13 +36,15 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Generic, TypeVar, cast
 
+from spillway.chunk import PLACE_BITS
 from spillway.clock import Clock, SystemClock
 from spillway.errors import SpillwayError, StoreFailed
 from spillway.store.apply import Transaction
 from spillway.store.base import Identity, Select, SinkState, Write, Written
 from spillway.store.file import Reserve, lock, open_writer
-from spillway.store.lanes import SinkRow
+from spillway.store.queue import Put
 from spillway.store.reads import Reads
+from spillway.store.rows import SinkRow
 
 GROUP_BYTES = 32 << 20
 GROUP_ROWS = 20_000
@@ -52,6 +54,8 @@ SPARE_PAGES = 1024  # free pages that the file keeps
 VACUUM_PAGES = 2048
 FULL_RETRY_SECONDS = 1.0
 MAX_LSN = (1 << 63) - 1
+SELECT_LAST_SPAN = f"""
+    SELECT coalesce(max(iif(name = 'span', seq, seq >> {PLACE_BITS})), 0) FROM sqlite_sequence"""
 
 # Beside SQLITE_FULL: the WAL's index could not be extended.
 _FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
@@ -92,7 +96,7 @@ class SqliteStore(Reads):
         self._lock = lock(path)
         try:
             self._db = open_writer(path)
-            self._next_row = 1 + max((n for (n,) in self._db.execute("SELECT seq FROM sqlite_sequence")), default=0)
+            self._next_span = 1 + self._db.execute(SELECT_LAST_SPAN).fetchone()[0]
             super().__init__(path, clock)
         except BaseException:
             self._lock.close()
@@ -134,9 +138,10 @@ class SqliteStore(Reads):
             _check_lsn(write.position.commit_lsn)
         elif write.put:
             raise ValueError("a put needs a position")
-        rows = len(write.put) + len(write.resolved) + len(write.park) + len(write.bury)
-        size = sum(len(m.change.body) for m in write.put)
-        return self._submit(lambda transaction: transaction.write(write), rows, size)
+        puts = [Put.of(span) for span in write.put]
+        rows = sum([len(singly) for singly in (puts, write.resolved, write.resolved_held, write.park, write.hold)])
+        size = sum([put.size_bytes for put in puts])
+        return self._submit(lambda transaction: transaction.write(write, puts), 1 + rows + len(write.bury), size)
 
     def retry_now(self, sink: str, select: Select) -> Future[int]:
         key, reason = select.key, select.reason
@@ -219,7 +224,7 @@ class SqliteStore(Reads):
         return group
 
     def _commit(self, group: list[_Job[object]]) -> None:
-        transaction = Transaction(self._db, self._sinks, self._next_row, self._clock)
+        transaction = Transaction(self._db, self._sinks, self._next_span, self._clock)
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for job in group:
@@ -232,7 +237,7 @@ class SqliteStore(Reads):
             self._disk_is_full()
             return
         transaction.committed()
-        self._next_row = transaction.next_row
+        self._next_span = transaction.next_span
         self.disk_full_since = None
         with self._wake:
             for _ in group:
