@@ -4,13 +4,56 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from spillway.pgoutput import Copy, Ended, Full, Keepalive, Stop
 from spillway.source.connect import Connection, connect_query
-from spillway.source.stream import Stream, XLogData
+from spillway.source.stream import Stream
+
+MANY = 1 << 30
+
+
+class Frame(NamedTuple):
+    wal_start: int
+    payload: bytes
+
+    @property
+    def tag(self) -> bytes:
+        return self.payload[:1]
+
+
+class Recorder:
+    """In place of a decoder: takes frames as one does, and keeps them as they are."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.taken_bytes = 0
+        self.used_bytes = 0
+
+    def fill(self, copy: Copy, credit_bytes: int, max_changes: int) -> Stop:
+        while True:
+            size, frame = copy.get_copy_data(1)
+            if size <= 0:
+                return Ended(size) if size else None
+            self.taken_bytes += size
+            if frame[0] == ord("k"):
+                return Keepalive(int.from_bytes(frame[1:9], "big"), frame[17] != 0)
+            assert frame[0] == ord("w")
+            self.used_bytes += size
+            self.frames.append(Frame(int.from_bytes(frame[1:9], "big"), bytes(frame[25:])))
+            if len(self.frames) >= max_changes:
+                return Full(0)
+
+
+def fill(stream: Stream, recorder: Recorder, most: int = MANY) -> Full | Keepalive | None:
+    """What is whole in memory, up to ``most`` frames since the recorder was made."""
+    stop = stream.fill(recorder, MANY, most)  # type: ignore[arg-type] # what the stream uses of a decoder
+    assert stop is None or isinstance(stop, Full | Keepalive)
+    return stop
 
 
 @dataclass
@@ -55,15 +98,14 @@ class SourceDatabase:
         self.streams.append(stream)
         return stream
 
-    async def frames(self, stream: Stream, tag: bytes, count: int = 1) -> list[XLogData]:
+    async def frames(self, stream: Stream, tag: bytes, count: int = 1) -> list[Frame]:
         """The next ``count`` messages of a kind, whatever stands between them."""
-        found: list[XLogData] = []
+        found: list[Frame] = []
         while len(found) < count:
-            frame = stream.next()
-            if frame is None:
+            recorder = Recorder()
+            if fill(stream, recorder, 1) is None:
                 await stream.more()
-            elif isinstance(frame, XLogData) and frame.payload[:1] == tag:
-                found.append(frame)
+            found += [frame for frame in recorder.frames if frame.tag == tag]
         return found
 
     async def until(self, holds: Callable[[], Awaitable[bool]]) -> None:

@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from pgoutput.frames import META
+from pgoutput.twins import TWINS
 from servers.postgres import Postgres
-from source.conftest import SourceDatabase
+from source.conftest import Recorder, SourceDatabase, fill
+from spillway.change import ACTIONS
 from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.pgoutput import Full, Keepalive, Relation
+from spillway.pgoutput.decoder import Decoder
 from spillway.position import format_lsn, parse_lsn
+from spillway.source import catalog
 from spillway.source.connect import connect_query
 from spillway.source.slot import lag, slot_state
-from spillway.source.stream import READ_BYTES, Keepalive, Stream, XLogData
+from spillway.source.stream import READ_BYTES, Stream
 
 DEADLINE_SECONDS = 30
 
@@ -27,7 +33,7 @@ async def _end(stream: Stream) -> SpillwayError:
     async with asyncio.timeout(DEADLINE_SECONDS):
         try:
             while True:
-                if stream.next() is None:
+                if fill(stream, Recorder()) is None:
                     await stream.more()
         except SpillwayError as error:
             return error
@@ -36,11 +42,11 @@ async def _end(stream: Stream) -> SpillwayError:
 async def _keepalive(stream: Stream) -> Keepalive:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
-            frame = stream.next()
-            if frame is None:
+            stop = fill(stream, Recorder())
+            if stop is None:
                 await stream.more()
-            elif isinstance(frame, Keepalive):
-                return frame
+            elif isinstance(stop, Keepalive):
+                return stop
 
 
 async def test_frames_in_commit_order_and_feedback_that_moves_the_slot(source: SourceDatabase) -> None:
@@ -121,6 +127,35 @@ async def test_a_killed_connection_hands_out_what_had_come_and_then_says_so(sour
     assert len(await source.frames(again, b"I", 20000)) == 20000
 
 
+async def test_what_comes_in_one_bite_with_the_end_is_handed_out_before_it(source: SourceDatabase) -> None:
+    await source.make_slot()
+    stream = await source.stream()
+    await source.execute("INSERT INTO public.t VALUES (1, 'one')")
+    committed = await source.value("SELECT pg_current_wal_lsn()")
+    walsender = f"FROM pg_stat_replication WHERE application_name = 'spillway:{source.slot}'"
+
+    async def sent() -> bool:
+        return await source.value(f"SELECT sent_lsn >= '{committed}' {walsender}") is True
+
+    async def gone() -> bool:
+        return await source.value(f"SELECT count(*) {walsender}") == 0
+
+    handed: list[bytes] = []
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await source.until(sent)
+        await source.execute(f"SELECT pg_terminate_backend(pid) {walsender}")
+        await source.until(gone)
+        with pytest.raises(SourceUnavailable) as caught:
+            while True:
+                recorder = Recorder()
+                stop = fill(stream, recorder)
+                handed += [frame.tag for frame in recorder.frames]
+                if stop is None:
+                    await stream.more()
+    assert caught.value.code == "connection_lost"
+    assert handed == [b"B", b"R", b"I", b"C"]
+
+
 async def _reopened(source: SourceDatabase) -> Stream:
     """The server lets go of the slot a moment after the connection ends."""
     async with asyncio.timeout(DEADLINE_SECONDS):
@@ -149,7 +184,7 @@ async def test_close_frees_the_slot_in_the_middle_of_a_big_transaction(source: S
     await stream.close()
     await stream.close()
     with pytest.raises(SourceUnavailable, match="closed"):
-        stream.next()
+        fill(stream, Recorder())
     again = await _reopened(source)
     await source.frames(again, b"C")
 
@@ -159,9 +194,9 @@ async def test_a_row_of_20_mb_comes_whole(source: SourceDatabase) -> None:
     stream = await source.stream()
     await source.execute("INSERT INTO public.t VALUES (1, repeat('0123456789', 2000000)), (2, 'small')")
     large, small = await source.frames(stream, b"I", 2)
-    assert bytes(large.payload).count(b"0123456789") == 2_000_000
+    assert large.payload.count(b"0123456789") == 2_000_000
+    assert len(large.payload) < 20_000_200
     assert b"small" in small.payload
-    assert 20_000_000 < stream.largest_frame_bytes < 20_000_200
 
 
 async def test_reads_in_bites_and_takes_every_row_once(source: SourceDatabase) -> None:
@@ -171,19 +206,44 @@ async def test_reads_in_bites_and_takes_every_row_once(source: SourceDatabase) -
     ids: list[int] = []
     bites = largest = 0
     while len(ids) < 50_000:
-        taken = 0
-        while (frame := stream.next()) is not None:
-            if isinstance(frame, XLogData):
-                taken += len(frame.payload)
-                if frame.payload[:1] == b"I":
-                    ids.append(int(frame.payload[13:].split(b"t", 1)[0]))
-        largest = max(largest, taken)
+        recorder = Recorder()
+        while fill(stream, recorder) is not None:
+            pass
+        ids += [int(frame.payload[13:].split(b"t", 1)[0]) for frame in recorder.frames if frame.tag == b"I"]
+        largest = max(largest, sum(len(frame.payload) for frame in recorder.frames))
         bites += 1
         if len(ids) < 50_000:
             await stream.more()
     assert ids == list(range(1, 50_001))
     assert largest < 3 * READ_BYTES
     assert bites < 25_000  # far less than a row each
+
+
+@pytest.mark.parametrize("decoder_class", TWINS)
+async def test_a_decoder_takes_every_row_once_whatever_credit_it_gets(
+    source: SourceDatabase, decoder_class: type[Decoder]
+) -> None:
+    await source.make_slot()
+    stream = await source.stream()
+    await source.execute("INSERT INTO public.t SELECT i, repeat('x', i % 1000) FROM generate_series(1, 20000) i")
+    decoder = decoder_class(META, lambda *_: (), 0, 1 << 20, 100, 1 << 23)
+    pks: list[str] = []
+    end_lsn = 0
+    credit_bytes, most = 1 << 14, 100
+    while not end_lsn:
+        stop = stream.fill(decoder, credit_bytes, most)
+        if isinstance(stop, Relation):
+            decoder.learn(stop, await catalog.describe(source.query, stop), frozenset(ACTIONS))
+        assert decoder.used_bytes <= credit_bytes
+        assert decoder.count <= most
+        chunk = decoder.take()
+        pks += [chunk.change(index).pks[0] for index in range(chunk.count)]
+        end_lsn = chunk.end_lsn
+        if isinstance(stop, Full):
+            credit_bytes = max(stop.needed_bytes, credit_bytes * 3 % (1 << 17))
+        elif stop is None and not end_lsn:
+            await stream.more()
+    assert pks == [str(number) for number in range(1, 20_001)]
 
 
 async def test_a_cancelled_wait_loses_nothing(source: SourceDatabase) -> None:
@@ -249,11 +309,11 @@ async def test_a_missing_publication_ends_the_stream_before_anything_is_skipped(
     with pytest.raises(SpillwayError) as caught:
         async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
-                frame = stream.next()
-                if frame is None:
+                stop = fill(stream, Recorder())
+                if stop is None:
                     await stream.more()
-                elif isinstance(frame, Keepalive):
-                    positions.append(frame.wal_end)
+                elif isinstance(stop, Keepalive):
+                    positions.append(stop.wal_end)
     assert caught.value.code == "publication_missing"
     assert all(position < committed for position in positions), (format_lsn(before), positions)
 
@@ -358,14 +418,11 @@ async def test_messages_are_streamed_where_the_server_can(source: SourceDatabase
     await source.execute(
         "BEGIN; SELECT pg_logical_emit_message(true, 'prefix', 'said'); INSERT INTO public.t VALUES (1, 'x'); COMMIT"
     )
-    seen: list[bytes] = []
-    while not seen or seen[-1] != b"C":
-        frame = stream.next()
-        if frame is None:
+    recorder = Recorder()
+    while not recorder.frames or recorder.frames[-1].tag != b"C":
+        if fill(stream, recorder) is None:
             await stream.more()
-        elif isinstance(frame, XLogData):
-            seen.append(frame.payload[:1])
-    assert (b"M" in seen) == (source.version >= 140000)
+    assert (b"M" in [frame.tag for frame in recorder.frames]) == (source.version >= 140000)
 
 
 async def test_a_publication_name_that_needs_quotes(source: SourceDatabase) -> None:

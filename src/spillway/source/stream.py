@@ -7,13 +7,14 @@ reads one bite and may return with nothing whole. So an await is paid per bite, 
 What it promises:
 
 - **Bounded.** A bite is at most `READ_BYTES`, so libpq holds that much, or the one frame that is larger. libpq's buffer
-  grows to at least the largest frame and never shrinks: the caller renews the connection when `largest_frame_bytes`
-  has become too large for its taste (design.md: 8 MB). A frame exists twice while it is copied out.
+  grows to at least the largest frame and never shrinks: the decoder says when the connection is to be renewed
+  (`Renew`; design.md: 8 MB). A frame exists twice while it is copied out.
 - **Large bites under load.** A reader that wakes for every row halves the walsender's speed. When the socket runs dry
   after a bite of `FILL_AFTER_BYTES`, it gets a millisecond to fill again; after a smaller one, what comes is read the
   moment it comes. At most one such wait per bite, none at low load.
 - **Nothing is lost between the last frame and an error.** A broken connection is reported only after every frame that
-  had arrived was handed out; the server's own last words are preferred to libpq's.
+  had arrived was taken and the caller had its turn to hand out what was made of them: a `fill` that took something
+  returns as ever, the next one raises. The server's own last words are preferred to libpq's.
 - **Feedback never goes back.** `send_feedback` is the one place where a flush position is sent; it is clamped to what
   was sent before, beginning with ``start_lsn``.
 - **A skipped publication ends the stream.** PostgreSQL 18 no longer fails when the publication is missing at a place in
@@ -40,7 +41,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 
 from spillway.errors import SourceUnavailable, SpillwayError
-from spillway.pgoutput import Decoder, Ended, Full, Keepalive, Relation, Renew
+from spillway.pgoutput import Decoder, Ended, Full, Keepalive, Relation, Renew, Stop
 from spillway.position import format_lsn
 from spillway.source.connect import Connection, connect_replication
 from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
@@ -57,7 +58,7 @@ TLS_RECHECK_SECONDS = 0.05
 TLS_HIDDEN_READS = 2
 
 _POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01 UTC
-ENDED = -1  # what libpq returns as a size when the server has ended COPY
+_ENDED = -1  # what libpq returns as a size when the server has ended COPY
 _FEEDBACK = struct.Struct(">cQQQqB")  # write, flush, apply, time, reply requested
 
 
@@ -119,30 +120,33 @@ class Stream:
             raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
 
     def fill(self, decoder: Decoder, credit_bytes: int, max_changes: int) -> Full | Keepalive | Relation | Renew | None:
-        """Let the decoder take what is whole in memory (`Decoder.fill`). None: there is no more. Raises once everything
-        before the error was taken."""
+        """Let the decoder take what is whole in memory (`Decoder.fill`). None: there is no more. Raises when nothing is
+        left to take before the error."""
+        used_bytes = decoder.used_bytes
+        stop: Stop = None
         try:
             stop = decoder.fill(self._pgconn, credit_bytes, max_changes)
         except psycopg.Error as error:
-            raise self._lost or stream_refusal(error, self.slot, self.publications) from error
+            self._lose(stream_refusal(error, self.slot, self.publications))
         self._taken_bytes += decoder.taken_bytes
         decoder.taken_bytes = 0
         if self._skipped:
             raise missing_publication(self.publications, self.slot, self._skipped)
         if isinstance(stop, Ended):
-            if stop.size == ENDED:
-                raise self._ended()
-            failed = psycopg.OperationalError(self._pgconn.get_error_message())
-            raise self._lost or stream_refusal(failed, self.slot, self.publications)
-        if stop is None and self._lost is not None:
+            self._end(stop)
+            stop = None
+        if stop is None and self._lost is not None and decoder.used_bytes == used_bytes:
             raise self._lost
         return stop
 
-    def _ended(self) -> SpillwayError:
-        """The server has left COPY: its error, or its shutdown."""
-        result = None if self._pgconn.is_busy() else self._pgconn.get_result()
-        error = _error_of(result, "the server ended the stream")
-        return stream_refusal(error, self.slot, self.publications)
+    def _end(self, ended: Ended) -> None:
+        if ended.size == _ENDED:  # the server has left COPY: its error, or its shutdown
+            result = None if self._pgconn.is_busy() else self._pgconn.get_result()
+            error = _error_of(result, "the server ended the stream")
+            self._lost = None  # this comes before what libpq made of it
+        else:
+            error = psycopg.OperationalError(self._pgconn.get_error_message())
+        self._lose(stream_refusal(error, self.slot, self.publications))
 
     async def more(self) -> None:
         """Wait until the server has sent something and read one bite of it."""
