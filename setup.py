@@ -3,14 +3,10 @@
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-setup(
-    ext_modules=cythonize(
-        Extension(
-            "spillway._native",
-            ["src/native/_native.pyx"],
-            extra_compile_args=["-O3"],
-            optional=True,
-        ),
-        build_dir="build",
-    )
+modules = cythonize(
+    Extension("spillway._native", ["src/native/_native.pyx"], extra_compile_args=["-O3"]), build_dir="build"
 )
+for module in modules:
+    module.optional = True  # cythonize() does not pass it on
+
+setup(ext_modules=modules)
