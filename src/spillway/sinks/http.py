@@ -8,7 +8,8 @@
 - **One deadline** covers a request from the connection to the last byte of the answer.
 - Redirects are not followed: a POST would become a GET on the way.
 - TLS is verified, always, against ``ca_file`` where given, else against the certificates httpx comes with (or
-  ``SSL_CERT_FILE``). Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY``).
+  ``SSL_CERT_FILE``). Proxies are taken from the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``,
+  ``NO_PROXY``).
 
 `Failure` says how far a request got, because only the sink knows what that means for a message.
 """
@@ -16,27 +17,31 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import socket
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
+from urllib.request import getproxies, proxy_bypass
 
+import h11
 import httpx
 
 from spillway import __version__
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
+from spillway.sinks.connection import Connection, Cut, Proxy, Server, Unreachable, connect
 
 PIECE_BYTES = 1024 * 1024
 SMALL_BYTES = 64 * 1024  # parts below are put together
 GZIP_LEVEL = 1  # a larger one costs more processor time than the network between the two is usually worth
 IDLE_SECONDS = 4.0  # below the 5 s after which common servers close an idle connection
+
+_HEADERS = {"accept": "*/*", "accept-encoding": "identity", "user-agent": f"spillway/{__version__}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,53 +76,51 @@ class Failure:
 
 
 class Http:
-    """Requests of one sink, over a pool of kept connections. Safe to use from several tasks."""
+    """Requests of one sink to one server, over kept connections. Safe to use from several tasks."""
 
-    def __init__(self, *, connections: int, timeout_seconds: float, ca_file: Path | None, clock: Clock) -> None:
-        self._connections = connections
+    def __init__(
+        self, url: httpx.URL, *, connections: int, timeout_seconds: float, ca_file: Path | None, clock: Clock
+    ) -> None:
+        self._url = url
         self._timeout_seconds = timeout_seconds
         self._ca_file = ca_file
         self._clock = clock
-        self._client: httpx.AsyncClient | None = None
+        self._server: Server | None = None
+        self._idle: list[Connection] = []
+        self._free = asyncio.Semaphore(connections)
 
-    def open(self) -> None:
-        """Repeatable. Raises SpillwayError for a CA file that cannot be used."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(
-                http2=False,
-                verify=_tls(self._ca_file),
-                timeout=httpx.Timeout(None),  # one deadline for the whole, below
-                follow_redirects=False,
-                limits=httpx.Limits(
-                    max_connections=self._connections,
-                    max_keepalive_connections=self._connections,
-                    keepalive_expiry=IDLE_SECONDS,
-                ),
-                headers={"accept-encoding": "identity", "user-agent": f"spillway/{__version__}"},
-            )
+    def open(self) -> Server:
+        """Repeatable. Raises SpillwayError for a CA file or a proxy that cannot be used."""
+        if self._server is None:
+            tls = _tls(self._ca_file) if self._url.scheme == "https" else None
+            port = self._url.port or (80 if tls is None else 443)
+            self._server = Server(self._url.host, port, tls, _proxy(self._url))
+        return self._server
 
     async def close(self) -> None:
         """Idempotent."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+        for connection in idle:
+            await connection.closed
 
     async def request(
         self,
         method: Literal["GET", "HEAD", "PUT", "POST"],
         url: httpx.URL,
-        headers: httpx.Headers | Mapping[str, str],
+        headers: Mapping[str, str],
         content: Body | None = None,
         *,
         gzip: bool = False,
         max_answer_bytes: int = 64 * 1024,
     ) -> Answer | Failure:
-        self.open()
-        assert self._client is not None
-        headers = httpx.Headers(headers)
+        """``headers``: their names in lower case."""
+        server = self.open()
+        headers = {"host": self._url.netloc.decode(), **_HEADERS, **headers}
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                stream = None
+            async with asyncio.timeout(self._timeout_seconds), self._free:
+                parts: Iterable[bytes] = ()
                 if content is not None:
                     parts, length_bytes = content.parts, content.length_bytes
                     if gzip:
@@ -127,22 +130,41 @@ class Http:
                         parts = list(parts)
                         length_bytes = sum([len(part) for part in parts])
                     headers["content-length"] = str(length_bytes)
-                    stream = _stream(parts)
-                async with self._client.stream(method, url, headers=headers, content=stream) as response:
-                    body, whole = await _read(response, max_answer_bytes)
-        except (TimeoutError, httpx.TimeoutException):
+                encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+                target = url.raw_path
+                if server.proxy is not None and server.tls is None:
+                    target = b"http://" + url.netloc + target
+                    encoded += server.proxy.headers
+                connection = self._kept() or await connect(server)
+                response = await connection.exchange(method.encode(), target, encoded, _pieces(parts), max_answer_bytes)
+                if connection.usable:
+                    self._idle.append(connection)
+        except TimeoutError:
             return Failure("timeout", "timeout", f"no answer within {self._timeout_seconds:g} s")
-        except (httpx.ConnectError, httpx.ProxyError) as error:
+        except Unreachable as error:
             return _unsent(error)
-        except httpx.TransportError as error:
-            return Failure("cut", "connection_cut", f"the connection ended before the answer: {_words(error)}")
+        except (Cut, h11.ProtocolError) as error:
+            return Failure("cut", "connection_cut", f"the connection ended before the answer: {error}")
         return Answer(
-            response.status_code, body, whole, self._retry_after(response), response.headers.get("location", "")
+            response.status,
+            response.body,
+            response.whole,
+            self._retry_after(response.headers.get(b"retry-after", b"").decode("latin-1").strip()),
+            response.headers.get(b"location", b"").decode("latin-1"),
         )
 
-    def _retry_after(self, response: httpx.Response) -> float | None:
+    def _kept(self) -> Connection | None:
+        """The connection that was used last; those that have been idle for long are closed."""
+        oldest = asyncio.get_running_loop().time() - IDLE_SECONDS
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable and connection.idle_since >= oldest and connection.quiet:
+                return connection
+            connection.abort()
+        return None
+
+    def _retry_after(self, value: str) -> float | None:
         """The header Retry-After, which holds seconds or a date (RFC 9110, section 10.2.3)."""
-        value = response.headers.get("retry-after", "").strip()
         if not value:
             return None
         if value.isascii() and value.isdigit():
@@ -187,11 +209,6 @@ def _pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(pending)
 
 
-async def _stream(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for piece in _pieces(parts):
-        yield piece
-
-
 async def _compressed(parts: Iterable[bytes]) -> list[bytes]:
     compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     compressed: list[bytes] = []
@@ -204,22 +221,30 @@ async def _compressed(parts: Iterable[bytes]) -> list[bytes]:
     return compressed
 
 
-async def _read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
-    chunks: list[bytes] = []
-    left = limit
-    async for chunk in response.aiter_raw():
-        chunks.append(chunk[:left])
-        left -= len(chunk)
-        if left < 0:
-            return b"".join(chunks), False
-    return b"".join(chunks), True
+def _proxy(url: httpx.URL) -> Proxy | None:
+    proxies = getproxies()
+    value = proxies.get(url.scheme) or proxies.get("all")
+    if not value or proxy_bypass(url.netloc.decode()):
+        return None
+    try:
+        proxy = httpx.URL(value if "://" in value else f"http://{value}")
+        port = proxy.port or 80
+    except httpx.InvalidURL:
+        proxy = None
+    if proxy is None or proxy.scheme != "http" or not proxy.host:
+        raise SpillwayError(
+            "proxy",
+            f"the proxy that the environment names for {url.scheme} is not of the form http://[USER:PASSWORD@]HOST:PORT",
+            f"set {url.scheme.upper()}_PROXY, or name {url.host} in NO_PROXY",
+        )
+    return Proxy(proxy.host, port, f"{proxy.username}:{proxy.password}" if proxy.username else "")
 
 
 @functools.cache
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
     """One context for all sinks that trust the same: loading the certificates takes some 20 ms and a megabyte."""
     if ca_file is None:
-        return httpx.create_ssl_context()
+        return httpx.create_ssl_context()  # not the system's, which a container may lack
     try:
         return ssl.create_default_context(cafile=str(ca_file))
     except (OSError, ssl.SSLError) as error:
@@ -228,33 +253,13 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
         ) from error
 
 
-def _unsent(error: httpx.TransportError) -> Failure:
-    """Why no connection came about. httpx keeps that in the causes of its own error."""
-    for cause in _causes(error):
-        if isinstance(cause, ssl.SSLError):
-            return Failure("unsent", "tls_failed", str(cause))
-        if isinstance(cause, socket.gaierror):
-            return Failure("unsent", "name_not_resolved", str(cause))
-        if isinstance(cause, ConnectionRefusedError) or (
-            isinstance(cause, OSError) and cause.errno == errno.ECONNREFUSED
-        ):
-            return Failure("unsent", "connection_refused", str(cause))
-    return Failure("unsent", "connect_failed", _words(error))
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    pending = [error]
-    seen: set[int] = set()
-    while pending:
-        current = pending.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        if isinstance(current, BaseExceptionGroup):
-            pending.extend(current.exceptions)
-        pending.extend(cause for cause in (current.__cause__, current.__context__) if cause is not None)
-
-
-def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _unsent(error: Unreachable) -> Failure:
+    reason = "connect_failed"
+    match error.__cause__:
+        case ssl.SSLError():
+            reason = "tls_failed"
+        case socket.gaierror():
+            reason = "name_not_resolved"
+        case ConnectionRefusedError():
+            reason = "connection_refused"
+    return Failure("unsent", reason, str(error))

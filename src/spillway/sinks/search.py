@@ -110,6 +110,7 @@ class SearchSink:
         )
         self._headers = {"content-type": "application/json", **_authorization(auth_type, auth_value)}
         self._http = Http(
+            root,
             connections=self.max_in_flight,
             timeout_seconds=timeout_seconds,
             ca_file=ca_file and context.base_dir / ca_file,

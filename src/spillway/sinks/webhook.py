@@ -23,8 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-import httpx
-
 from spillway.change import ACTIONS, RECORD_START
 from spillway.chunk import ACTION, INDEX, LOW, LSN, Batch, Chunk
 from spillway.clock import Clock, SystemClock
@@ -62,6 +60,7 @@ class WebhookSink:
         self._secrets = [value for name, value in (headers or {}).items() if value and not _is_public(name)]
         self._gzip = self._headers.get("content-encoding", "").strip().lower() == "gzip"
         self._http = Http(
+            self._url,
             connections=self.max_in_flight,
             timeout_seconds=timeout_seconds,
             ca_file=ca_file and context.base_dir / ca_file,
@@ -89,8 +88,7 @@ class WebhookSink:
         return results if any(result is not OK for result in results) else OK
 
     async def _post(self, body: Body, key: str) -> Result:
-        headers = self._headers.copy()
-        headers["idempotency-key"] = key
+        headers = self._headers | {"idempotency-key": key}
         answer = await self._http.request("POST", self._url, headers, body, gzip=self._gzip)
         if isinstance(answer, Failure):
             return (retry if answer.kind == "cut" else sink_down)(answer.reason, answer.detail)
@@ -140,13 +138,13 @@ def _changes(batch: Batch) -> Iterator[tuple[Chunk, int]]:
     return ((span.chunk, index) for span, start, stop in batch.pieces for index in span.indices[start:stop])
 
 
-def _headers(configured: Mapping[str, str]) -> httpx.Headers:
+def _headers(configured: Mapping[str, str]) -> dict[str, str]:
     """The endpoint's headers, over ours."""
-    headers = httpx.Headers({"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
     for name, value in configured.items():
         if not value.isascii():
             raise SpillwayError("http_header", f"the value of header {name} holds characters that no header may hold")
-        headers[name] = value
+        headers[name.lower()] = value.strip()
     for name in ("content-length", "transfer-encoding"):
         headers.pop(name, None)  # they are said by the one who sends
     return headers
