@@ -76,7 +76,7 @@ def add(
         ACTIONS.index(action),
         lsn,
         0,
-        (1_700_000_000 + lsn) * 1_000_000 + 250_000,
+        (1_700_000_000 + lsn % (1 << 32)) * 1_000_000 + 250_000,
         body,
         8,
         (texts[-1] if texts else b"", was, *[text.encode() for text in groups]),

@@ -7,15 +7,15 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from store_support import SINK, SLOT, fast_folder, message, opened, park, put
+from store_support import SINK, SLOT, at, fast_folder, opened, park, plain, put, span
 
-from spillway.store import apply, lanes, reads
+from spillway.store import apply, lanes, queue, reads, sqlite
 from spillway.store.base import Write
 from spillway.store.file import open_writer
 
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[-1]}.{name}": text
-    for module in (lanes, apply, reads)
+    for module in (queue, lanes, apply, reads, sqlite)
     for name, text in vars(module).items()
     if name.isupper() and isinstance(text, str) and text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")
 }
@@ -37,16 +37,18 @@ def test_every_statement_goes_by_an_index(name: str) -> None:
 
 
 COPIES = {
-    "message": "id + copy * 1000000, sink, lsn, idx, sub, action, schema_name, table_name, change_key,"
-    " key1 || '/' || copy, key2, pks, n, flags, too_large_bytes, commit_time, stored, record_bytes, body",
-    "queue": "sink, id + copy * 1000000, bytes",
-    "lane": "sink, key || '/' || copy, id + copy * 1000000, other, bytes",
-    "parked": "sink, key || '/' || copy, head + copy * 1000000, run, due, attempts, reason, detail",
+    "span": "id + copy * 1000000, sink, keying, key_groups, messages, bytes, messages_left, bytes_left, first_lsn,"
+    " commit_time, stored, tables, done",
+    "span_data": "id + copy * 1000000, keys, meta, data",
+    "message": "id + copy * 100000000000, sink, lsn, idx, sub, keying, key_groups, tables, key1 || '/' || copy, key2,"
+    " commit_time, stored, size, keys, meta, data",
+    "lane": "sink, key || '/' || copy, id + copy * 100000000000, other, waits, bytes",
+    "parked": "sink, key || '/' || copy, head + copy * 100000000000, run, due, waits_for, attempts, reason, detail",
 }
 
 
 def multiply(path: Path, times: int) -> None:
-    """Let every waiting row wait so often, under keys of their own; faster than to put them all."""
+    """Let everything that waits wait so often, held under keys of its own; faster than to put it all."""
     db = sqlite3.connect(path)
     for table, columns in COPIES.items():
         db.execute(
@@ -70,12 +72,11 @@ class Start:
                 db.set_progress_handler(self._step, 10)
             state = store.open_sink(SINK, SLOT)
             assert store.bytes_at_head(SINK, 0)
-            self.page = len(store.page(SINK, 0, 100, 1 << 20))
-            assert store.next_due_seconds(SINK) == 0.0
-            assert store.bytes_due(SINK)
-            self.due = len(store.due(SINK, 100, 1 << 20))
+            self.page = sum(span.left for span in store.page(SINK, 0, 100, 1 << 20))
+            assert store.next_due_seconds(SINK, 0) == 0.0
+            assert store.bytes_due(SINK, 0)
+            self.due = len(store.due(SINK, 100, 1 << 20, 0))
             assert store.oldest(SINK)
-            assert store.newest(SINK, 1 << 20)
             self.reads = store.reads - before
             for db in (store._reader, store._db):
                 db.set_progress_handler(None, 0)
@@ -90,15 +91,15 @@ def test_a_start_costs_the_same_with_1000_and_200000_waiting() -> None:
     with fast_folder() as folder:
         path = folder / "state.db"
         with opened(path) as store:
-            messages = [message(lsn, str(lsn)) for lsn in range(1, 1001)]
-            store.write(put(*messages)).result()
-            store.write(park(*messages[::2])).result()
+            spans = [plain(lsn, lsn + 3) for lsn in range(1, 1001, 4)]
+            store.write(put(*spans)).result()
+            store.write(park(*[m for s in spans for m in at(s, 0, 2)])).result()
         few = Start(path)
         multiply(path, 200)
         many = Start(path)
     assert (few.messages, many.messages) == (1_000, 200_000)
-    assert (few.page, few.due) == (many.page, many.due) == (100, 100)
-    assert few.reads == many.reads == 10
+    assert (few.page, few.due) == (many.page, many.due) == (50, 100)
+    assert few.reads == many.reads == 13
     assert many.steps <= few.steps * 1.05
 
 
@@ -107,9 +108,10 @@ def test_advancing_and_retrying_cost_the_same_however_many_wait() -> None:
     steps = {}
     for waiting in (2, 20_000):
         with fast_folder() as folder, opened(folder / "state.db") as store:
-            messages = [message(lsn, "hot") for lsn in range(1, waiting + 3)]
-            store.write(put(*messages)).result()
-            store.write(park(messages[0])).result()
+            hot = span(*[(lsn, "hot") for lsn in range(1, waiting + 3)])
+            messages = at(hot)
+            store.write(put(hot)).result()
+            store.write(Write(SINK, park=park(messages[0]).park, hold=messages[1:])).result()
             count = 0
 
             def step() -> int:
@@ -119,7 +121,31 @@ def test_advancing_and_retrying_cost_the_same_however_many_wait() -> None:
 
             store._db.set_progress_handler(step, 10)
             store.write(park(messages[0])).result()
-            store.write(Write(SINK, resolved=[messages[0]])).result()
-            store.write(put(message(waiting + 3, "hot"))).result()
+            store.write(Write(SINK, resolved_held=[messages[0]])).result()
+            newcomer = span((waiting + 3, "hot"))
+            store.write(put(newcomer)).result()
+            store.write(Write(SINK, hold=at(newcomer))).result()
             steps[waiting] = count
     assert steps[20_000] <= steps[2] + 10
+
+
+def test_the_queue_costs_the_same_however_much_waits() -> None:
+    steps = {}
+    for waiting in (4, 4_000):
+        with fast_folder() as folder, opened(folder / "state.db") as store:
+            spans = [plain(lsn, lsn) for lsn in range(1, waiting + 1)]
+            store.write(put(*spans)).result()
+            count = 0
+
+            def step() -> int:
+                nonlocal count
+                count += 1
+                return 0
+
+            for db in (store._db, store._reader):
+                db.set_progress_handler(step, 10)
+            store.write(Write(SINK, resolved=[(spans[0], 0, 1)])).result()
+            store.write(put(plain(waiting + 1, waiting + 1))).result()
+            assert len(store.page(SINK, spans[1].row(0), 2, 1000)) == 2
+            steps[waiting] = count
+    assert steps[4_000] <= steps[4] + 10

@@ -14,12 +14,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from store_support import SINK, SLOT, StillClock, change, everything, fast_folder, key, message, opened, park, put, rows
+from store_support import (
+    ALL,
+    BODY,
+    END,
+    SINK,
+    SLOT,
+    StillClock,
+    add,
+    at,
+    everything,
+    fast_folder,
+    key,
+    lsns,
+    opened,
+    park,
+    plain,
+    put,
+    span,
+    whole,
+)  # fmt: skip
 
-from spillway.change import Message
+from spillway.chunk import ChunkBuilder, Keying, Message, Span
 from spillway.errors import SpillwayError, StoreFailed
 from spillway.position import Position
-from spillway.store import apply, file, lanes, reads, sqlite
+from spillway.store import apply, file, queue, reads, sqlite
 from spillway.store.base import Counters, Identity, Park, Select, Write
 from spillway.store.sqlite import SqliteStore, open_store, vacuum_step
 
@@ -38,161 +57,230 @@ def store(path: Path) -> Iterator[SqliteStore]:
         yield store
 
 
-# -- messages -------------------------------------------------------------------------------------------------------
-def test_a_message_comes_back_as_it_was(store: SqliteStore) -> None:
+# -- spans and messages ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("keying", [Keying.UNGROUPED, Keying.STATE, Keying.EVENTS, Keying.GROUPED, Keying.GROUPED + 1])
+def test_a_message_comes_back_as_it_was(store: SqliteStore, keying: int) -> None:
+    """From the queue, from a lane, from the dead letters."""
+    builder = ChunkBuilder(2)
     body = '{"record":{"näme":"日本\\u0000"},"x":1'.encode()
-    original = Message(
-        replace(
-            change(0x16_B374_D848, "public.odd\\:table:7", idx=3, action="delete", body=body),
-            schema="a b",
-            pks=("7", 'quo"te', "\n"),
-            n=255,
-            whole=False,
-            commit_time=1_722_222_222.123457,
-            too_large_bytes=50 << 20,
-            groups=("g",),
-            old=change(1),
-        ),
-        ("public.odd\\:table:7", "other"),
-        sub=1,
-    )
+    keys = ("public.odd\\:table:7", "public.odd\\:table:6", "public.odd\\:table:g", "", "", "public.odd\\:table:h")
+    for lsn in (5, 6, 7):
+        builder.add(("a b", "c"), 0, lsn, 0, 1, BODY, 8, (b"a b.c:1", *[b""] * 5))
+        builder.add(
+            ("public", "odd:table"), 2, 0x16_B374_D848 + lsn, 3, 1_722_222_222_123_457, body, 20,
+            [text.encode() for text in keys], n=255, flags=4, sub=1, too_large_bytes=50 << 20,
+        )  # fmt: skip
+    original = Span(builder.take(), keying, [1, 3, 5])
     store.write(put(original)).result()
-    (found,) = store.page(SINK, 0, 10, 1 << 20)
-    assert found.change.old is None
-    assert found.change.groups == ()
-    for name in set(original.change.__dataclass_fields__) - {"old", "groups"}:
-        assert getattr(found.change, name) == getattr(original.change, name), name
-    assert (found.keys, found.sub, found.row, found.position) == (original.keys, 1, original.row, original.position)
+    (read,) = store.page(SINK, 0, 10, 1 << 20)
+    store.write(Write(SINK, park=[Park(Message(original, 1), "r", "d", 0.0)])).result()
+    (head,) = store.due(SINK, 10, 1 << 20, END)
+    store.write(Write(SINK, bury=[Park(Message(original, 2), "r", "d", 0.0)])).result()
+    (letter,) = store.read_dead(SINK, ALL, 0, 10)
+    for place, found in enumerate([Message(read, 0), head.message, letter]):
+        message = Message(original, place)
+        for name in message.change.__dataclass_fields__:
+            assert getattr(found.change, name) == getattr(message.change, name), name
+        assert (found.keys, found.row, found.position) == (message.keys, message.row, message.position)
+        assert found.body_bytes == len(body)
+    (waiting,) = store.dead(SINK, None, 10)
+    assert waiting.bytes == 50 << 20
+
+
+def test_what_is_resolved_when_it_is_put_is_left_out(store: SqliteStore) -> None:
+    """And what is resolved after the call is not; the caller may let go of the chunk then."""
+    gate = threading.Event()
+    store._submit(lambda _: gate.wait(10))
+    one, gone = plain(1, 6), plain(7, 8)
+    one.resolved[0] = one.resolved[3] = 1
+    gone.resolved[:] = b"\1\1"
+    asked = store.write(put(one, gone))
+    one.resolved[1] = 1
+    one.leave()
+    later = store.write(Write(SINK, resolved=[(one, 0, 3), whole(gone)]))
+    gate.set()
+    assert asked.result().counters.messages == 4
+    assert later.result().counters.messages == 2
+    assert lsns(everything(store)) == [5, 6]
+    assert [one.row(place) & 0xFFFF for place in (1, 2, 4, 5)] == [0, 1, 2, 3]
+    store.write(Write(SINK, park=[Park(Message(one, 4), "r", "d", 0.0)])).result()
+    assert lsns(everything(store)) == [6]
+    assert store.write(Write(SINK, resolved=[whole(one)], resolved_held=at(one, 4))).result().counters == Counters()
 
 
 def test_a_private_key_is_like_no_key_of_its_table(store: SqliteStore) -> None:
     """A table can have a row whose key is spelt like a private one; they are told apart."""
-    keyless, keyed = message(1), message(2, "#1")
-    store.write(put(keyless, keyed)).result()
-    first, second = store.waiting(SINK, None, 10)
-    assert {first.key, second.key} == {"public.jobs:#1", "public.jobs:\\#1"}
-    store.write(park(keyless)).result()
-    assert rows(everything(store)) == [2]
-    assert [h.message.keys for h in store.due(SINK, 10, 1000, regardless=True)] == [()]
+    both = span((1,), (2, "#1"))
+    store.write(put(both)).result()
+    private = f"public.jobs:\\#{1 << 16}"
+    assert [w.key for _, w in store.queued(SINK, 0, 10)] == [private, "public.jobs:#1"]
+    assert lsns(store.show(SINK, private, 10)) == [1]
+    assert store.show(SINK, f"public.jobs:\\#{(1 << 16) + 1}", 10) == []
+    store.write(park(*at(both, 0))).result()
+    assert lsns(everything(store)) == [2]
+    assert [h.message.keys for h in store.due(SINK, 10, 1000, 0, regardless=True)] == [()]
 
 
 def test_no_page_loads_more_than_it_may(store: SqliteStore) -> None:
-    messages = [message(lsn, str(lsn), body=b"x" * 100) for lsn in range(1, 11)]
-    store.write(put(*messages)).result()
-    assert rows(store.page(SINK, 0, 100, 350)) == [1, 2, 3]
-    assert rows(store.page(SINK, 3, 2, 350)) == [4, 5]
-    assert store.page(SINK, 5, 100, 10) == []
-    assert store.page(SINK, 10, 100, 10) == []
-    store.write(park(*messages)).result()
-    assert len(store.due(SINK, 100, 350, regardless=True)) == 3
-    assert store.due(SINK, 100, 10, regardless=True) == []
+    store.write(put(*[plain(lsn, lsn + 1, body=b"x" * 50) for lsn in range(1, 21, 2)])).result()
+    assert store.bytes_at_head(SINK, 0) == (100, 2)
+    spans = store.page(SINK, 0, 100, 350)
+    assert [s.base >> 16 for s in spans] == [1, 2, 3]
+    assert [s.base >> 16 for s in store.page(SINK, spans[-1].row(1), 3, 350)] == [4, 5]
+    (cut,) = store.page(SINK, 2 << 16, 1, 350)
+    assert (cut.base >> 16, bytes(cut.resolved), cut.left) == (2, b"\1\0", 1)
+    assert store.page(SINK, 0, 100, 10) == []
+    assert store.page(SINK, 10 << 16 | 1, 100, 1000) == []
+    assert store.bytes_at_head(SINK, 10 << 16 | 1) is None
+    store.write(park(*[m for s in store.page(SINK, 0, 100, 1 << 20) for m in at(s)])).result()
+    assert len(store.due(SINK, 100, 175, END, regardless=True)) == 3
+    assert store.due(SINK, 100, 10, END, regardless=True) == []
 
 
 def test_older_runs_and_this_one_share_the_bytes_of_due(path: Path) -> None:
     clock = StillClock()
-    messages = [message(lsn, str(lsn), body=b"x" * 100) for lsn in range(1, 7)]
+    six = plain(1, 6, body=b"x" * 100)
     with opened(path, clock) as store:
-        store.write(put(*messages)).result()
-        store.write(park(*messages[:3], due_seconds=50)).result()
+        store.write(put(six)).result()
+        store.write(park(*at(six, 0, 1, 2), due_seconds=50)).result()
     with opened(path, clock) as store:
-        store.write(park(*messages[3:], due_seconds=5)).result()
-        assert [h.message.row for h in store.due(SINK, 100, 1000)] == [1, 2, 3]
+        store.write(park(*at(six, 3, 4, 5), due_seconds=5)).result()
+        assert lsns([h.message for h in store.due(SINK, 100, 1000, 0)]) == [1, 2, 3]
         clock.now += 5
-        assert [h.message.row for h in store.due(SINK, 100, 1000)] == [1, 2, 3, 4, 5, 6]
-        assert [h.message.row for h in store.due(SINK, 100, 420)] == [1, 2, 3, 4]
-        assert [h.message.row for h in store.due(SINK, 4, 1000)] == [1, 2, 3, 4]
+        assert lsns([h.message for h in store.due(SINK, 100, 1000, 0)]) == [1, 2, 3, 4, 5, 6]
+        assert lsns([h.message for h in store.due(SINK, 100, 420, 0)]) == [1, 2, 3, 4]
+        assert lsns([h.message for h in store.due(SINK, 4, 1000, 0)]) == [1, 2, 3, 4]
 
 
 def test_a_row_that_is_not_committed_yet_can_be_named(store: SqliteStore) -> None:
     """As the flow does: settle what an earlier, unfinished write has put."""
     gate = threading.Event()
     blocked = store._submit(lambda _: gate.wait(10))
-    a, b, c, d = (message(lsn, str(lsn)) for lsn in range(1, 5))
-    store.write(put(a, b, c, d))
-    store.write(park(b))
-    store.write(Write(SINK, resolved=[a], bury=[Park(c, "too_large", "", 0.0)]))
+    four = plain(1, 4)
+    store.write(put(four))
+    store.write(park(*at(four, 1)))
+    store.write(Write(SINK, resolved=[(four, 0, 1)], bury=[Park(Message(four, 2), "too_large", "", 0.0)]))
     last = store.write(Write(SINK))
+    assert four.base == 0
     gate.set()
     assert blocked.result()
-    assert last.result().counters == Counters(2, 2 * len(a.change.body), queued=1, parked_keys=1, dead_letters=1)
-    assert rows([a, b, c, d]) == [1, 2, 3, 4]
-    assert rows(everything(store)) == [4]
+    assert last.result().counters == Counters(2, 2 * len(BODY), queued=1, parked_keys=1, dead_letters=1)
+    assert [m.row for m in at(four)] == [1 << 16 | n for n in range(4)]
+    assert lsns(everything(store)) == [4]
 
 
-def test_a_hot_key_is_parked_in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounded memory: the rows that leave the queue go through Python a few at a time, over both keys of events."""
-    monkeypatch.setattr(lanes, "CHUNK", 7)
-    monkeypatch.setattr(apply, "CHUNK", 7)
+def test_a_span_is_held_in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded memory: what goes to lanes goes through Python a little at a time."""
+    monkeypatch.setattr(apply, "INSERT_BYTES", 100)
     with opened(path) as store:
-        before = message(1, "other")
-        events = [message(lsn, "hot", "other") if lsn % 10 == 0 else message(lsn, "hot") for lsn in range(2, 102)]
-        store.write(put(before, *events)).result()
-        counters = store.write(park(events[0])).result().counters
-        assert (counters.queued, counters.parked_keys) == (1, 2)
-        assert rows(everything(store)) == [1]
-        for expected in range(2, 102):
-            if expected == 10:
-                assert store.due(SINK, 10, 1000, regardless=True) == [], "the other key still has a row in the queue"
-                store.write(Write(SINK, resolved=[before])).result()
-            (head,) = store.due(SINK, 10, 1000, regardless=True)
-            assert head.message.row == expected
-            counters = store.write(Write(SINK, resolved=[head.message])).result().counters
+        hot = span(*[(lsn, "hot") for lsn in range(1, 101)])
+        store.write(put(hot)).result()
+        counters = store.write(Write(SINK, park=park(*at(hot, 0)).park, hold=at(hot)[1:])).result().counters
+        assert (counters.messages, counters.bytes, counters.queued, counters.parked_keys) == (
+            100,
+            100 * len(BODY),
+            0,
+            1,
+        )
+        assert everything(store) == []
+        for place in range(100):
+            (head,) = store.due(SINK, 10, 1000, 0, regardless=True)
+            assert head.message.row == hot.row(place)
+            counters = store.write(Write(SINK, resolved_held=[head.message])).result().counters
         assert counters == Counters()
 
 
 def test_an_event_that_changes_its_key_waits_for_both(store: SqliteStore) -> None:
-    """The head of a lane behind which another key is parked; rows of that key which came before still flow."""
-    old, early, event, late = message(1, "old"), message(2, "new"), message(3, "old", "new"), message(4, "new")
-    store.write(put(old, early, event, late)).result()
-    store.write(park(old)).result()
-    assert rows(everything(store)) == [2], "what was before the event under its new key is not held up"
-    after = message(5, "new")
-    assert store.write(put(after)).result().held == {5}
-    assert [h.message.row for h in store.due(SINK, 10, 1000, regardless=True)] == [1]
-    store.write(Write(SINK, resolved=[old])).result()
-    assert store.due(SINK, 10, 1000, regardless=True) == [], "its new key has an earlier row on the way"
-    store.write(park(early)).result()
-    assert rows(everything(store)) == []
-    assert [h.message.row for h in store.due(SINK, 10, 1000, regardless=True)] == [2]
-    for expected in (2, 3, 4, 5):
-        (head,) = store.due(SINK, 10, 1000, regardless=True)
-        assert head.message.row == expected
-        counters = store.write(Write(SINK, resolved=[head.message])).result().counters
-    assert counters == Counters()
-
-
-def test_a_newcomer_parks_its_other_key(store: SqliteStore) -> None:
-    first, early = message(1, "old"), message(2, "new")
-    store.write(put(first, early)).result()
-    store.write(park(first)).result()
-    event, late = message(3, "old", "new"), message(4, "new")
-    assert store.write(put(event, late)).result().held == {3, 4}
+    """Rows of its new key that came before are still in the queue when it becomes the head of its lanes."""
+    first = span((1, "old"), (2, "new"), (3, "old", "new"), (4, "new"))
+    store.write(put(first)).result()
+    store.write(park(*at(first, 0))).result()
+    assert lsns(everything(store)) == [2, 3, 4]
+    store.write(Write(SINK, hold=at(first, 2, 3))).result()
     assert store.parked(SINK, [key("old"), key("new")]) == {key("old"), key("new")}
-    assert rows(everything(store)) == [2]
+    assert lsns(everything(store)) == [2], "what was before the event under its new key is not held up"
+
+    def due(read_up_to: int) -> list[int]:
+        seconds = store.next_due_seconds(SINK, read_up_to)
+        found = lsns([h.message for h in store.due(SINK, 10, 1000, read_up_to, regardless=True)])
+        assert (store.bytes_due(SINK, read_up_to, regardless=True) is None) == (not found) == (seconds is None)
+        return found
+
+    assert due(END) == [1]
+    store.write(Write(SINK, resolved_held=at(first, 0))).result()
+    assert due(first.row(0)) == [], "its new key has an earlier row that may not have been read"
+    assert due(first.row(1)) == [3], "read, though not sent: the caller knows"
+    store.write(Write(SINK, resolved=[(first, 1, 2)])).result()
+    assert due(0) == [3], "nothing is unread"
+    store.write(park(*at(first, 2))).result()
+    store.write(put(span((5, "x")))).result()
+    assert due(0) == [3]
+    store.write(Write(SINK, resolved_held=at(first, 2))).result()
+    assert due(0) == [4]
+
+
+def test_a_head_is_displaced_by_an_earlier_row(store: SqliteStore) -> None:
+    first = span((1, "old"), (2, "new"), (3, "old", "new"))
+    store.write(put(first)).result()
+    store.write(Write(SINK, park=park(*at(first, 0)).park, hold=at(first, 2))).result()
+    store.write(Write(SINK, resolved_held=at(first, 0))).result()
+    assert lsns([h.message for h in store.due(SINK, 10, 1000, END)]) == [3]
+    store.write(park(*at(first, 1))).result()
+    assert lsns([h.message for h in store.due(SINK, 10, 1000, END, regardless=True)]) == [2]
+    store.write(Write(SINK, resolved_held=at(first, 1))).result()
+    assert lsns([h.message for h in store.due(SINK, 10, 1000, END)]) == [3]
 
 
 def test_what_servers_say_cannot_hurt(store: SqliteStore) -> None:
-    one = message(1, "a")
+    one = plain(1, 1)
     store.write(put(one)).result()
-    store.write(Write(SINK, park=[Park(one, "r", "\udce4" + "x" * 5000, 0.0)])).result()
-    (waiting,) = store.waiting(SINK, None, 1)
+    store.write(Write(SINK, park=[Park(Message(one, 0), "r", "\udce4" + "x" * 5000, 0.0)])).result()
+    (waiting,) = store.held(SINK, None, 1)
     assert waiting.detail == "?" + "x" * 999
 
 
 def test_newest_jumps_over_a_hot_key(store: SqliteStore) -> None:
-    """Behind the last cold message more changes of one key than are looked at: its first one is taken."""
-    hot = [message(lsn, "hot") for lsn in range(2, 3 + reads.PROBED)]
-    store.write(put(message(1, "cold"), *hot)).result()
+    hot = span(*[(lsn, "hot") for lsn in range(2, 100)])
+    store.write(put(plain(1, 1), hot)).result()
     newest = store.newest(SINK, 1 << 20)
     assert newest is not None
-    assert newest.row == hot[0].row
+    assert newest.row == hot.row(0)
+    assert store.newest(SINK, len(BODY) - 1) is None
+    many = plain(1000, 1000 + reads.PROBED)
+    store.write(put(many)).result()
+    assert store.write(put(plain(2000, 2000), many_again(many))).result()
+    assert lsns([m for m in [store.newest(SINK, 1 << 20)] if m is not None]) == [], "it looks at some, and not for ever"
+
+
+def many_again(before: Span) -> Span:
+    """More changes of the same rows."""
+    builder = ChunkBuilder()
+    for place in range(before.size):
+        add(builder, 3000 + place, str(before.position(place)[0]))
+    return Span(builder.take(), Keying.EVENTS)
+
+
+def test_a_key_is_found_wherever_its_text_occurs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the beginning of another, behind another, as another kind of key, resolved: that is not it."""
+    monkeypatch.setattr(queue, "WITH_KEY", 1)
+    with opened(path) as store:
+        builder = ChunkBuilder(1)
+        add(builder, 1, "7", groups=(key("8"), ""))
+        grouped = Span(builder.take(), Keying.GROUPED)
+        gone, moved = span((2, "7")), span((3, "7", "9"), keying=Keying.STATE)
+        store.write(put(grouped, gone, moved, span((4, "77")), span((5, "6"), (6, "7")), span((7, "7", "5")))).result()
+        store.write(Write(SINK, resolved=[whole(gone)])).result()
+        assert lsns(store.show(SINK, key("7"), 10)) == [6, 7]
+        assert lsns(store.show(SINK, key("8"), 10)) == [1]
+        assert store.discard(SINK, Select(key=key("7")), 10, frozenset([(5 << 16) + 1])).result() == 1
+        assert lsns(everything(store)) == [1, 3, 4, 5, 6]
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
 def test_nobody_else_may_read_it(path: Path) -> None:
     path.touch(mode=0o644)
     with opened(path) as store:
-        store.write(put(message(1, "a"))).result()
+        store.write(put(plain(1, 1))).result()
         for beside in path.parent.iterdir():
             assert stat.S_IMODE(beside.stat().st_mode) == 0o600, beside.name
 
@@ -256,13 +344,12 @@ def test_the_wal_and_the_file_do_not_grow_for_ever(path: Path, monkeypatch: pyte
     largest = 0
     with opened(path) as store:
         for start in range(1, 4001, 100):
-            messages = [message(lsn, str(lsn), body=b"x" * 1000) for lsn in range(start, start + 100)]
-            store.write(put(*messages)).result()
+            store.write(put(plain(start, start + 99, body=b"x" * 1000))).result()
             largest = max(largest, wal.stat().st_size)
         assert largest < 2 << 20
         full = path.stat().st_size
         assert full > 3 << 20
-        assert store.discard(SINK, Select(all=True), 10_000, frozenset()).result() == 4000
+        assert store.discard(SINK, ALL, 10_000, frozenset()).result() == 4000
     tidy = threading.Event()
 
     def step(db: sqlite3.Connection) -> bool:
@@ -295,7 +382,7 @@ def test_identity(path: Path) -> None:
         assert store.identity(SLOT) == first
         store.write_identity(replace(first, mark=4000, timeline=2)).result()
         assert store.identity(SLOT) == replace(first, timeline=2), "the mark never goes back within an epoch"
-        store.write(put(message(100, "a"))).result()
+        store.write(put(plain(100, 100))).result()
     with opened(path) as store:
         assert store.open_sink(SINK, SLOT).position == Position(100, 0)
         second = replace(first, epoch=2, mark=30)
@@ -304,7 +391,7 @@ def test_identity(path: Path) -> None:
         state = store.open_sink(SINK, SLOT)
         assert state.position is None, "positions of another history are worth nothing"
         assert state.counters.messages == 1, "what waits is still to be delivered"
-        store.write(put(message(7, "a"))).result()
+        store.write(put(plain(7, 7))).result()
     with opened(path) as store:
         assert store.open_sink(SINK, SLOT).position == Position(7, 0)
 
@@ -312,44 +399,44 @@ def test_identity(path: Path) -> None:
 # -- defects and failures -------------------------------------------------------------------------------------------
 def test_a_put_needs_its_position(store: SqliteStore) -> None:
     with pytest.raises(ValueError, match="position"):
-        store.write(Write(SINK, put=[message(1, "a")]))
+        store.write(Write(SINK, put=[plain(1, 1)]))
     with pytest.raises(ValueError, match="LSN"):
-        store.write(put(message(1 << 63, "a")))
+        store.write(put(plain(1 << 63, 1 << 63)))
 
 
 @pytest.mark.parametrize("lsn", [4, 5])
 def test_going_back_is_a_defect_and_ends_the_store(store: SqliteStore, lsn: int) -> None:
-    store.write(put(message(5, "a"))).result()
-    refused = store.write(put(message(lsn, "b")))
+    store.write(put(plain(5, 5))).result()
+    refused = store.write(put(plain(lsn, lsn)))
     with pytest.raises(StoreFailed):
         refused.result()
     with pytest.raises(StoreFailed):
         store.failed.result()
     with pytest.raises(StoreFailed):
         store.write(Write(SINK)).result()
-    assert rows(everything(store)) == [1], "nothing of it was written"
+    assert lsns(everything(store)) == [5], "nothing of it was written"
 
 
 def test_a_failed_commit_fails_everything(path: Path) -> None:
     with opened(path) as store:
-        kept = store.write(put(message(1, "a"))).result()
+        kept = store.write(put(plain(1, 1))).result()
         assert kept.counters.messages == 1
         gate = threading.Event()
         store._submit(lambda _: gate.wait(10))
-        store._submit(lambda transaction: transaction._db.execute("DROP TABLE queue"))
-        asked = [store.write(put(message(lsn, "a"))) for lsn in (2, 3)]
+        store._submit(lambda transaction: transaction._db.execute("DROP TABLE span"))
+        asked = [store.write(put(plain(lsn, lsn))) for lsn in (2, 3)]
         gate.set()
         for future in asked:
             with pytest.raises(StoreFailed):
                 future.result()
         assert isinstance(store.failed.exception(10), StoreFailed)
     with opened(path) as store:
-        assert rows(everything(store)) == [1]
+        assert lsns(everything(store)) == [1]
 
 
 def test_after_close_nothing_is_taken(path: Path) -> None:
     with opened(path) as store:
-        last = store.write(put(message(1, "a")))
+        last = store.write(put(plain(1, 1)))
         store.close()
         assert last.result().counters.messages == 1, "what was asked before is done"
         with pytest.raises(StoreFailed):
@@ -379,34 +466,34 @@ def test_a_full_disk_delays_and_loses_nothing(path: Path, monkeypatch: pytest.Mo
             """SQLite reports a database that may not grow like a disk that is full."""
             return store._submit(lambda t: t._db.execute(f"PRAGMA max_page_count = {pages}").fetchone()[0]).result(10)
 
-        store.write(put(message(1, "first", body=b"x" * 100_000))).result()
+        store.write(put(plain(1, 1, body=b"x" * 100_000))).result()
         limit(1)
-        asked = [store.write(put(message(lsn, "a", body=b"x" * 200_000))) for lsn in (2, 3)]
+        asked = [store.write(put(plain(lsn, lsn, body=b"x" * 200_000))) for lsn in (2, 3)]
         asked.append(store.write(Write(SINK, position=Position(9, 0))))
         assert full.wait(10)
         assert not reserve.exists()
         assert store.disk_full_since == CLOCK.wall()
-        assert rows(everything(store)) == [1]
+        assert lsns(everything(store)) == [1]
         assert not any(f.done() for f in asked)
         room.set()
         assert [f.result(10).counters.messages for f in asked] == [2, 3, 3]
         assert store.disk_full_since is None
     with opened(path) as store:
-        assert rows(everything(store)) == [1, 2, 3]
+        assert lsns(everything(store)) == [1, 2, 3]
         assert store.open_sink(SINK, SLOT).position == Position(9, 0)
 
 
 def test_a_full_disk_does_not_prevent_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FULL_RETRY_SECONDS", 60.0)
     with opened(path) as store:
-        store.write(put(message(1, "a"))).result()
+        store.write(put(plain(1, 1))).result()
         store._submit(lambda t: t._db.execute("PRAGMA max_page_count = 1").fetchone()).result()
-        lost = store.write(put(message(2, "a", body=b"x" * 200_000)))
+        lost = store.write(put(plain(2, 2, body=b"x" * 200_000)))
         store.close()
         with pytest.raises(StoreFailed, match="full"):
             lost.result()
     with opened(path) as store:
-        assert rows(everything(store)) == [1]
+        assert lsns(everything(store)) == [1]
 
 
 # -- crashes --------------------------------------------------------------------------------------------------------
@@ -414,18 +501,21 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from store_support import SINK, SLOT, message, put, park
+from store_support import SINK, SLOT, ChunkBuilder, Keying, Span, add, at, put, park
 from spillway.store.base import Write
 from spillway.store.sqlite import open_store
 store = open_store(Path(sys.argv[1]))
 position = store.open_sink(SINK, SLOT).position
 lsn = position.commit_lsn if position else 0
 while True:
-    messages = [message(lsn + i, str((lsn + i) % 97), body=b"%020d" % (lsn + i) * 40) for i in range(1, 51)]
+    builder = ChunkBuilder()
+    for i in range(1, 51):
+        add(builder, lsn + i, str((lsn + i) % 97), body=b"%020d" % (lsn + i) * 40)
+    span = Span(builder.take(), Keying.EVENTS)
     lsn += 50
-    written = store.write(put(*messages))
-    parked = store.write(park(messages[0]))
-    resolved = store.write(Write(SINK, resolved=messages[1:11]))
+    written = store.write(put(span))
+    parked = store.write(park(*at(span, 0)))
+    resolved = store.write(Write(SINK, resolved=[(span, 1, 11)]))
     for acknowledged in (written, parked, resolved):
         acknowledged.result()
     print(lsn, flush=True)
@@ -450,16 +540,16 @@ def test_sigkill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
             assert state.position is not None
             assert state.position.commit_lsn >= acknowledged
             counters = state.counters
-            queue = everything(store)
-            assert len(queue) == counters.queued
-            keys = [w for k in range(97) for w in store.show(SINK, key(str(k)), 100_000)]
-            assert len(keys) == counters.messages
-            assert sum(len(m.change.body) for m in keys) == counters.bytes
-            waiting = {m.change.commit_lsn: m for m in keys}
+            queued = everything(store)
+            assert len(queued) == counters.queued
+            found = [w for k in range(97) for w in store.show(SINK, key(str(k)), 100_000)]
+            assert len(found) == counters.messages
+            assert sum(m.body_bytes for m in found) == counters.bytes
+            waiting = {m.change.commit_lsn: m for m in found}
             for lsn in range(1, acknowledged + 1):
                 assert (lsn in waiting) != (2 <= (lsn - 1) % 50 + 1 <= 11), lsn
-            for lsn, found in waiting.items():
-                assert found.change.body == b"%020d" % lsn * 40
+            for lsn, message in waiting.items():
+                assert message.change.body == b"%020d" % lsn * 40
             parked = store.parked(SINK, [key(str(k)) for k in range(97)])
             assert {key(str(lsn % 97)) for lsn in range(1, acknowledged, 50)} <= parked
             assert parked <= {key(str(lsn % 97)) for lsn in range(1, state.position.commit_lsn, 50)}

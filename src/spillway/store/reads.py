@@ -71,8 +71,8 @@ def _heads(*ranges: tuple[str, str, str]) -> str:
         for index, which, order in ranges
     ]
     return f"""
-    SELECT json_group_array(json_array(p.head, p.attempts, p.reason, p.run, p.due, l.bytes))
-    FROM ({" UNION ALL ".join(parts)}) p CROSS JOIN lane l ON l.sink = ?1 AND l.key = p.key AND l.id = p.head"""
+    SELECT json_group_array(json_array(q.head, q.attempts, q.reason, q.run, q.due, l.bytes))
+    FROM ({" UNION ALL ".join(parts)}) q CROSS JOIN lane l ON l.sink = ?1 AND l.key = q.key AND l.id = q.head"""
 
 
 def _letters(where: str) -> str:
