@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import orjson
 
-from spillway.engine.engine import Page
+from spillway.engine.listing import Page
 from spillway.errors import SpillwayError
 from spillway.metrics import Metrics
 from spillway.store.base import Select, Waiting

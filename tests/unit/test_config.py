@@ -240,9 +240,7 @@ def test_table_names(text: str, expected: tuple[str, str]) -> None:
 
 def test_grouping(tmp_path: Path) -> None:
     one = sink(tmp_path, "tables: [{name: jobs, group_column_names: [tenant, kind]}, {name: shop.x}]")
-    assert one.group_columns("public", "jobs") == ("tenant", "kind")
-    assert one.group_columns("shop", "x") is None
-    assert one.group_columns("shop", "jobs") is None
+    assert one.group_columns == {("public", "jobs"): ("tenant", "kind")}
     assert sink(tmp_path, "message_grouping: false\n  tables: [{name: jobs}]").message_grouping is False
 
 

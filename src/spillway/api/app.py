@@ -41,6 +41,7 @@ from spillway.store.base import Select, Waiting
 
 if TYPE_CHECKING:
     from spillway.engine import Engine
+    from spillway.engine.listing import Page
 
 NDJSON = "application/x-ndjson"
 PAGE_DEFAULT = 100
@@ -109,7 +110,7 @@ def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette
 class _Pile:
     """The backlog or the dead letters: the same four questions."""
 
-    waiting: Callable[[str, str | None, int, str | None], Awaitable[tuple[list[Waiting], str | None]]]
+    waiting: Callable[[str, str | None, int, str | None], Awaitable[Page]]
     show: Callable[[str, str, int], Awaitable[list[bytes]]]
     retry: Callable[[str, Select], Awaitable[int]]
     discard: Callable[[str, Select], Awaitable[int]]

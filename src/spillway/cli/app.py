@@ -25,10 +25,10 @@ app = typer.Typer(
 )
 sinks = typer.Typer(no_args_is_help=True, help="List, pause and resume sinks.")
 state = typer.Typer(no_args_is_help=True, help="The state file: positions, backlog, dead letters.")
-dead_letters = pile_app("dead-letters", "dead letters")
+dead_letters = pile_app("dead-letters", "dead letters", ", by key")
 dead_letters.command("export")(export)
 app.add_typer(sinks, name="sinks")
-app.add_typer(pile_app("backlog", "what waits on disk"), name="backlog")
+app.add_typer(pile_app("backlog", "what waits on disk", ": what is held, by key, then the queue"), name="backlog")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(state, name="state")
 

@@ -14,11 +14,11 @@ from spillway.errors import SpillwayError
 COLUMNS = ("KEY", "REASON", "ATTEMPTS", "FIRST SEEN", "MESSAGES", "BYTES", "DETAIL")
 
 
-def pile_app(pile: str, what: str) -> typer.Typer:
+def pile_app(pile: str, what: str, order: str) -> typer.Typer:
     """The commands of one pile; ``pile`` is its path in the API and its name on the command line."""
     app = typer.Typer(no_args_is_help=True, help=f"{what[0].upper()}{what[1:]}.")
 
-    @app.command("list", help=f"List {what}, by key.")
+    @app.command("list", help=f"List {what}{order}.")
     def list_(
         sink: options.Sink,
         reason: options.Reason = None,

@@ -182,12 +182,10 @@ class Sink(Section):
         own = self.destination.timeout_seconds if isinstance(self.destination, Search | Webhook) else None
         return self.ack_wait_ms / 1000 if own is None else own
 
-    def group_columns(self, schema: str, table: str) -> tuple[str, ...] | None:
-        """The columns that this sink groups the table's messages by; None: the primary key."""
-        for grouped in self.tables:
-            if grouped.name == (schema, table):
-                return grouped.group_column_names
-        return None
+    @property
+    def group_columns(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """By table (schema, name): what its messages are grouped by, where that is not the primary key."""
+        return {table.name: table.group_column_names for table in self.tables if table.group_column_names}
 
 
 def _source_of_old(block: Block, reading: Reading) -> None:

@@ -17,13 +17,14 @@ import structlog
 from spillway import impl
 from spillway.clock import SystemClock
 from spillway.config import Config, Sink
+from spillway.engine.listing import Page, dead_page, waiting_page
 from spillway.engine.pipeline import Pipeline
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Budget
 from spillway.flow.delivery import Delivery
 from spillway.metrics import Metrics
 from spillway.position import format_lsn
-from spillway.store.base import Select, Waiting
+from spillway.store.base import Select
 from spillway.store.reads import PEOPLE_BYTES
 from spillway.store.sqlite import open_store
 
@@ -31,8 +32,6 @@ TICK_SECONDS = 0.5
 STOP_SECONDS = 10.0  # how long a clean stop waits for what is in flight
 
 _log = structlog.get_logger()
-
-Page = tuple[list[Waiting], str | None]
 
 
 class Engine:
@@ -194,22 +193,9 @@ class Engine:
         await delivery.resume(pipeline.capture.received_lsn)
 
     async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
-        """What is held, by key, then the queue, message by message; and where to go on, None at the end."""
+        """What waits (`waiting_page`)."""
         self._of(sink)
-        part, _, value = (after or "key:").partition(":")
-        held: list[Waiting] = []
-        if part == "key":
-            held = await asyncio.to_thread(self._store.held, sink, value or None, limit, reason)
-            if len(held) == limit:
-                return held, f"key:{held[-1].key}"
-            value = "0"
-        if reason is not None:
-            return held, None
-        if part not in ("key", "row") or not value.isascii() or not value.isdigit():
-            raise SpillwayError("cursor", f"after={after} is not from a list", "take it from the page before")
-        queued = await asyncio.to_thread(self._store.queued, sink, int(value), limit - len(held))
-        more = f"row:{queued[-1][0]}" if len(held) + len(queued) == limit and queued else None
-        return [*held, *(waiting for _, waiting in queued)], more
+        return await asyncio.to_thread(waiting_page, self._store, sink, after, limit, reason)
 
     async def show(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)
@@ -224,10 +210,9 @@ class Engine:
         return await self._of(sink)[1].discard(select)
 
     async def dead(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
-        """The dead letters, by key; and where to go on, None at the end."""
+        """The dead letters (`dead_page`)."""
         self._of(sink)
-        letters = await asyncio.to_thread(self._store.dead, sink, after, limit, reason)
-        return letters, letters[-1].key if len(letters) == limit else None
+        return await asyncio.to_thread(dead_page, self._store, sink, after, limit, reason)
 
     async def show_dead(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)

@@ -128,7 +128,7 @@ class Pipeline:
                 delivery,
                 sink.source.selects,
                 frozenset(sink.actions),
-                {table.name: table.group_column_names for table in sink.tables if table.group_column_names},
+                sink.group_columns,
                 grouping=sink.message_grouping or keeps_rows,
                 needs_key=keeps_rows,
                 splits_key_change=built.semantics == "state",

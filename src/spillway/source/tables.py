@@ -135,7 +135,7 @@ def _keys(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
     state = sink.destination.state
     if not sink.message_grouping and not state:
         return
-    columns = (None if state else sink.group_columns(*table.name)) or table.primary_key
+    columns = (None if state else sink.group_columns.get(table.name)) or table.primary_key
     if not columns:
         name = quoted(table.schema, table.table)
         so = "its rows cannot be told apart" if state else "its messages have no order among themselves"
