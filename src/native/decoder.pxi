@@ -196,7 +196,7 @@ cdef class Decoder:
             if pointer is not None:
                 return self._fill_from_libpq(<void*> <uintptr_t> pointer, credit, most)
             return self._fill_from_python(copy, credit, most)
-        except (StructError, IndexError, OverflowError) as error:
+        except (StructError, IndexError, OverflowError, ValueError) as error:
             raise ProtocolError(f"a frame of kind {chr(self._kind)!r} ends too early or is garbled") from error
 
     def take(self):

@@ -147,7 +147,7 @@ class Decoder:
                 self.taken_bytes += size
             try:
                 stop = self._frame(frame, credit_bytes, max_changes)
-            except (struct.error, IndexError, OverflowError) as error:
+            except (struct.error, IndexError, OverflowError, ValueError) as error:
                 kind = bytes(frame[_XLOG_HEADER_BYTES:][:1]).decode("latin-1")
                 raise ProtocolError(f"a frame of kind {kind!r} ends too early or is garbled") from error
             if stop is not None:

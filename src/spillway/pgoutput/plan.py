@@ -138,6 +138,8 @@ class TablePlan:
             if kind == _TEXT:
                 start = position + 4
                 position = start + _length_at(payload, position)[0]
+                if position > len(payload):
+                    raise ProtocolError(f"a row ends at byte {position} of a frame of {len(payload)}")
                 if index in self._key_indexes:
                     row[index] = bytes(payload[start:position])
             elif kind == _UNCHANGED:

@@ -1,0 +1,100 @@
+"""What a decoder makes of frames, in a form that can be compared with what its twin makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from pgoutput.frames import META, Connection
+from spillway.change import ACTIONS
+from spillway.chunk import Chunk
+from spillway.errors import Finding
+from spillway.pgoutput import Full, ProtocolError, Relation, TableInfo, TypeInfo
+from spillway.pgoutput.decoder import Decoder
+
+DOMAIN, ENUM, COMPOSITE, COMPOSITES, VECTOR, UNKNOWN = range(20_001, 20_007)
+TYPES = {
+    info.oid: info
+    for info in (
+        TypeInfo(DOMAIN, "amount", "domain", base_oid=1700),
+        TypeInfo(ENUM, "mood", "enum"),
+        TypeInfo(COMPOSITE, "pair", "composite", attributes=(("a%b", 23), ("b", 25))),
+        TypeInfo(COMPOSITES, "_pair", "array", element_oid=COMPOSITE),
+        TypeInfo(VECTOR, "vector", "base"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a decoder is told beside its frames."""
+
+    primary_key: tuple[str, ...] = ("id",)
+    groups: tuple[tuple[str, ...] | None, ...] = ()
+    wanted: frozenset[str] = frozenset(ACTIONS)
+    root: tuple[str, str] | None = None
+    max_message_bytes: int = 1 << 20
+    frame_overhead_bytes: int = 100
+    renew_frame_bytes: int = 1 << 20
+    credit_bytes: int = 1 << 30
+    max_changes: int = 1000
+
+
+@dataclass
+class Outcome:
+    """What happened, one entry after another."""
+
+    steps: list[object] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+def columns_of(chunk: Chunk) -> tuple[object, ...]:
+    return (
+        chunk.count, chunk.data, chunk.meta, chunk.keys, chunk.tables, chunk.groups, chunk.commit_lsn, chunk.end_lsn,
+        chunk.truncates,
+    )  # fmt: skip
+
+
+def outcome(decoder_class: type[Decoder], frames: Iterable[bytes], setting: Setting) -> Outcome:
+    """``frames`` are whole CopyData. A chunk is taken when it is full and at the end."""
+    out = Outcome()
+    findings: list[Finding] = []
+    decoder = decoder_class(
+        META,
+        lambda *_: setting.groups,
+        len(setting.groups),
+        setting.max_message_bytes,
+        setting.frame_overhead_bytes,
+        setting.renew_frame_bytes,
+        findings.append,
+    )
+    connection = Connection(*map(memoryview, frames))
+    try:
+        while (stop := decoder.fill(connection, setting.credit_bytes, setting.max_changes)) is not None:
+            out.steps.append((stop, decoder.in_transaction, decoder.count, decoder.used_bytes, decoder.taken_bytes))
+            if isinstance(stop, Relation):
+                info = TableInfo(stop.oid, setting.primary_key, TYPES, setting.root)
+                decoder.learn(stop, info, setting.wanted)  # type: ignore[arg-type]
+            elif isinstance(stop, Full):
+                if not decoder.used_bytes:
+                    break  # more than there is for any chunk
+                _take(decoder, out)
+        _take(decoder, out)
+    except ProtocolError:
+        out.steps.append(ProtocolError)
+    out.steps += (decoder.largest_frame_bytes, [(finding.code, finding.what) for finding in findings])
+    return out
+
+
+def _take(decoder: Decoder, out: Outcome) -> None:
+    chunk = decoder.take()
+    out.chunks.append(chunk)
+    out.steps.append(columns_of(chunk))
+
+
+def assert_same(outcomes: Sequence[Outcome]) -> None:
+    first = outcomes[0].steps
+    for other in outcomes[1:]:
+        for one, two in zip(first, other.steps, strict=False):
+            assert one == two
+        assert len(first) == len(other.steps)
