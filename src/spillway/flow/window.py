@@ -30,6 +30,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 
 from spillway.chunk import FLAGS, NOT_STORED, WHOLE, Batch, Keying, Message, Piece, Span
 
@@ -79,7 +80,7 @@ class Window:
     def free(self, messages: Sequence[Message]) -> list[Message]:
         """Those of which no key is in memory, nor that of one before them."""
         taken = set(self._busy)
-        for span, start, stop in self._fresh:
+        for span, start, stop in chain(self._fresh, () if self._keyed else self._unlined()):
             taken.update(span.hashes[start:stop], span.moved.values())
         free: list[Message] = []
         for message in messages:
@@ -88,6 +89,12 @@ class Window:
                 free.append(message)
                 taken.update(keys)
         return free
+
+    def _unlined(self) -> Iterator[Piece]:
+        """What is in memory of a sink without lines, which keeps no key busy, beside what is fresh."""
+        yield from self._claimed
+        for batch in self._flying.values():
+            yield from batch.pieces
 
     def admit(self, span: Span, start: int, stop: int) -> None:
         """Take a piece into memory, behind everything that is here already."""
@@ -287,7 +294,8 @@ class Window:
             return
         for key in hashes:
             yield from ((span, place, place + 1) for span, place in self._lines.get(key, ()))
-        for span, start, stop in self._fresh:
+        # What is claimed, too: of a sink without lines, what was put back may be behind anything that is parked.
+        for span, start, stop in chain(self._claimed, self._fresh):
             if not hashes.isdisjoint(span.hashes[start:stop]):
                 yield from ((span, p, p + 1) for p in range(start, stop) if span.hashes[p] in hashes)
 
@@ -304,12 +312,14 @@ class Window:
         self._claimed = self._without(self._claimed, dropped)
         self._fresh = self._without(self._fresh, dropped)
         self.ready_count = sum(stop - start for pieces in (self._claimed, self._fresh) for _, start, stop in pieces)
-        if any(place in span.moved for span, place in dropped):
-            # One of them may have been the head of a key while it waited at the other.
-            owned = {key for batch in self._flying.values() for m in batch for key in _hashes(m.span, m.place)}
-            owned.update(key for s, a, b in self._claimed for p in range(a, b) for key in _hashes(s, p))
-            owned.update(key for span, place in self._waits for key in _hashes(span, place))
-            self._busy &= owned.union(self._lines)
+        if self._keyed and any(place in span.moved for span, place in dropped):
+            # One of them may have been the head of a key while it waited at the other. Who stands behind it there, and
+            # is not dropped, has another key of the same hash.
+            owned = {key for s, a, b in self._unlined() for p in range(a, b) for key in _hashes(s, p)}
+            for ref in self._waits:
+                owned.update(key for key in _hashes(*ref) if ref not in self._lines.get(key, ()))
+            for key in self._busy - owned:
+                self._release(key)
 
     @staticmethod
     def _without(pieces: deque[Piece], dropped: Collection[Place]) -> deque[Piece]:
@@ -325,7 +335,7 @@ class Window:
         return deque(left)
 
     def _waiting(self) -> Iterator[Piece]:
-        """Everything that is not in flight; what has two keys perhaps twice."""
+        """Everything that is not in flight."""
         yield from self._claimed
         yield from self._fresh
         seen: set[Place] = set()
@@ -372,14 +382,14 @@ class _Room:
         self.messages = messages
         self._bytes = max_bytes
         self._encode_bytes = encode_bytes
-        self._empty = True
+        self._taken = 0
 
     def fit(self, span: Span, start: int, stop: int) -> int:
         """Up to where a piece fits; that is taken."""
         end = min(stop, start + self.messages)
         before = span.ends[start - 1] if start else 0
         end = bisect_right(span.ends, before + self._bytes, start, end)
-        if end == start and self._empty:
+        if end == start and not self._taken:
             end = start + 1
         if not span.credit:
             while end > start and span.bytes_between(start, end) + ENCODED_OVERHEAD_BYTES * (end - start) > (
@@ -388,14 +398,15 @@ class _Room:
                 end = start + (end - start) // 2
             self._encode_bytes -= span.bytes_between(start, end) + ENCODED_OVERHEAD_BYTES * (end - start)
         self.messages -= end - start
-        self._bytes = max(0, self._bytes - span.bytes_between(start, end))
-        self._empty = self._empty and end == start
+        self._bytes -= span.bytes_between(start, end)
+        self._taken += end - start
         return end
 
     def give(self, span: Span, place: int) -> None:
         """A message that was taken room for waits in line instead."""
         size = span.bytes_between(place, place + 1)
         self.messages += 1
+        self._taken -= 1
         self._bytes += size
         if not span.credit:
             self._encode_bytes += size + ENCODED_OVERHEAD_BYTES
