@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from store_support import SINK, at, key, opened, park, put, span
+
+from spillway.chunk import Message
 from spillway.engine.listing import Page, dead_page, waiting_page
 from spillway.errors import SpillwayError
-from spillway.store.base import Waiting
+from spillway.store.base import Store, Waiting, Write
 
 
 def waiting(key: str, reason: str = "", messages: int = 1) -> Waiting:
@@ -96,3 +100,28 @@ def test_dead_letters_by_key() -> None:
     rest, end = dead_page(pile, "s", after, 2, None)  # type: ignore[arg-type]
     assert [*first, *rest] == pile.keys
     assert end is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+def test_of_a_real_store(tmp_path: Path, limit: int) -> None:
+    """Parked, held behind it, and queued; what is resolved is not listed."""
+    with opened(tmp_path / "state.db") as store:
+        first, second = span((1, "a"), (2, "b"), (3, "a"), (4, "c")), span((5, "a"), (6, "d"), (7,), (8, "e", "f"))
+        store.write(put(first, second))
+        store.write(park(Message(first, 0), reason="odd"))
+        store.write(park(Message(second, 1), reason="even"))
+        store.write(Write(SINK, hold=at(first, 2), resolved=[(first, 1, 2)])).result()
+        assert _listed(store, limit) == [
+            *((key("a"), "odd", 2), (key("d"), "even", 1)),
+            *((key("c"), "", 1), (key("a"), "", 1), (f"public.jobs:\\#{second.row(2)}", "", 1), (key("f"), "", 1)),
+        ]
+        assert _listed(store, limit, "odd") == [(key("a"), "odd", 2)]
+        assert _listed(store, limit, "other") == []
+
+
+def _listed(store: Store, limit: int, reason: str | None = None) -> list[tuple[str, str, int]]:
+    items, after = waiting_page(store, SINK, None, limit, reason)
+    while after is not None:
+        page, after = waiting_page(store, SINK, after, limit, reason)
+        items += page
+    return [(w.key, w.reason, w.messages) for w in items]
