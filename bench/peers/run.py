@@ -26,6 +26,9 @@ PEERS: dict[str, Callable[[Slot], Measured]] = {
     "bare": bare.drain,
     "bare-unix": lambda slot: bare.drain(slot, unix=True),
     "limit": lambda slot: bare.drain(slot, pause_us=1000),
+    "limit-window": lambda slot: bare.drain(
+        slot, pause_us=bare.WINDOW_PAUSE_US, receive_buffer_bytes=bare.WINDOW_BYTES
+    ),
     "limit-unix": lambda slot: bare.drain(slot, pause_us=1000, unix=True),
     "debezium": debezium.drain,
     "debezium-schemas": lambda slot: debezium.drain(slot, schemas=True),
