@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psycopg
 
+from invariants.disk import messages_on_disk
 from oracle.product import Product, spillway_command
+from spillway.change import key_values
 
 SEGMENTS_BEYOND_THE_MARK = 6  # of 16 MB: farther than the mark is reserved ahead
 
@@ -141,11 +143,7 @@ class Installation:
 
     def stored(self) -> set[int]:
         """The rows that wait on disk or are dead, as the disk has it."""
-        with sqlite3.connect(f"file:{self.state}?mode=ro", uri=True) as db:
-            found = {int(json.loads(pks)[0]) for table in ("message", "dead")
-                     for (pks,) in db.execute(f"SELECT pks FROM {table}")}  # fmt: skip
-        db.close()
-        return found
+        return {int(key_values("public", "t", m.keys[-1])[0]) for m in messages_on_disk(self.state)}
 
     def identity(self) -> tuple[int, int]:
         """Epoch and mark."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from invariants.world import Applied, Engine, FakeSink, FakeStream, World
-from spillway.change import Change, Message
+from invariants.world import Applied, Engine, FakeSink, FakeStream, Frame, World
+from spillway.change import ACTIONS
+from spillway.chunk import Batch, ChunkBuilder, Keying, Message, Span
 from spillway.errors import SourceUnavailable
 from spillway.flow.delivery import Delivery
+from spillway.pgoutput import Keepalive
 from spillway.position import Position
 from spillway.sinks.base import Result
-from spillway.source.stream import Keepalive, XLogData
 from spillway.store.base import Identity, Write
 
 DEADLINE_SECONDS = 20.0
@@ -94,14 +94,14 @@ class RecordedStream(FakeStream):
     streams: list[RecordedStream]
     keepalives = True
 
-    def __init__(self, postgres: Any, events: list[object]) -> None:
-        super().__init__(postgres, events)
+    def __init__(self, postgres: Any) -> None:
+        super().__init__(postgres)
         self.told: list[int] = []
         self.is_cut = False
         self._said: list[Keepalive] = []
         self.streams.append(self)
 
-    def next(self) -> XLogData | Keepalive | None:
+    def next(self) -> Frame | None:
         if self.is_cut:
             raise SourceUnavailable("cut", "the connection is gone")
         if self._said:
@@ -115,7 +115,7 @@ class RecordedStream(FakeStream):
         self._said.append(Keepalive(wal_end, reply_requested))
 
     async def more(self) -> None:
-        while not self.is_cut and not self._said and self._sent >= len(self._postgres.transactions):
+        while not self.is_cut and not self._said and not self.something_is_buffered:
             await asyncio.sleep(0.001)
 
     def send_feedback(self, write_lsn: int, flush_lsn: int, reply: bool = False) -> None:
@@ -136,9 +136,13 @@ class Script(FakeSink):
         self.stalls: set[str] = set()
         self.requests = 0
 
-    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+    async def send(self, batch: Batch) -> Sequence[Result] | Result:
         self.requests += 1
         self.asked.append([(m.position, m.keys) for m in batch])
+        with self._in_flight(batch):
+            return await self._send(batch)
+
+    async def _send(self, batch: Batch) -> Sequence[Result] | Result:
         while self.stalled or any(not self.stalls.isdisjoint(m.keys) for m in batch):
             await asyncio.sleep(0.001)
         results = [self.answer(m) for m in batch]
@@ -179,46 +183,22 @@ def commit_sized(world: World, *rows: tuple[str, int]) -> None:
     world.postgres.transactions[-1] = (commit_lsn, end_lsn, sized)
 
 
-def stored_change(number: int, key: str, size_bytes: int = 100, action: str = "insert") -> Message:
-    body = b'{"record":{"id":"%b"}' % key.encode()
-    change = Change(
-        number * 10, 0, "public", "t", action, f"public.t:{key}", (key,), body.ljust(size_bytes), 10, 1, True, 0.0  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Message(change, (f"public.t:{key}",))
+def stored_span(first: int, keys: Sequence[str], size_bytes: int = 100) -> Span:
+    """Inserts of these keys, at the positions from a number on."""
+    builder = ChunkBuilder()
+    for number, key in enumerate(keys, first):
+        body = (b'{"record":{"id":"%b"}' % key.encode()).ljust(size_bytes)
+        texts = (f"public.t:{key}".encode(), b"")
+        builder.add(("public", "t"), ACTIONS.index("insert"), number * 10, 0, 0, body, 10, texts)
+    return Span(builder.take(), Keying.EVENTS)
 
 
-def fill(store: Any, sink: str, messages: Sequence[Message], slot: str = "slot") -> None:
+def put(store: Any, sink: str, spans: Sequence[Span], slot: str = "slot") -> None:
     """Put a backlog into a state file past any engine."""
     store.open_sink(sink, slot)
     store.write_identity(Identity("1", 1, slot, 1, 1 << 60)).result()
-    for start in range(0, len(messages), 5000):
-        page = messages[start : start + 5000]
-        store.write(Write(sink, put=page, position=Position(*page[-1].position))).result()
-
-
-@dataclass
-class OnDisk:
-    """What a state file holds of one sink, read past the store, as the disk has it."""
-
-    position: tuple[int, int, int] | None
-    waiting: set[tuple[int, int, int]]
-    dead: set[tuple[int, int, int]]
-    gap: tuple[int, int | None] | None
-
-
-def on_disk(path: Path, sink: str) -> OnDisk:
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        number, *rest = db.execute(
-            "SELECT id, lsn, idx, sub, gap_first, gap_last FROM sink WHERE name = ?", (sink,)
-        ).fetchone()
-        found = OnDisk(
-            None if rest[0] is None else tuple(rest[:3]),  # type: ignore[arg-type]
-            set(db.execute("SELECT lsn, idx, sub FROM message WHERE sink = ?", (number,))),
-            set(db.execute("SELECT lsn, idx, sub FROM dead WHERE sink = ?", (number,))),
-            None if rest[3] is None else (rest[3], rest[4]),
-        )
-    db.close()
-    return found
+    for span in spans:
+        store.write(Write(sink, put=[span], position=Position(*span.position(len(span) - 1)))).result()
 
 
 def state_file(world: World) -> Path:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from invariants.disk import on_disk
 from invariants.instruments import (
     HeldStore,
     RecordedStream,
-    on_disk,
     positions,
     script,
     sole,
@@ -160,7 +160,7 @@ async def test_a_keepalive_inside_of_a_transaction_does_not_count(world: World, 
             frame = plain_next()
             if len(stream._frames) == 3:  # to come: an insert, the commit, a keepalive
                 stream.next = plain_next  # type: ignore[method-assign]
-                stream.say(9999)
+                stream.say(9999, reply_requested=True)
             return frame
 
         stream.next = next_frame  # type: ignore[method-assign, assignment]

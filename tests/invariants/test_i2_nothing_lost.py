@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
+from invariants.disk import on_disk
 from invariants.instruments import (
     HeldStore,
     RecordedStream,
     Script,
     asked,
     commit_sized,
-    on_disk,
     positions,
     script,
     sole,
@@ -25,8 +25,10 @@ from invariants.instruments import (
 )
 from invariants.test_i3_order import load, mischief, peace
 from invariants.world import Engine, World
+from spillway.chunk import Span
 from spillway.errors import SpillwayError
 from spillway.flow.delivery import Delivery
+from spillway.flow.inflow import Parked
 from spillway.flow.limits import Limits
 from spillway.sinks.base import OK, reject, retry, sink_down
 from spillway.store.base import Select
@@ -199,7 +201,7 @@ async def test_what_comes_while_a_gap_is_being_closed_is_taken_or_inside(
 async def test_a_transaction_that_is_cut_by_the_end_of_a_gap_lies_inside(
     world: World, streams: list[RecordedStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spillway.flow.capture.CHUNK_MESSAGES", 4)
+    monkeypatch.setattr("spillway.flow.capture.CHUNK_CHANGES", 4)
     sink = script(world, "events", lambda _: sink_down("refused"), limits=SMALL)
     async with world.running() as engine:
         delivery = sole(engine)
@@ -207,9 +209,9 @@ async def test_a_transaction_that_is_cut_by_the_end_of_a_gap_lies_inside(
         sink.answer = lambda _: OK
         intake, closings = delivery.intake, []
 
-        def intake_and_close(messages: list, parked: set[str] | None) -> object:  # type: ignore[type-arg]
-            written = intake(messages, parked)
-            if not closings and messages[0].position[0] == world.postgres.transactions[-1][0]:
+        def intake_and_close(span: Span, parked: Parked | None) -> object:
+            written = intake(span, parked)
+            if not closings and span.first_lsn == world.postgres.transactions[-1][0]:
                 closings.append(asyncio.create_task(delivery.resume(engine.capture.received_lsn)))
             return written
 
@@ -312,10 +314,10 @@ async def test_discards_are_counted_and_are_what_was_meant(world: World) -> None
         await until(lambda: delivery.counters.parked_keys == 4 and delivery.counters.messages == 8)
         await until(lambda: not delivery._in_flight)
         assert await delivery.discard(Select(key="public.t:a")) == 2
-        assert {w.key: w.messages for w in store.waiting("events", None, 10)} == {f"public.t:{key}": 2 for key in "bcd"}
+        assert {w.key: w.messages for w in store.held("events", None, 10)} == {f"public.t:{key}": 2 for key in "bcd"}
         await until(lambda: not delivery._in_flight)
         assert await delivery.discard(Select(reason="mapping")) == 2
-        assert [w.key for w in store.waiting("events", None, 10)] == ["public.t:c", "public.t:d"]
+        assert [w.key for w in store.held("events", None, 10)] == ["public.t:c", "public.t:d"]
         await until(lambda: not delivery._in_flight)
         assert await delivery.discard(Select(all=True)) == 4
         assert (delivery.counters.messages, delivery.counters.parked_keys, delivery.counters.bytes) == (0, 0, 0)
@@ -367,7 +369,7 @@ async def test_a_retry_by_command_asks_at_once(world: World) -> None:
 
 
 def _attempts(engine: Engine) -> dict[str, int]:
-    return {w.key: w.attempts for w in engine.store.waiting("events", None, 100)}
+    return {w.key: w.attempts for w in engine.store.held("events", None, 100)}
 
 
 async def test_a_dead_letter_that_is_revived_goes_behind_what_waits_of_its_key(world: World) -> None:

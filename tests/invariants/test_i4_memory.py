@@ -8,6 +8,7 @@ assignment of what is held.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from invariants.instruments import (
 )
 from invariants.test_i3_order import load, mischief, peace
 from invariants.world import Engine, World
+from spillway.chunk import MESSAGE_OVERHEAD_BYTES, Span
 from spillway.flow import budget as the_budget
 from spillway.flow.budget import Budget, Pool, Share
 from spillway.flow.delivery import Delivery
@@ -69,24 +71,36 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(the_budget, "Share", WatchedShare)
 
 
-def in_memory(delivery: Delivery) -> list[Any]:
-    """Every message that a delivery's window holds."""
+def in_memory(delivery: Delivery) -> Counter[Span]:
+    """How many messages of which spans a delivery's window holds."""
     window = delivery.window
-    found = {id(m): m for m in [*window._ready, *window._flying.values()]}
-    for line in window._lines.values():
-        found.update((id(m), m) for m in line or ())
-    return [one for m in found.values() for one in (*(m.superseded or ()), m)]
+    found: Counter[Span] = Counter()
+    for batch in window._flying.values():
+        for span, start, stop in batch.pieces:
+            found[span] += stop - start
+        found.update(m.span for m in batch.superseded)
+    for span, start, stop in window._waiting():
+        found[span] += stop - start
+    return found
 
 
 def covered(engine: Engine) -> None:
     """The bodies that windows hold are not more than the credit that was taken for them."""
-    shared = {id(m.change): m.change for d in engine.deliveries.values() for m in in_memory(d) if not m.credit}
-    assert sum(c.cost for c in shared.values()) <= engine.budget.window.held_bytes
-    for delivery in engine.deliveries.values():
-        read_back = [m for m in in_memory(delivery) if m.credit]
-        assert sum(2 * len(m.change.body) for m in read_back) <= sum(m.credit for m in read_back)
-        assert sum(m.credit for m in read_back) <= delivery._share.held_bytes
-        assert len(in_memory(delivery)) <= delivery.memory_messages  # more: on its way past the window to disk
+    held = {delivery: in_memory(delivery) for delivery in engine.deliveries.values()}
+    spans = [span for counts in held.values() for span in counts]
+    assert all(bool(span.credit) != span.windowed for span in spans), "each span is covered by one of the pools"
+    shared = {span.chunk for span in spans if span.windowed}
+    own = sum(MESSAGE_OVERHEAD_BYTES * len(span) for span in spans if span.windowed)
+    assert sum(chunk.cost for chunk in shared) + own <= engine.budget.window.held_bytes
+    for delivery, counts in held.items():
+        assert all(count <= span.held <= len(span) for span, count in counts.items())
+        assert all(span.chunk.count for span in counts), "what is held is there"
+        read_back = [span for span in counts if span.credit]
+        assert all(2 * len(span.chunk.data) <= span.credit for span in read_back)
+        assert sum(span.credit for span in read_back) <= delivery._share.held_bytes
+        windowed = {span.chunk for span in counts if span.windowed}
+        assert sum(span.credit for span in read_back) + sum(c.cost for c in windowed) <= delivery.memory_bytes
+        assert counts.total() <= delivery.memory_messages  # more: on its way past the window to disk
     assert engine.budget.held_bytes <= engine.budget.limit_bytes
 
 
@@ -209,19 +223,19 @@ class CreditBeforeReading:
     def page(self, sink: str, *given: Any) -> Any:
         held = self.deliveries[sink]._share.held_bytes
         found = self._store.page(sink, *given)
-        self._covered("page", sink, held, [m.change.body for m in found])
+        self._covered("page", sink, held, [span.chunk.data for span in found])
         return found
 
     def due(self, sink: str, *given: Any) -> Any:
         held = self.deliveries[sink]._share.held_bytes
         found = self._store.due(sink, *given)
-        self._covered("due", sink, held, [h.message.change.body for h in found])
+        self._covered("due", sink, held, [h.message.span.chunk.data for h in found])
         return found
 
     def newest(self, sink: str, *given: Any) -> Any:
         held = self.deliveries[sink]._share.held_bytes
         found = self._store.newest(sink, *given)
-        self._covered("newest", sink, held, [found.change.body] if found is not None else [])
+        self._covered("newest", sink, held, [found.span.chunk.data] if found is not None else [])
         return found
 
 
@@ -268,7 +282,7 @@ async def test_a_frame_is_not_decoded_before_its_credit_is_taken(world: World, s
         world.postgres.commit(("insert", "a"))
         await until(lambda: engine.capture.why_waiting.startswith("memory"))
         await turns()
-        assert not engine.capture._chunk
+        assert not streams[-1].decoded
         assert not sink.requests
         told = len(streams[-1].told)
         await until(lambda: len(streams[-1].told) > told + 3, "feedback goes on meanwhile")

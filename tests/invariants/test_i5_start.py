@@ -10,26 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from invariants.instruments import fill, script, sole, stored_change, until
+from invariants.instruments import put, script, sole, stored_span, until
 from invariants.world import FastClock, World
-from spillway.change import Message
+from spillway.chunk import Batch, Message
 from spillway.sinks.base import OK, Result
 from spillway.store.base import Park, Write
 from spillway.store.sqlite import open_store
 
+SPAN = 500  # messages
 KINDS = ("queue", "parked", "one key", "dead letters")
 
 
 def prepare(world: World, count: int, kind: str) -> None:
     """A state file with so many messages of the kind, beside ten that wait in the queue."""
-    messages = [stored_change(n, "hot" if kind == "one key" else f"k{n}") for n in range(1, count + 1)]
+    keys = ["hot" if kind == "one key" else f"k{n}" for n in range(1, count + 1)]
+    spans = [stored_span(1 + start, keys[start : start + SPAN]) for start in range(0, count, SPAN)]
     with_store = open_store(world._state, FastClock())
-    fill(with_store, "sink", messages)
-    for start in range(0, count if kind in ("parked", "dead letters") else 0, 5000):
-        fate = [Park(m, "mapping", "", 3600.0) for m in messages[start : start + 5000]]
-        with_store.write(Write("sink", park=fate) if kind == "parked" else Write("sink", bury=fate)).result()
+    put(with_store, "sink", spans)
+    for span in spans:
+        messages = [Message(span, place) for place in range(len(span))]
+        fate = [Park(m, "mapping", "", 3600.0) for m in messages]
+        if kind == "parked":
+            with_store.write(Write("sink", park=fate)).result()
+        elif kind == "dead letters":
+            with_store.write(Write("sink", bury=fate)).result()
+        elif kind == "one key":
+            with_store.write(Write("sink", park=fate[: span is spans[0]], hold=messages)).result()
     if kind == "dead letters":
-        fill(with_store, "sink", [stored_change(count + n, f"w{n}") for n in range(1, 11)])
+        put(with_store, "sink", [stored_span(count + 1, [f"w{n}" for n in range(10)])])
     with_store.close()
     world.postgres.confirmed_lsn = 1 << 40  # nothing of it is read again
 
@@ -42,7 +50,7 @@ async def reads_of_a_start(world: World) -> int:
     reads: list[int] = []
     send = sink.send
 
-    def counted(batch: Sequence[Message]) -> Awaitable[Sequence[Result] | Result]:
+    def counted(batch: Batch) -> Awaitable[Sequence[Result] | Result]:
         reads.append(engine.store.reads)
         return send(batch)
 

@@ -1,9 +1,13 @@
 """A small world for the flow: a source of made-up transactions, sinks that misbehave by dice, crashes by copy.
 
-The real store, window, delivery and capture run; the stream, the decoder and the sinks are replaced. A crash is what
+The real store, window, delivery and capture run; the stream, the decoder and the sinks are replaced. Chunks end where
+the dice say, so that spans of one change and of some dozens come about, and transactions that are cut. A crash is what
 the disk held at that moment: the state file and its log are copied as they are, everything in memory is dropped, and
 a new engine starts on the copy, reading the slot from what "Postgres" was told. The record of what each sink applied
 survives, as the outside world does. Time runs fifty times as fast.
+
+Rows have the key that a transaction gives them, in table ``t`` or, as ``u:key``, in table ``u``. In each table they
+also belong to a group, which changes now and then: sinks that are ordered by groups get two keys with such a change.
 """
 
 from __future__ import annotations
@@ -13,26 +17,30 @@ import contextlib
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from spillway.change import Change, Message
+from spillway.change import ACTIONS, Action
+from spillway.chunk import MOVED, OLD, WHOLE, Batch, Chunk, ChunkBuilder, Message
 from spillway.errors import Finding
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.inflow import SinkSpec
-from spillway.flow.route import Router, Subscription
+from spillway.flow.route import ROW_ACTIONS, Router, Subscription
 from spillway.metrics import Metrics
-from spillway.pgoutput.messages import Begin, Commit
-from spillway.pgoutput.relation import Relation, TableInfo
+from spillway.pgoutput import Full, Keepalive, Relation, Renew, TableInfo
 from spillway.sinks.base import OK, Result, Semantics, reject, retry, sink_down
-from spillway.source.stream import Keepalive, XLogData
 from spillway.store.base import Identity, Store
 from spillway.store.sqlite import open_store
 
 SPEED = 50.0
+TABLES = ("t", "u")
+GROUPS = 3  # of rows, in each table
+GROUP_CHANGES = 4  # an update of a row after so many changes of it moves it to another group
+CHUNKS = (1, 1, 2, 3, 5, 8, 20, 60)  # changes after which a chunk ends, by dice
 
 
 class FastClock:
@@ -49,13 +57,32 @@ class FastClock:
         return asyncio.timeout(seconds / SPEED)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row operation as the server logs it."""
+
+    commit_lsn: int
+    commit_idx: int
+    table: str
+    action: Action
+    key: str
+    body: bytes
+    group: str
+    was: str | None = None
+    was_group: str | None = None
+
+
 @dataclass
 class Postgres:
     """What the server remembers: committed transactions, and what it was told may go."""
 
-    transactions: list[tuple[int, int, list[Change]]] = field(default_factory=list)  # commit_lsn, end_lsn, changes
+    transactions: list[tuple[int, int, list[Row]]] = field(default_factory=list)  # commit_lsn, end_lsn, rows
     confirmed_lsn: int = 0
     lsn: int = 1000
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+    chunks: Sequence[int] = CHUNKS
+    _changes: dict[str, int] = field(default_factory=dict)  # of each row, so far
+    _groups: dict[str, str] = field(default_factory=dict)  # in which each row is
 
     def commit(self, *rows: tuple[str, str] | tuple[str, str, str]) -> None:
         """A transaction: (action, key) or ("move", old key, new key)."""
@@ -64,44 +91,148 @@ class Postgres:
         self.transactions.append((self.lsn, self.lsn + 48, changes))
         self.lsn += 48
 
-    def _change(self, idx: int, action: str, key: str, new: str | None = None) -> Change:
-        def one(action: str, key: str) -> Change:
-            body = b'{"record":{"id":"%b","v":"%d/%d"}' % (key.encode(), self.lsn, idx)
-            return Change(
-                self.lsn, idx, "public", "t", action, f"public.t:{key}", (key,), body, len(body) - 10, idx + 1, True,  # type: ignore[arg-type]
-                time.time(),
-            )  # fmt: skip
+    def _change(self, idx: int, action: str, key: str, new: str | None = None) -> Row:
+        table, _, name = key.rpartition(":")
+        table = table or "t"
+        old = f"public.{table}:{name}" if new is not None else None
+        name = name if new is None else new.rpartition(":")[2]
+        own = f"public.{table}:{name}"
+        count = self._changes[own] = self._changes.get(own, 0) + 1
+        was_group = self._groups.pop(old or own, None)
+        group = f"public.{table}:group {(count // GROUP_CHANGES + ord(name[-1])) % GROUPS}"
+        if action == "delete":
+            group = was_group or group
+        else:
+            self._groups[own] = group
+        return Row(
+            self.lsn, idx, table, "update" if action == "move" else action, own,  # type: ignore[arg-type]
+            b'{"record":{"id":"%b","v":"%d/%d"}' % (name.encode(), self.lsn, idx), group, old,
+            was_group if action in ("update", "move") and was_group != group else None,
+        )  # fmt: skip
 
-        if new is None:
-            return one(action, key)
-        return replace(one("update", new), old=one("delete", key))
+
+class Begin(NamedTuple):
+    commit_lsn: int
+
+
+class Commit(NamedTuple):
+    commit_lsn: int
+    end_lsn: int
+
+
+Frame = Begin | Row | Commit | Keepalive
+
+
+class FakeDecoder:
+    """What capture uses of a decoder, and `FakeStream.fill`. It counts credit as the real one does."""
+
+    def __init__(self, router: Router, frame_overhead_bytes: int) -> None:
+        self.largest_frame_bytes = 0
+        self.in_transaction = False
+        self._group_columns = router.group_columns
+        self._frame_overhead_bytes = frame_overhead_bytes
+        self._builder = ChunkBuilder(router.groups)
+        self._wanted: dict[str, frozenset[Action]] = {}
+        self._commit = Commit(0, 0)
+        self._used_bytes = 0
+
+    @property
+    def count(self) -> int:
+        return self._builder.count
+
+    def take(self) -> Chunk:
+        chunk = self._builder.take(*self._commit)
+        self._commit, self._used_bytes = Commit(0, 0), 0
+        return chunk
+
+    def learn(self, relation: Relation, info: TableInfo, wanted: frozenset[Action]) -> None:
+        self._wanted[relation.table] = wanted
+
+    def needs(self, frame: Frame) -> Relation | None:
+        """What must be learned first."""
+        if isinstance(frame, Row) and frame.table not in self._wanted:
+            return Relation(TABLES.index(frame.table), "public", frame.table, "d", ())
+        return None
+
+    def take_in(self, frame: Frame, credit_bytes: int, max_changes: int) -> Full | None:
+        payload_bytes = len(frame.body) if isinstance(frame, Row) else 32
+        self.largest_frame_bytes = max(self.largest_frame_bytes, payload_bytes)
+        needed_bytes = 3 * payload_bytes + self._frame_overhead_bytes
+        if self._used_bytes + needed_bytes > credit_bytes or self.count >= max_changes:
+            return Full(needed_bytes)
+        self._used_bytes += needed_bytes
+        if isinstance(frame, Begin):
+            self.in_transaction = True
+        elif isinstance(frame, Commit):
+            self._commit, self.in_transaction = frame, False
+        elif isinstance(frame, Row) and frame.action in self._wanted[frame.table]:
+            self._row(frame)
+        return None
+
+    def _row(self, row: Row) -> None:
+        groups: list[str] = []
+        for columns in self._group_columns("public", row.table):
+            groups += (row.key, row.was or "") if columns is None else (row.group, row.was_group or "")
+        if row.was is not None:
+            self._add(row, "delete", (row.was, "", *("",) * len(groups)), flags=WHOLE | OLD)
+        self._add(row, row.action, (row.key, row.was or "", *groups), flags=WHOLE | (MOVED if row.was else 0))
+
+    def _add(self, row: Row, action: Action, keys: Sequence[str], flags: int) -> None:
+        self._builder.add(
+            ("public", row.table), ACTIONS.index(action), row.commit_lsn, row.commit_idx, int(time.time() * 1e6),
+            row.body, len(row.body) - 10, [key.encode() for key in keys], n=row.commit_idx + 1, flags=flags,
+        )  # fmt: skip
 
 
 class FakeStream:
-    largest_frame_bytes = 0
-
-    def __init__(self, postgres: Postgres, events: list[object]) -> None:
+    def __init__(self, postgres: Postgres) -> None:
         self._postgres = postgres
-        self._events = events
-        self._frames: list[XLogData | Keepalive] = []
+        self._frames: list[Frame] = []
+        self._kept: Frame | None = None  # for which there was no credit
         self._sent = 0
+        self.decoded = 0  # frames
         self._start = postgres.confirmed_lsn
         self.flush_sent = postgres.confirmed_lsn
+        self._chunk_ends = self._dice()
 
-    def next(self) -> XLogData | Keepalive | None:
+    def _dice(self) -> int:
+        return self._postgres.dice.choice(self._postgres.chunks)
+
+    def next(self) -> Frame | None:
         while not self._frames and self._sent < len(self._postgres.transactions):
-            commit_lsn, end_lsn, changes = self._postgres.transactions[self._sent]
+            commit_lsn, end_lsn, rows = self._postgres.transactions[self._sent]
             self._sent += 1
-            if end_lsn <= self._start:
-                continue
-            for event in (Begin(1, commit_lsn, 0.0, 0), *changes, Commit(commit_lsn, end_lsn, 0.0)):
-                self._events.append(event)
-                self._frames.append(XLogData(0, 0, b"E" + (len(self._events) - 1).to_bytes(8, "big")))
-            self._frames.append(Keepalive(end_lsn, False))
+            if end_lsn > self._start:
+                self._frames = [Begin(commit_lsn), *rows, Commit(commit_lsn, end_lsn), Keepalive(end_lsn, False)]
         return self._frames.pop(0) if self._frames else None
 
+    def fill(
+        self, decoder: FakeDecoder, credit_bytes: int, max_changes: int
+    ) -> Full | Keepalive | Relation | Renew | None:
+        while True:
+            if decoder.count >= self._chunk_ends:  # no more has come yet
+                self._chunk_ends = self._dice()
+                return None
+            frame, self._kept = self._kept, None
+            frame = frame or self.next()
+            if frame is None:
+                return None
+            if isinstance(frame, Keepalive):
+                if decoder.in_transaction and not frame.reply_requested:
+                    continue
+                return frame
+            stop = decoder.needs(frame) or decoder.take_in(frame, credit_bytes, max_changes)
+            if stop is not None:
+                self._kept = frame
+                return stop
+            self.decoded += 1
+
+    @property
+    def something_is_buffered(self) -> bool:
+        return bool(self._kept or self._frames or self._sent < len(self._postgres.transactions))
+
     async def more(self) -> None:
-        while self._sent >= len(self._postgres.transactions):
+        while not self.something_is_buffered:
             await asyncio.sleep(0.001)
 
     def send_feedback(self, write_lsn: int, flush_lsn: int, reply: bool = False) -> None:
@@ -128,15 +259,6 @@ class FakeConnection:
         pass
 
 
-class FakeDecoder:
-    def __init__(self, events: list[object]) -> None:
-        self._events = events
-
-    def feed(self, payload: bytes) -> object:
-        event = self._events[int.from_bytes(payload[1:], "big")]
-        return replace(event, holders=0) if isinstance(event, Change) else event
-
-
 Applied = tuple[tuple[int, int, int], tuple[str, ...]]  # position, keys
 
 
@@ -153,6 +275,8 @@ class FakeSink:
     bad: set[str] = field(default_factory=set)
     applied: list[Applied] = field(default_factory=list)
     asked: list[list[Applied]] = field(default_factory=list)
+    flying: list[str] = field(default_factory=list)  # keys of all requests
+    twice: list[str] = field(default_factory=list)  # keys that were in flight twice at once
 
     async def open(self) -> None:
         pass
@@ -160,8 +284,14 @@ class FakeSink:
     async def close(self) -> None:
         pass
 
-    async def send(self, batch: Sequence[Message]) -> Sequence[Result] | Result:
+    async def send(self, batch: Batch) -> Sequence[Result] | Result:
+        if self.dice.random() < 0.5:
+            batch = Batch(batch.pieces)  # a sink need not look at the messages that flow knows
         self.asked.append([(m.position, m.keys) for m in batch])
+        with self._in_flight(batch):
+            return await self._send(batch)
+
+    async def _send(self, batch: Batch) -> Sequence[Result] | Result:
         if self.dice.random() < 0.5:
             await asyncio.sleep(self.dice.random() * 0.01)
         if self.down:
@@ -178,22 +308,53 @@ class FakeSink:
                 return reject("constraint")
             self._apply(batch)
             return OK
-        results = []
-        for message in batch:
-            if self._refuses(message):
-                results.append(reject("mapping"))
-            elif self.dice.random() < self.trouble:
-                results.append(retry("busy"))
-            else:
-                self._apply([message])
-                results.append(OK)
+        if self.dice.random() < self.trouble / 3:
+            return reject("too_long")  # all of it, for the one that is guilty
+        results = [self._one(message) for message in batch]
+        if all(result is OK for result in results) and self.dice.random() < 0.8:
+            return OK
         return results
+
+    def _one(self, message: Message) -> Result:
+        if self._refuses(message):
+            return reject("mapping")
+        if self.dice.random() < self.trouble:
+            return retry("busy") if self.dice.random() < 0.8 else sink_down("http_429")
+        self._apply([message])
+        return OK
 
     def _refuses(self, message: Message) -> bool:
         return not self.bad.isdisjoint(message.keys) or self.dice.random() < self.trouble / 5
 
     def _apply(self, batch: Sequence[Message]) -> None:
         self.applied += [(m.position, m.keys) for m in batch]
+
+    @contextlib.contextmanager
+    def _in_flight(self, batch: Batch) -> Iterator[None]:
+        keys = [] if self.semantics in ("atomic", "ordered") else [key for m in batch for key in m.keys]
+        self.twice += [key for at, key in enumerate(keys) if key in self.flying or key in keys[:at]]
+        self.flying += keys
+        try:
+            yield
+        finally:
+            for key in keys:
+                self.flying.remove(key)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a sink gets, and what orders it: its key, the groups of these tables, or nothing."""
+
+    tables: tuple[str, ...] = TABLES
+    actions: frozenset[Action] = ROW_ACTIONS
+    groups_of: tuple[str, ...] = ()
+    grouping: bool = True
+
+    def keys(self, row: Row) -> tuple[str, ...]:
+        if not self.grouping:
+            return ()
+        was, key = (row.was_group, row.group) if row.table in self.groups_of else (row.was, row.key)
+        return (key,) if was is None or was == key else (was, key)
 
 
 @dataclass
@@ -230,17 +391,19 @@ class World:
     def __init__(self, folder: Path, seed: int, limit_bytes: int = 8 << 20) -> None:
         self.folder = folder
         self.dice = random.Random(seed)
-        self.postgres = Postgres()
+        self.postgres = Postgres(dice=random.Random(seed))
         self.sinks: dict[str, FakeSink] = {}
         self.specs: dict[str, dict[str, object]] = {}
+        self.selections: dict[str, Selection] = {}
         self.limit_bytes = limit_bytes
         self._lives = 0
         self._state = folder / "state-0.db"
 
-    def sink(self, name: str, semantics: Semantics, **spec: object) -> FakeSink:
+    def sink(self, name: str, semantics: Semantics, selection: Selection = Selection(), **spec: object) -> FakeSink:
         in_flight = 1 if semantics in ("ordered", "atomic") else 3
         self.sinks[name] = FakeSink(semantics, random.Random(self.dice.random()), in_flight)
         self.specs[name] = spec
+        self.selections[name] = selection or Selection()
         return self.sinks[name]
 
     @contextlib.asynccontextmanager
@@ -268,10 +431,8 @@ class World:
                 lambda: [c.moved() for c in captures],  # type: ignore[arg-type, return-value]
             )  # fmt: skip
             deliveries[name] = delivery
-            splits = sink.semantics == "state"
-            wants.append(Subscription(delivery, lambda _s, _t: True, splits_key_change=splits))
+            wants.append(self._subscription(name, delivery))
         router = Router(wants)
-        router.learn("public", "t", lambda _columns, _needs: None)
         identity = store.identity("slot") or Identity("1", 1, "slot", 1, 0)
 
         async def reserve(lsn: int) -> None:
@@ -280,15 +441,13 @@ class World:
                 identity = replace(identity, mark=lsn + 500)
                 await asyncio.wrap_future(store.write_identity(identity))
 
-        events: list[object] = []
-
         async def connect() -> FakeConnection:
-            return FakeConnection(FakeStream(self.postgres, events))
+            return FakeConnection(FakeStream(self.postgres))
 
         capture = Capture(
             "db",
             connect,
-            lambda: FakeDecoder(events),
+            lambda frame_overhead_bytes, _: FakeDecoder(router, frame_overhead_bytes),
             router,
             list(deliveries.values()),
             budget,
@@ -306,6 +465,18 @@ class World:
                 await tasks.create_task(capture.run(stop))
 
         return Engine(store, deliveries, capture, budget, stop, asyncio.create_task(live()), self.postgres)
+
+    def _subscription(self, name: str, delivery: Delivery) -> Subscription:
+        selection, semantics = self.selections[name], self.sinks[name].semantics
+        return Subscription(
+            delivery,
+            lambda _, table: table in selection.tables,
+            selection.actions,
+            {("public", table): ("group",) for table in selection.groups_of} or None,
+            grouping=selection.grouping,
+            needs_key=semantics in ("state", "atomic"),
+            splits_key_change=semantics == "state",
+        )
 
     async def crash(self, engine: Engine) -> None:
         """What is on disk now is what is left."""
@@ -329,18 +500,17 @@ class World:
     # -- the oracle -------------------------------------------------------------------------------------------------
     def history(self, sink: str) -> list[Applied]:
         """What the sink should see, in order."""
-        state = self.sinks[sink].semantics == "state"
+        state, selection = self.sinks[sink].semantics == "state", self.selections[sink]
         out: list[Applied] = []
-        for commit_lsn, _, changes in self.postgres.transactions:
-            for change in changes:
-                at = (commit_lsn, change.commit_idx)
-                assert change.key is not None
-                if change.old is None or change.old.key is None:
-                    out.append(((*at, 0), (change.key,)))
-                elif state:
-                    out += [((*at, 0), (change.old.key,)), ((*at, 1), (change.key,))]
+        for commit_lsn, _, rows in self.postgres.transactions:
+            for row in rows:
+                at = (commit_lsn, row.commit_idx)
+                if row.table not in selection.tables or row.action not in selection.actions:
+                    continue
+                if state and row.was is not None:
+                    out += [((*at, 0), (row.was,)), ((*at, 1), (row.key,))]
                 else:
-                    out.append(((*at, 0), (change.old.key, change.key)))
+                    out.append(((*at, 0), selection.keys(row)))
         return out
 
     def judge(self, sink: str, *, crashed: bool, excused: set[tuple[int, int, int]] = frozenset()) -> None:  # type: ignore[assignment]
@@ -350,8 +520,12 @@ class World:
         known = dict(expected)
         state = self.sinks[sink].semantics == "state"
         crashed = crashed or self.sinks[sink].semantics == "ordered"  # a batch is repeated after a part of it failed
+        assert not self.sinks[sink].twice, f"{sink}: in flight twice at once {self.sinks[sink].twice}"
         for position, keys in applied:
             assert known.get(position) == keys, f"{sink}: invented {position} {keys}"
+        if not state:
+            lost = set(known) - {position for position, _ in applied} - excused
+            assert not lost, f"{sink}: lost {sorted(lost)}"
         for key in sorted({k for _, keys in expected for k in keys}):
             should = [p for p, keys in expected if key in keys and p not in excused]
             got = [p for p, keys in applied if key in keys and p not in excused]

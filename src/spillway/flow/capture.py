@@ -95,6 +95,7 @@ class Capture:
         self._room = asyncio.Event()  # a blocking backlog may have room
         self._feedback_now = asyncio.Event()
         self._credit = 0
+        self._allowed_bytes = 0  # what the decoder may use of it, or what the next frame needs if no credit is so large
         self._routed = False  # since the last commit that the watermark knows
         self._libpq_bytes = 0
         self._fatal_at_start = slots == 1
@@ -198,7 +199,7 @@ class Capture:
         decoder = self._decoder()
         self._wait("")
         while True:
-            stop = stream.fill(decoder, self._credit, self._chunk_changes)
+            stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
                 await self._hand_over(decoder)
                 await stream.more()
@@ -241,6 +242,7 @@ class Capture:
             await self._pool.take(wanted)
             self._wait("")
         self._credit = wanted
+        self._allowed_bytes = max(wanted, size)  # a frame that never fits is here already: waiting would not end
         if grown > 0 and self._pool.try_take(grown):
             self._libpq_bytes += grown
 
@@ -285,7 +287,7 @@ class Capture:
 
     def _give_credit(self, but: int = 0) -> None:
         self._pool.give(self._credit - but)
-        self._credit = 0
+        self._credit = self._allowed_bytes = 0
 
     async def _give_when_durable(self, size: int, stored: Sequence[asyncio.Future[Written]]) -> None:
         try:
