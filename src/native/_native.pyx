@@ -1,5 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-# cython: embedsignature=True
+# cython: language_level=3, cdivision=True
 """The compiled twin of `spillway.pgoutput.decoder` and `spillway.columns`: the same bytes, without an object per row.
 
 The Python is the reference: what is promised is said there, and one suite of tests holds for both. Here stands how it

@@ -238,7 +238,7 @@ cdef int append_id(Buffer* out, Columns columns, size_t index, list prefixes, do
     cdef uint16_t table
     cdef size_t prefix
     memcpy(&table, columns.records + index * columns.stride + 36, 2)
-    prefix = prefixes[table]
+    prefix = prefixes[table]  # raises IndexError
     if end != NULL and <size_t> (end - key.data) > prefix:
         key.data += prefix
         key.size = end - key.data

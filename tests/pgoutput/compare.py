@@ -68,7 +68,7 @@ def outcome(decoder_class: type[Decoder], frames: Iterable[bytes], setting: Sett
         setting.renew_frame_bytes,
         findings.append,
     )
-    connection = Connection(*map(memoryview, frames))
+    connection = Connection(*[memoryview(frame) for frame in frames])
     try:
         while (stop := decoder.fill(connection, setting.credit_bytes, setting.max_changes)) is not None:
             out.steps.append((stop, decoder.in_transaction, decoder.count, decoder.used_bytes, decoder.taken_bytes))

@@ -23,13 +23,14 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])).map(str.encode) | s
     ]
 )
 BROKEN_TEXT = st.binary(max_size=40) | st.sampled_from(
-    [b"\xff", b"abc\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xf0\x80\x80\x80", b"x" * 70 + b"\x80"]
+    [b"\xff", b"abc\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xf0\x80\x80\x80",
+     b"x" * 70 + b"\x80"]
 )  # fmt: skip
 LONG_TEXT = st.builds(
     lambda part, times, end: part * times + end, ANY_TEXT | BROKEN_TEXT, st.integers(1, 90), ANY_TEXT | BROKEN_TEXT
 )
 NUMBERS = st.sampled_from(
-    b"0 -0 1 -1 007 1.5 1. .5 1e5 1E+5 1e 1e- -12.340e-07 NaN Infinity -Infinity + - 1.5.5 12a 123456789012345678901".split()
+    b"0 -0 1 -1 007 1.5 1. .5 1e5 1E+5 1e 1e- -12.340e-07 NaN -Infinity + - 1.5.5 12a 123456789012345678901".split()
 )
 MOMENTS = st.sampled_from(
     [
@@ -124,14 +125,14 @@ def cases(draw: st.DrawFn) -> tuple[list[bytes], Setting]:
 
 
 @given(cases())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_the_same_chunks(case: tuple[list[bytes], Setting]) -> None:
     sent, setting = case
     assert_same([outcome(twin, sent, setting) for twin in TWINS])
 
 
 @given(cases(), st.data())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_the_same_of_garbled_frames(case: tuple[list[bytes], Setting], data: st.DataObject) -> None:
     sent, setting = case
     for _ in range(data.draw(st.integers(1, 3))):
