@@ -218,7 +218,8 @@ class Delivery(Readback):
         total = 0
         while True:
             while self._puts and self._last_put is not None:  # what is in memory must have its row, to be spared
-                await asyncio.shield(self._last_put)
+                # It may be done while what follows from that has not run yet: this lets it run, an await would not.
+                await asyncio.wait([self._last_put])
             self._turns += 1
             self.drop_cache()
             spare = frozenset(self.window.rows())

@@ -245,8 +245,8 @@ class Inflow:
     def _put(self, span: Span) -> asyncio.Future[Written]:
         """Newcomers of a stored sink, to the tail; none of them stays in memory."""
         large = [self._large(Message(span, place)) for place in self._large_places(span)]
+        span.base = PENDING  # before the writer's thread can know of it, which sets what comes next
         done = self._commit(Write(self.name, put=[span], position=self.tail, bury=large))
-        span.base = PENDING
         done.add_done_callback(lambda _: self._mark_durable([span]))
         return done
 
@@ -271,6 +271,8 @@ class Inflow:
             self._turns += 1
         self._hold_back(keys)
         large = [self._large(Message(s, p)) for s in put for p in self._large_places(s) if not s.resolved[p]]
+        for span in put:
+            span.base = PENDING  # see `_put`
         self._puts += 1
         done = self._commit(
             Write(
@@ -282,8 +284,6 @@ class Inflow:
                 bury=[*large, *bury],
             )
         )
-        for span in put:
-            span.base = PENDING
         self._last_put = done
 
         def committed(_: asyncio.Future[Written]) -> None:
