@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pgoutput.frames import META, Connection
+from pgoutput.frames import META
 from spillway.change import ACTIONS
 from spillway.chunk import Chunk
 from spillway.errors import Finding
-from spillway.pgoutput import Full, ProtocolError, Relation, TableInfo, TypeInfo
+from spillway.pgoutput import Copy, Full, ProtocolError, Relation, TableInfo, TypeInfo
 from spillway.pgoutput.decoder import Decoder
 
 DOMAIN, ENUM, COMPOSITE, COMPOSITES, VECTOR, UNKNOWN = range(20_001, 20_007)
@@ -55,8 +55,8 @@ def columns_of(chunk: Chunk) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def outcome(decoder_class: type[Decoder], frames: Iterable[bytes], setting: Setting) -> Outcome:
-    """``frames`` are whole CopyData. A chunk is taken when it is full and at the end."""
+def outcome(decoder_class: type[Decoder], connection: Copy, setting: Setting) -> Outcome:
+    """A chunk is taken when it is full and at the end."""
     out = Outcome()
     findings: list[Finding] = []
     decoder = decoder_class(
@@ -68,7 +68,6 @@ def outcome(decoder_class: type[Decoder], frames: Iterable[bytes], setting: Sett
         setting.renew_frame_bytes,
         findings.append,
     )
-    connection = Connection(*[memoryview(frame) for frame in frames])
     try:
         while (stop := decoder.fill(connection, setting.credit_bytes, setting.max_changes)) is not None:
             out.steps.append((stop, decoder.in_transaction, decoder.count, decoder.used_bytes, decoder.taken_bytes))

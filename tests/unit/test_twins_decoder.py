@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzz.guarded import GuardedConnection
 from pgoutput import frames
 from pgoutput.compare import COMPOSITE, COMPOSITES, DOMAIN, ENUM, UNKNOWN, VECTOR, Setting, assert_same, outcome
 from pgoutput.frames import UNCHANGED, Value
@@ -128,7 +129,7 @@ def cases(draw: st.DrawFn) -> tuple[list[bytes], Setting]:
 @settings(max_examples=150)
 def test_the_same_chunks(case: tuple[list[bytes], Setting]) -> None:
     sent, setting = case
-    assert_same([outcome(twin, sent, setting) for twin in TWINS])
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
 
 
 @given(cases(), st.data())
@@ -147,4 +148,4 @@ def test_the_same_of_garbled_frames(case: tuple[list[bytes], Setting], data: st.
             case "insert":
                 frame[at:at] = data.draw(st.binary(max_size=5))
         sent[number] = bytes(frame)
-    assert_same([outcome(twin, sent, setting) for twin in TWINS])
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])

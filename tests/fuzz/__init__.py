@@ -1,0 +1,1 @@
+"""The fuzzer of the decoders, and the corpus that it has grown."""
