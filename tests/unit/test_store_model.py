@@ -20,7 +20,7 @@ from store_support import ALL, END, SINK, SLOT, StillClock, add, everything, fas
 
 from spillway.chunk import ChunkBuilder, Keying, Message, Piece, Span
 from spillway.position import Position
-from spillway.store import apply, file, lanes, queue, reads, rows, sqlite
+from spillway.store import apply, commands, file, lanes, queue, reads, rows, sqlite
 from spillway.store.base import Gap, Park, Select, Write
 from spillway.store.sqlite import SqliteStore, open_store
 
@@ -411,8 +411,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Limits so small that every loop over pieces goes round; no tidying up under the hand of a copy."""
     monkeypatch.setattr(lanes, "CHUNK", 2)
     monkeypatch.setattr(apply, "CHUNK", 2)
+    monkeypatch.setattr(commands, "CHUNK", 2)
     monkeypatch.setattr(queue, "CHUNK", 2)
-    monkeypatch.setattr(queue, "WITH_KEY", 2)
+    monkeypatch.setattr(queue, "SCANNED", 2)
     monkeypatch.setattr(apply, "INSERT_BYTES", 40)
     monkeypatch.setattr(rows, "INSERT_BYTES", 40)
     monkeypatch.setattr(rows, "WIDTH", 3)
@@ -427,7 +428,7 @@ def test_it_does_what_the_model_does(small: None) -> None:
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=40,
+            max_examples=30,
             stateful_step_count=25,
             deadline=None,
             report_multiple_bugs=False,

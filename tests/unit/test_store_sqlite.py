@@ -262,7 +262,7 @@ def many_again(before: Span) -> Span:
 
 def test_a_key_is_found_wherever_its_text_occurs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the beginning of another, behind another, as another kind of key, resolved: that is not it."""
-    monkeypatch.setattr(queue, "WITH_KEY", 1)
+    monkeypatch.setattr(queue, "SCANNED", 1)
     with opened(path) as store:
         builder = ChunkBuilder(1)
         add(builder, 1, "7", groups=(key("8"), ""))

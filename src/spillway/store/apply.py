@@ -10,7 +10,7 @@ caller and raises; the store then fails as a whole, because what the caller beli
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -20,7 +20,7 @@ from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.impl import gather
 from spillway.position import Position
-from spillway.store.base import Counters, Gap, Identity, Park, Select, SinkState, Write, Written
+from spillway.store.base import Counters, Gap, Identity, Park, SinkState, Write, Written
 from spillway.store.lanes import Failure, Lanes
 from spillway.store.queue import Put, Queue, Taken
 from spillway.store.rows import CHUNK, INSERT_BYTES, Row, SinkRow, as_json, message_rows, ones, rows_of, single
@@ -41,27 +41,6 @@ SELECT_TABLE = """
 SELECT_KEY_ROWS = """
     SELECT json_group_array(id) FROM (
         SELECT id FROM lane WHERE sink = ? AND key = ? AND id > ? AND id < ? ORDER BY id LIMIT ?)"""
-# From the end of each lane: its head, which has the reason, goes last.
-SELECT_HELD = """
-    SELECT json_group_array(json_array(key, id)) FROM (
-        SELECT l.key, l.id FROM parked p CROSS JOIN lane l
-        ON l.sink = p.sink AND l.key = p.key AND l.id >= p.head AND l.id < iif(p.key = ?2, ?3, 0x7fffffffffffffff)
-        WHERE p.sink = ?1 AND p.key >= ?2 ORDER BY p.key, l.id DESC LIMIT ?4)"""
-SELECT_HELD_FOR = """
-    SELECT json_group_array(json_array(key, id)) FROM (
-        SELECT l.key, l.id FROM parked p INDEXED BY parked_reason CROSS JOIN lane l
-        ON l.sink = p.sink AND l.key = p.key AND l.id >= p.head AND l.id < iif(p.key = ?2, ?3, 0x7fffffffffffffff)
-        WHERE p.sink = ?1 AND p.reason = ?5 AND p.key >= ?2 ORDER BY p.key, l.id DESC LIMIT ?4)"""
-SELECT_HEAD = """
-    SELECT p.head, l.other FROM parked p CROSS JOIN lane l ON l.sink = p.sink AND l.key = p.key AND l.id = p.head
-    WHERE p.sink = ? AND p.key = ?"""
-SELECT_REASON_KEYS = """
-    SELECT json_group_array(key) FROM (
-        SELECT key FROM parked WHERE sink = ? AND reason = ? AND key > ? ORDER BY key LIMIT ?)"""
-UPDATE_DUE = """
-    UPDATE parked SET run = ?2, due = ?3
-    WHERE sink = ?1 AND key IN (SELECT value FROM json_each(?4)) AND due IS NOT NULL"""
-UPDATE_HEAD_DUE = UPDATE_DUE + " AND head = ?5"
 UPDATE_SINK = """
     UPDATE sink SET lsn = ?, idx = ?, sub = ?, run = ?, messages = ?, bytes = ?, queued = ?, parked_keys = ?,
     dead_letters = ? WHERE id = ?"""
@@ -74,15 +53,11 @@ UPSERT_SLOT = """
         mark = CASE WHEN epoch = excluded.epoch THEN max(mark, excluded.mark) ELSE excluded.mark END,
         epoch = excluded.epoch"""
 
-DELETE_DEAD_KEY = "DELETE FROM dead WHERE id IN (SELECT id FROM dead WHERE sink = ? AND key1 = ? LIMIT ?)"
-DELETE_DEAD_REASON = "DELETE FROM dead WHERE id IN (SELECT id FROM dead WHERE sink = ? AND reason = ? LIMIT ?)"
-DELETE_DEAD_ALL = "DELETE FROM dead WHERE id IN (SELECT id FROM dead WHERE sink = ? LIMIT ?)"
 DELETE_DEAD = "DELETE FROM dead WHERE sink = ?1 AND id IN (SELECT value FROM json_each(?2))"
 SELECT_DEAD = """
     SELECT json_group_array(id) FROM dead WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
 
 TEXT_CHARACTERS = 1000  # of a reason or detail
-_LAST = (1 << 63) - 1
 
 
 class Transaction:
@@ -315,84 +290,6 @@ class Transaction:
                 return
             key, row, _ = found[-1]
 
-    # -- for people -------------------------------------------------------------------------------------------------
-    def retry_key(self, name: str, key: str) -> int:
-        sink = self._sink(name)
-        found = self._db.execute(SELECT_HEAD, (sink.id, key)).fetchone()
-        if found is None:
-            return 0
-        head, other = found
-        keys = as_json([key] if other is None else [key, other])
-        return self._db.execute(UPDATE_HEAD_DUE, (sink.id, sink.run, self._clock.monotonic(), keys, head)).rowcount
-
-    def retry_reason(self, name: str, reason: str, after_key: str) -> tuple[int, str | None]:
-        """One step: how many keys, and behind which key to go on, if it is not done."""
-        sink = self._sink(name)
-        keys = cast("list[str]", rows_of(self._db.execute(SELECT_REASON_KEYS, (sink.id, reason, after_key, CHUNK))))
-        count = self._db.execute(UPDATE_DUE, (sink.id, sink.run, self._clock.monotonic(), as_json(keys))).rowcount
-        return count, keys[-1] if len(keys) == CHUNK else None
-
-    def retry_all(self, name: str) -> int:
-        """A new run: whatever due times there are have passed."""
-        sink = self._sink(name)
-        sink.run += 1
-        return sink.counters.parked_keys
-
-    def discard(self, name: str, select: Select, limit: int, spare: frozenset[int]) -> int:
-        sink = self._sink(name)
-        now = self._clock.monotonic()
-        rows: set[int] = set()
-        if select.key is None:
-            self._collect_held(sink, select.reason, rows, limit, spare)
-        else:
-            self._collect_lane(sink, select.key, rows, limit, spare)
-        count = self._lanes.remove(sink, rows, now)
-        if count == limit or select.reason is not None:
-            return count
-        spared = by_span(spare)
-        queue = self._queue.all(sink, spared) if select.key is None else self._queue.of_key(sink, select.key, spared)
-        return count + self._queue.take(sink, list(_at_most(limit - count, queue)))
-
-    def _collect_lane(self, sink: SinkRow, key: str, rows: set[int], limit: int, spare: frozenset[int]) -> None:
-        after = 0
-        while len(rows) < limit:
-            cursor = self._db.execute(SELECT_KEY_ROWS, (sink.id, key, after, _LAST, CHUNK))
-            found = cast("list[int]", rows_of(cursor))
-            rows.update([row for row in found if row not in spare][: limit - len(rows)])
-            if len(found) < CHUNK:
-                return
-            after = found[-1]
-
-    def _collect_held(
-        self, sink: SinkRow, reason: str | None, rows: set[int], limit: int, spare: frozenset[int]
-    ) -> None:
-        key, before = "", _LAST
-        while len(rows) < limit:
-            given = (sink.id, key, before, CHUNK)
-            cursor = (
-                self._db.execute(SELECT_HELD, given)
-                if reason is None
-                else self._db.execute(SELECT_HELD_FOR, (*given, reason))
-            )
-            found = cast("list[tuple[str, int]]", rows_of(cursor))
-            for _, row in found:
-                if row not in spare and len(rows) < limit:
-                    rows.add(row)
-            if len(found) < CHUNK:
-                return
-            key, before = found[-1]
-
-    def discard_dead(self, name: str, select: Select, limit: int) -> int:
-        sink = self._sink(name)
-        if select.key is not None:
-            cursor = self._db.execute(DELETE_DEAD_KEY, (sink.id, select.key, limit))
-        elif select.reason is not None:
-            cursor = self._db.execute(DELETE_DEAD_REASON, (sink.id, select.reason, limit))
-        else:
-            cursor = self._db.execute(DELETE_DEAD_ALL, (sink.id, limit))
-        sink.counters.dead_letters -= cursor.rowcount
-        return cursor.rowcount
-
 
 def _text(said: str) -> str:
     """What a server said, bounded and fit for UTF-8."""
@@ -407,15 +304,3 @@ def by_span(rows: Iterable[int]) -> dict[int, int]:
             span = row >> PLACE_BITS
             found[span] = found.get(span, 0) | 1 << (row & (MOST_PLACES - 1))
     return found
-
-
-def _at_most(limit: int, taken: Iterable[Taken]) -> Iterator[Taken]:
-    for one in taken:
-        bits = one.bits
-        while bits.bit_count() > limit:
-            bits &= ~(1 << bits.bit_length() - 1)
-        limit -= bits.bit_count()
-        if bits:
-            yield replace(one, bits=bits)
-        if limit == 0:
-            return

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import orjson
+
 from spillway.chunk import LSN, PLACE_BITS, TABLE, TIME, WORDS, Chunk, Keying, Message, Span
 from spillway.impl import gather
 from spillway.position import Position
@@ -44,16 +46,18 @@ INSERT_SPAN = (
     " tables, done)"
 )
 INSERT_DATA = "span_data (id, keys, meta, data)"
+_QUALIFIED = ", ".join(f"q.{name}" for name in SPAN_COLUMNS.split(", "))
 SELECT_SPANS = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM span
     WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
 SELECT_BEHIND = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?3)"""
+# Of the next spans those in whose texts the key occurs, and how far that is.
 SELECT_WITH_KEY = f"""
-    SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
-        SELECT s.* FROM span s CROSS JOIN span_data d ON d.id = s.id
-        WHERE s.sink = ?1 AND s.id > ?2 AND instr(d.keys, ?3) ORDER BY s.id LIMIT ?4)"""
+    SELECT json_group_array(json_array({_QUALIFIED})) FILTER (WHERE instr(d.keys, ?3)), max(q.id) FROM (
+        SELECT * FROM span WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?4) q
+    CROSS JOIN span_data d ON d.id = q.id"""
 SELECT_BELOW = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT * FROM span WHERE sink = ?1 AND id > ?2 AND first_lsn <= ?3 AND instr(tables, ?4)
@@ -63,7 +67,7 @@ DELETE_SPANS = "DELETE FROM span WHERE id IN (SELECT value FROM json_each(?))"
 DELETE_DATA = "DELETE FROM span_data WHERE id IN (SELECT value FROM json_each(?))"
 UPDATE_SPAN = "UPDATE span SET messages_left = ?, bytes_left = ?, commit_time = ?, done = ? WHERE id = ?"
 
-WITH_KEY = 64  # spans that are looked at for a key at once
+SCANNED = 512  # spans that are searched at once: no statement keeps the WAL from being emptied for long
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +82,13 @@ class Put:
 
     @classmethod
     def of(cls, span: Span) -> Put:
-        gone = span.resolved
-        if not any(gone):
+        if span.resolved.count(0) == span.size:
             return cls(span, span.chunk, span.indices, span.keying, None)
+        places = [place for place, gone in enumerate(span.resolved) if not gone]
         numbers = [-1] * span.size
-        indices: list[int] = []
-        for place, index in enumerate(span.indices):
-            if not gone[place]:
-                numbers[place] = len(indices)
-                indices.append(index)
-        return cls(span, span.chunk, indices, span.keying, numbers)
+        for number, place in enumerate(places):
+            numbers[place] = number
+        return cls(span, span.chunk, [span.indices[place] for place in places], span.keying, numbers)
 
     @property
     def size_bytes(self) -> int:
@@ -136,8 +137,8 @@ class Queue:
         found: list[Taken] = []
         spans = sorted(wanted)
         for start in range(0, len(spans), CHUNK):
-            cursor = self._db.execute(SELECT_SPANS, (sink.id, as_json(spans[start : start + CHUNK])))
-            found += [_taken(row, wanted[row.id]) for row in span_rows(cursor)]
+            rows = find_spans(self._db, sink.id, spans[start : start + CHUNK])
+            found += [_taken(row, wanted[row.id]) for row in rows]
         return sorted([one for one in found if one.bits], key=_by_id)
 
     def take(self, sink: SinkRow, taken: Sequence[Taken]) -> int:
@@ -193,14 +194,14 @@ class Queue:
             after = found[-1].id
 
     def of_key(self, sink: SinkRow, key: str, spare: dict[int, int]) -> Iterator[Taken]:
-        for row, _, places in with_key(self._db, sink.id, key, 0):
+        for row, _, places in with_key(self._db, sink.id, key):
             yield _taken(row, sum([1 << place for place in places]) & ~spare.get(row.id, 0))
 
     def of_table(self, sink: SinkRow, table: tuple[str, str], below: Position) -> Iterator[Taken]:
         """What waits of a table below a position."""
         after = 0
         named = write_tables([table])[1:-1]
-        while found := span_rows(self._db.execute(SELECT_BELOW, (sink.id, after, below.commit_lsn, named, WITH_KEY))):
+        while found := span_rows(self._db.execute(SELECT_BELOW, (sink.id, after, below.commit_lsn, named, SCANNED))):
             metas = read_blobs(self._db, ("meta",), [row.id for row in found])
             for row, meta in zip(found, metas, strict=True):
                 if meta is not None and table in read_tables(row.tables):
@@ -208,29 +209,30 @@ class Queue:
             after = found[-1].id
 
 
-def with_key(
-    db: sqlite3.Connection, sink: int, key: str, after: int, columns: Sequence[str] = ("keys", "meta")
-) -> Iterator[tuple[SpanRow, Span, list[int]]]:
-    """The spans behind this one that have unresolved messages of a key, with their places. Scans the key texts."""
+def with_key(db: sqlite3.Connection, sink: int, key: str) -> Iterator[tuple[SpanRow, Span, list[int]]]:
+    """The spans that have unresolved messages of a key, with their places. Scans the key texts."""
     row = private_row(key)
     if row:
-        cursor = db.execute(SELECT_SPANS, (sink, as_json([row >> PLACE_BITS])))
-        yield from _places(db, span_rows(cursor), key, columns)
+        yield from _places(db, find_spans(db, sink, [row >> PLACE_BITS]), key)
         return
-    while found := span_rows(db.execute(SELECT_WITH_KEY, (sink, after, key.encode() + b"\0", WITH_KEY))):
-        yield from _places(db, found, key, columns)
-        after = found[-1].id
+    text = key.encode() + b"\0"
+    after: int | None = 0
+    while after is not None:
+        found, after = db.execute(SELECT_WITH_KEY, (sink, after, text, SCANNED)).fetchone()
+        yield from _places(db, [SpanRow(*row) for row in orjson.loads(found)], key)
 
 
-def _places(
-    db: sqlite3.Connection, found: list[SpanRow], key: str, columns: Sequence[str]
-) -> Iterator[tuple[SpanRow, Span, list[int]]]:
+def find_spans(db: sqlite3.Connection, sink: int, numbers: Sequence[int]) -> list[SpanRow]:
+    return span_rows(db.execute(SELECT_SPANS, (sink, as_json(numbers))))
+
+
+def _places(db: sqlite3.Connection, found: list[SpanRow], key: str) -> Iterator[tuple[SpanRow, Span, list[int]]]:
     for row in found:
-        (blobs,) = read_blobs(db, columns, [row.id])
+        (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
         if blobs is None:
             continue
-        keys, meta, *data = blobs
-        span, done = row.span(keys, meta, data[0] if data else b""), row.done
+        keys, meta = blobs
+        span, done = row.span(keys, meta, b""), row.done
         places = [place for place in places_of(span, key) if not done >> place & 1]
         if places:
             yield row, span, places

@@ -1,15 +1,11 @@
 """The reading half of the SQLite store: two connections, each with its lock, any thread.
 
-Every method of the stream is a few statements by index: they visit the rows that they return and a bounded number of
-others (a test holds every statement's plan against that). Where there are two, each sees the state as it was committed
-then: what has gone in between is left out. What scans is for people, and `newest`; it has a connection of its own, so
-that nobody of the stream stands behind it: `held` sums up the lanes of the keys that it lists, `dead` the letters;
-`newest` and `show` search the key texts of the queue.
+Every method is a few statements by index: they visit the rows that they return and a bounded number of others (a test
+holds every statement's plan against that). Where there are several, they see one state. Bodies are loaded only where
+they fit the caller's bytes: the sizes are read before.
 
-Bodies are loaded only where they fit the caller's bytes: the sizes are read before. What people ask for is bounded to
-`PEOPLE_BYTES` a page.
-
-`newest` tries the last `PROBED` messages of the queue that are of different keys.
+`newest` scans the key texts of the queue: it tries the last `PROBED` keys there. It shares the connection of what
+people ask for (`spillway.store.people`), so that nobody of the stream stands behind it.
 """
 
 from __future__ import annotations
@@ -24,9 +20,9 @@ from typing import NamedTuple, cast
 from spillway.chunk import MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
-from spillway.store.base import Identity, LaneHead, Select, Waiting
+from spillway.store.base import Identity, LaneHead
 from spillway.store.file import free_bytes, open_reader
-from spillway.store.queue import with_key
+from spillway.store.queue import find_spans, with_key
 from spillway.store.rows import (
     CHUNK,
     MESSAGE_COLUMNS,
@@ -35,7 +31,6 @@ from spillway.store.rows import (
     SpanRow,
     Value,
     as_json,
-    lane_keys,
     mark,
     ones,
     read_blobs,
@@ -46,20 +41,12 @@ from spillway.store.rows import (
 )
 
 PROBED = 8
-PEOPLE_BYTES = 4 << 20  # bodies that a page for people loads, at least one
 _LAST_ROW = (1 << 63) - 1
 PAGE_SPANS = 256  # at most in a page
 
-_COLUMNS = ", ".join(f"m.{name.strip()}" for name in MESSAGE_COLUMNS.split(","))
+COLUMNS = ", ".join(f"m.{name.strip()}" for name in MESSAGE_COLUMNS.split(","))
 _RUN = "(SELECT run FROM sink WHERE id = ?1)"
 _HEAD = "p.key, p.head, p.attempts, p.reason, p.run, p.due"
-
-
-def _fitting(select: str, max_bytes: str, source: str = "message") -> str:
-    """The messages of a selection (id, bytes), as long as the sum of their bytes fits, but the first in any case."""
-    return f"""
-    SELECT {_COLUMNS} FROM (SELECT id, bytes, sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS total FROM ({select})) q
-    CROSS JOIN {source} m ON m.id = q.id WHERE q.total <= {max_bytes} OR q.total = q.bytes"""
 
 
 def _heads(*ranges: tuple[str, str, str]) -> str:
@@ -73,17 +60,6 @@ def _heads(*ranges: tuple[str, str, str]) -> str:
     return f"""
     SELECT json_group_array(json_array(q.head, q.attempts, q.reason, q.run, q.due, l.bytes))
     FROM ({" UNION ALL ".join(parts)}) q CROSS JOIN lane l ON l.sink = ?1 AND l.key = q.key AND l.id = q.head"""
-
-
-def _letters(where: str) -> str:
-    return _fitting(f"SELECT id, length(data) AS bytes FROM dead WHERE {where} ORDER BY id LIMIT ?4", "?5", "dead")
-
-
-def _dead_keys(where: str) -> str:
-    # With min(id) alone, the columns beside it are those of the oldest letter (SQLite: bare columns).
-    return f"""
-    SELECT key1, reason, detail, attempts, stored, sum(size), count(*), min(id) FROM dead
-    WHERE {where} GROUP BY key1 ORDER BY key1 LIMIT ?4"""
 
 
 class _Head(NamedTuple):
@@ -114,33 +90,16 @@ SELECT_DUE = _heads(
     _WAITED,
 )
 SELECT_REGARDLESS = _heads(("parked_due", "p.waits_for = 0", "p.run, p.due"), _WAITED)
-SELECT_MESSAGES = f"SELECT {_COLUMNS} FROM json_each(?2) j CROSS JOIN message m ON m.id = j.value AND m.sink = ?1"
+SELECT_MESSAGES = f"SELECT {COLUMNS} FROM json_each(?2) j CROSS JOIN message m ON m.id = j.value AND m.sink = ?1"
 SELECT_RUN = "SELECT run FROM sink WHERE id = ?"
 SELECT_LATEST = f"""
-    SELECT {_COLUMNS} FROM message m
+    SELECT {COLUMNS} FROM message m
     WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.data) <= ?3
     AND NOT EXISTS (SELECT 1 FROM lane WHERE sink = ?1 AND key = ?2 AND other IS NOT NULL)"""
 SELECT_OLDEST = """
     SELECT (SELECT commit_time FROM span WHERE sink = ?1 ORDER BY id LIMIT 1),
         (SELECT m.commit_time FROM message m WHERE m.id = (
             SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1))"""
-SELECT_HELD = """
-    SELECT g.key, p.reason, p.detail, p.attempts, m.stored, g.size, g.messages FROM (
-        SELECT key, count(*) AS messages, sum(bytes) AS size, min(id) AS first FROM lane
-        WHERE sink = ?1 AND key > ?2 GROUP BY key ORDER BY key LIMIT ?3) g
-    CROSS JOIN message m ON m.id = g.first CROSS JOIN parked p ON p.sink = ?1 AND p.key = g.key"""
-SELECT_HELD_FOR = """
-    SELECT p.key, p.reason, p.detail, p.attempts, m.stored,
-        (SELECT sum(l.bytes) FROM lane l WHERE l.sink = p.sink AND l.key = p.key),
-        (SELECT count(*) FROM lane l WHERE l.sink = p.sink AND l.key = p.key)
-    FROM parked p CROSS JOIN message m ON m.id = p.head
-    WHERE p.sink = ?1 AND p.key > ?2 AND p.reason = ?4 ORDER BY p.key LIMIT ?3"""
-SELECT_KEY = _fitting("SELECT id, bytes FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id LIMIT ?3", "?4")
-SELECT_DEAD = _dead_keys("sink = ?1 AND key1 > ?2 AND ?3 IS NULL")
-SELECT_DEAD_FOR = _dead_keys("sink = ?1 AND key1 > ?2 AND reason = ?3")
-SELECT_LETTERS = _letters("sink = ?1 AND id > ?2 AND ?3 IS NULL")
-SELECT_LETTERS_OF = _letters("sink = ?1 AND id > ?2 AND key1 = ?3")
-SELECT_LETTERS_FOR = _letters("sink = ?1 AND id > ?2 AND reason = ?3")
 
 
 class Reads:
@@ -213,10 +172,10 @@ class Reads:
 
     def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Span]:
         number = self._id(sink)
-        with self._stream() as db:
+        with self._stream() as db, snapshot(db):
             self.reads += 2  # also when nothing fits: the number of reads is the same whatever waits (I5)
             chosen: list[tuple[SpanRow, int]] = []
-            for row, done in _behind(db, number, after_row, min(max_messages, PAGE_SPANS)):
+            for row, done in behind(db, number, after_row, min(max_messages, PAGE_SPANS)):
                 max_bytes -= row.body_bytes
                 if max_bytes < 0:
                     break
@@ -238,36 +197,39 @@ class Reads:
         number = self._id(sink)
         with self._stream() as db:
             self.reads += 1
-            for row, _ in _behind(db, number, after_row, 1):
+            for row, _ in behind(db, number, after_row, 1):
                 return row.body_bytes, row.messages
         return None
 
     def newest(self, sink: str, max_bytes: int) -> Message | None:
         number = self._id(sink)
-        with self._asked_for() as db, _snapshot(db):
+        firsts: dict[str, int] = {}
+        with self._asked_for() as db:
             self.reads += 1
-            firsts: dict[str, int] = {}
             for row in span_rows(db.execute(SELECT_LAST, (number, PROBED))):
-                ((keys, meta),) = cast("list[list[bytes]]", read_blobs(db, ("keys", "meta"), [row.id]))
+                (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
+                if blobs is None:
+                    continue
+                keys, meta = blobs
                 span, done = row.span(keys, meta, b""), row.done
                 for place in range(span.size - 1, -1, -1):
                     if done >> place & 1:
                         continue
-                    for key in span.keys(place):
+                    its_keys = span.keys(place)
+                    for key in its_keys:
                         if key not in firsts:
                             if len(firsts) == PROBED:
                                 return None
                             firsts[key] = _first_of(db, number, key)
-                    if all(firsts[key] == span.row(place) for key in span.keys(place)):
-                        fits = span.bytes_between(place, place + 1) <= max_bytes
-                        return _read_one(db, row, span, place) if fits else None
+                    if all(firsts[key] == span.row(place) for key in its_keys):
+                        return _read_if(db, number, span, place, max_bytes)
         return None
 
     def due(
         self, sink: str, max_keys: int, max_bytes: int, read_up_to: int, regardless: bool = False
     ) -> list[LaneHead]:
         number = self._id(sink)
-        with self._stream() as db:
+        with self._stream() as db, snapshot(db):
             self.reads += 3
             chosen: dict[int, _Head] = {}
             for head in self._due(db, number, max_keys, read_up_to, regardless):
@@ -289,7 +251,7 @@ class Reads:
 
     def bytes_due(self, sink: str, read_up_to: int, regardless: bool = False) -> int | None:
         number = self._id(sink)
-        with self._stream() as db:
+        with self._stream() as db, snapshot(db):
             self.reads += 2
             heads = self._due(db, number, 1, read_up_to, regardless)
         return heads[0].bytes if heads else None
@@ -300,7 +262,7 @@ class Reads:
 
     def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
         number = self._id(sink)
-        with self._stream() as db:
+        with self._stream() as db, snapshot(db):
             self.reads += 3
             heads = self._due(db, number, 1, read_up_to, True)
             found = db.execute(SELECT_RUN, (number,)).fetchone()
@@ -312,64 +274,6 @@ class Reads:
         found = self._first(SELECT_OLDEST, (self._id(sink),))
         assert found is not None
         return min([time for time in cast("tuple[float | None, ...]", found) if time is not None], default=None)
-
-    # -- for people -------------------------------------------------------------------------------------------------
-    def held(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        given: tuple[Value, ...] = (self._id(sink), after_key or "", limit)
-        rows = self._asked(SELECT_HELD, given) if reason is None else self._asked(SELECT_HELD_FOR, (*given, reason))
-        return [_waiting(row) for row in rows]
-
-    def queued(self, sink: str, after_row: int, limit: int) -> list[tuple[int, Waiting]]:
-        number = self._id(sink)
-        found: list[tuple[int, Waiting]] = []
-        while len(found) < limit:
-            with self._asked_for() as db:
-                behind = _behind(db, number, after_row, 1)
-                if not behind:
-                    break
-                ((row, done),) = behind
-                (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
-            after_row = row.id << PLACE_BITS | MOST_PLACES - 1
-            if blobs is None:
-                continue
-            keys, meta = blobs
-            span = row.span(keys, meta, b"")
-            for place in range(span.size):
-                if not done >> place & 1 and len(found) < limit:
-                    key = lane_keys(span, place, span.row(place))[-1]
-                    size = span.bytes_between(place, place + 1)
-                    found.append((span.row(place), Waiting(key, "", "", 0, row.stored, size, 1)))
-        return found
-
-    def show(self, sink: str, key: str, limit: int) -> list[Message]:
-        number = self._id(sink)
-        with self._asked_for() as db, _snapshot(db):
-            lane = db.execute(SELECT_KEY, (number, key, limit, PEOPLE_BYTES)).fetchall()
-            messages = [read_message(row) for row in lane]
-            size = sum([message.body_bytes for message in messages])
-            for row, span, places in with_key(db, number, key, 0):
-                for place in places:
-                    size += span.bytes_between(place, place + 1)
-                    if len(messages) >= limit or (messages and size > PEOPLE_BYTES):
-                        return messages
-                    messages.append(_read_one(db, row, span, place))
-        return messages
-
-    def dead(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
-        statement = SELECT_DEAD if reason is None else SELECT_DEAD_FOR
-        return [_waiting(row) for row in self._asked(statement, (self._id(sink), after_key or "", reason, limit))]
-
-    def show_dead(self, sink: str, key: str, limit: int) -> list[Message]:
-        return self.read_dead(sink, Select(key=key), 0, limit)
-
-    def read_dead(self, sink: str, select: Select, after_row: int, limit: int) -> list[Message]:
-        statement, value = SELECT_LETTERS, None
-        if select.key is not None:
-            statement, value = SELECT_LETTERS_OF, select.key
-        elif select.reason is not None:
-            statement, value = SELECT_LETTERS_FOR, select.reason
-        given = (self._id(sink), after_row, value, limit, PEOPLE_BYTES)
-        return [read_message(row) for row in self._asked(statement, given)]
 
     def free_bytes(self) -> int:
         return free_bytes(self._path.parent)
@@ -384,7 +288,7 @@ def _failing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
+def snapshot(db: sqlite3.Connection) -> Iterator[None]:
     """Several statements that see the same state."""
     db.execute("BEGIN")
     try:
@@ -393,7 +297,7 @@ def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def _behind(db: sqlite3.Connection, sink: int, after_row: int, spans: int) -> list[tuple[SpanRow, int]]:
+def behind(db: sqlite3.Connection, sink: int, after_row: int, spans: int) -> list[tuple[SpanRow, int]]:
     """The next spans behind the cursor, and what of each is gone or before it."""
     cursor, at = after_row >> PLACE_BITS, (after_row & (MOST_PLACES - 1)) + 1
     found = []
@@ -408,7 +312,7 @@ def _behind(db: sqlite3.Connection, sink: int, after_row: int, spans: int) -> li
 
 def _read_up_to(db: sqlite3.Connection, sink: int, row: int) -> int:
     """The last row before which nothing of the queue is unread, if this one was read last."""
-    for span, done in _behind(db, sink, row, 1):
+    for span, done in behind(db, sink, row, 1):
         first = (~done & (done + 1)).bit_length() - 1
         return (span.id << PLACE_BITS | first) - 1
     return _LAST_ROW
@@ -418,23 +322,24 @@ def _first_of(db: sqlite3.Connection, sink: int, key: str) -> int:
     """The row of the first of a key, which is in the queue; 0 if the key is parked."""
     if rows_of(db.execute(SELECT_PARKED, (sink, as_json([key])))):
         return 0
-    for _, span, places in with_key(db, sink, key, 0):
+    for _, span, places in with_key(db, sink, key):
         return span.row(places[0])
     return 0
 
 
-def _read_one(db: sqlite3.Connection, row: SpanRow, span: Span, place: int) -> Message:
+def _read_if(db: sqlite3.Connection, sink: int, span: Span, place: int, max_bytes: int) -> Message | None:
+    """The message, if it is still there and fits."""
+    with snapshot(db):
+        for row in find_spans(db, sink, [span.base >> PLACE_BITS]):
+            if not row.done >> place & 1 and span.bytes_between(place, place + 1) <= max_bytes:
+                return read_one(db, span, place)
+    return None
+
+
+def read_one(db: sqlite3.Connection, span: Span, place: int) -> Message:
     """A message of the queue, alone. ``span`` has no bodies."""
     end = span.ends[place]
     start = span.ends[place - 1] if place else 0
-    with db.blobopen("span_data", "data", row.id, readonly=True) as blob:
+    with db.blobopen("span_data", "data", span.base >> PLACE_BITS, readonly=True) as blob:
         blob.seek(start)
-        data = blob.read(end - start)
-    return single(span, place, data)
-
-
-def _waiting(row: Row) -> Waiting:
-    key, reason, detail, attempts, first_seen, size, messages = cast(
-        "tuple[str, str | None, str | None, int | None, float, int, int]", row[:7]
-    )
-    return Waiting(key, reason or "", detail or "", attempts or 0, first_seen, size, messages)
+        return single(span, place, blob.read(end - start))

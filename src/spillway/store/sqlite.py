@@ -20,7 +20,7 @@ usually still fit, while a removal frees pages inside the file that the next put
 **Any other failure** of a statement or a commit is final: after a failed fsync nothing is known about what is on disk.
 All that is queued, and every later write, fails with `StoreFailed`, and so does `failed`.
 
-**Jobs.** Everything that changes something is a job: a function of the `Transaction`. One that raises `SpillwayError`
+**Jobs.** Everything that changes something is a job: a function of the `Commands`. One that raises `SpillwayError`
 has changed nothing; only its own future fails.
 """
 
@@ -39,11 +39,11 @@ from typing import Generic, TypeVar, cast
 from spillway.chunk import PLACE_BITS
 from spillway.clock import Clock, SystemClock
 from spillway.errors import SpillwayError, StoreFailed
-from spillway.store.apply import Transaction
 from spillway.store.base import Identity, Select, SinkState, Write, Written
+from spillway.store.commands import Commands
 from spillway.store.file import Reserve, lock, open_writer
+from spillway.store.people import PeopleReads
 from spillway.store.queue import Put
-from spillway.store.reads import Reads
 from spillway.store.rows import SinkRow
 
 GROUP_BYTES = 32 << 20
@@ -70,14 +70,14 @@ def open_store(path: Path, clock: Clock | None = None) -> SqliteStore:
 
 @dataclass(slots=True)
 class _Job(Generic[_T]):
-    apply: Callable[[Transaction], _T]
+    apply: Callable[[Commands], _T]
     rows: int
     bytes: int
     future: Future[_T]
     result: _T | None = None
     error: SpillwayError | None = None
 
-    def run(self, transaction: Transaction) -> None:
+    def run(self, transaction: Commands) -> None:
         self.error = None
         try:
             self.result = self.apply(transaction)
@@ -91,7 +91,7 @@ class _Job(Generic[_T]):
             self.future.set_result(self.result)  # type: ignore[arg-type]  # None only where _T is None
 
 
-class SqliteStore(Reads):
+class SqliteStore(PeopleReads):
     def __init__(self, path: Path, clock: Clock) -> None:
         self._lock = lock(path)
         try:
@@ -177,7 +177,7 @@ class SqliteStore(Reads):
     def discard_dead(self, sink: str, select: Select, limit: int) -> Future[int]:
         return self._submit(lambda transaction: transaction.discard_dead(sink, select, limit), limit)
 
-    def _submit(self, apply: Callable[[Transaction], _T], rows: int = 1, size: int = 0) -> Future[_T]:
+    def _submit(self, apply: Callable[[Commands], _T], rows: int = 1, size: int = 0) -> Future[_T]:
         future: Future[_T] = Future()
         future.set_running_or_notify_cancel()  # what was asked is done: it cannot be cancelled
         with self._wake:
@@ -224,7 +224,7 @@ class SqliteStore(Reads):
         return group
 
     def _commit(self, group: list[_Job[object]]) -> None:
-        transaction = Transaction(self._db, self._sinks, self._next_span, self._clock)
+        transaction = Commands(self._db, self._sinks, self._next_span, self._clock)
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for job in group:
