@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run lint unit servers test
+.PHONY: help setup demo run lint unit servers test bench
 
 help:
 	@echo "make demo     the main job on an embedded PostgreSQL, in two minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make unit     the tests that need no server, in under a minute"
 	@echo "make lint     ruff, mypy, import rules"
 	@echo "make servers  downloads the servers of the tests"
+	@echo "make bench    speed, beside its peers: an hour on a quiet machine; BENCH='drain --rounds 1' for a part"
 	@echo "make setup    the Python environment in $(VENV)"
 
 setup: $(INSTALLED)
@@ -50,3 +51,9 @@ servers: setup
 # One run for all; conftest.py puts those without servers first.
 test: lint servers
 	$(BIN)/pytest --durations=25 --durations-min=1
+
+# The peers come with it: Debezium's jars and pgsync (300 MB), and pg_recvlogical if Debian's is not there.
+bench: servers
+	$(BIN)/python -m pip install --quiet --group bench
+	scripts/servers install bench
+	$(BIN)/python bench/speed $(or $(BENCH),--full)

@@ -83,7 +83,7 @@ def versions() -> dict[str, str]:
 def _markdown(head: Mapping[str, object], judged: Sequence[bounds.Line], results: Results) -> str:
     short = sum(line.holds is False for line in judged)
     missing = sum(line.spread is None for line in judged)
-    title = "all that is measured holds" if head["good"] else f"{short} of {len(judged)} fall short"
+    title = "holds" if head["good"] else f"{short} fall short, {len(results.failures)} parts failed"
     lines = [f"# speed: {title}", ""]
     if missing:
         lines += [f"{missing} not measured in this run.", ""]
