@@ -11,8 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from sinks.messages import SUFFIX, batch_of, change, context
+from sinks.messages import SUFFIX, batch_of, change, context, scattered
 from sinks.recorder import CUT, HANG, Recorder, Reply, Request
+from spillway.change import ACTIONS
+from spillway.chunk import MOVED, OLD, WHOLE, Batch, ChunkBuilder, Keying, Span
+from spillway.errors import SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Result
 from spillway.sinks.search import ID_BYTES, SearchSink, document_id
@@ -110,6 +113,14 @@ async def test_the_document_may_be_the_message(server: Server, make: Make) -> No
 async def test_authorization(server: Server, make: Make, auth_type: str, value: str, header: str) -> None:
     await make(auth_type=auth_type, auth_value=value).send(batch_of([change({})]))
     assert {one.headers["authorization"] for one in server.recorder.requests} == {header}
+
+
+@pytest.mark.parametrize("value", ["t0k\n", " t0k", "t\0k", "tök"])
+def test_a_token_that_no_header_may_hold_is_refused_and_not_told(make: Make, value: str) -> None:
+    with pytest.raises(SpillwayError) as raised:
+        make(auth_type="bearer", auth_value=value)
+    assert raised.value.code == "auth_value"
+    assert "t0k" not in str(raised.value)
 
 
 async def test_a_path_before_the_index_is_kept_and_names_are_escaped(server: Server, make: Make) -> None:
@@ -279,6 +290,45 @@ async def test_what_cannot_be_a_document_is_rejected_without_a_request(server: S
     assert server.bulks[0].body.count(b"\n") == 3
     assert [r.outcome for r in await sink.send(batch_of(batch[:1]))] == ["reject"]
     assert len(server.bulks) == 1
+
+
+async def test_a_change_of_the_key_is_a_delete_and_an_index(server: Server, make: Make) -> None:
+    builder = ChunkBuilder()
+    old, new = change({"id": 1}, action="delete"), change({"id": 2}, action="update", pks=("2",))
+    key, was = (b"public.jobs:%d" % number for number in (2, 1))
+    table = ("public", "jobs")
+    delete, update = ACTIONS.index("delete"), ACTIONS.index("update")
+    builder.add(table, delete, 64, 0, 0, old.body, old.record_bytes, (was, b""), flags=WHOLE | OLD)
+    builder.add(table, update, 64, 0, 0, new.body, new.record_bytes, (key, was), flags=WHOLE | MOVED)
+    assert await make().send(Batch([(Span(builder.take(), Keying.STATE), 0, 2)])) == OK
+    lines = [json.loads(line) for line in server.bulks[0].body.splitlines()]
+    assert [list(line) for line in lines] == [["delete"], ["index"], ["id"]]
+    assert [line[kind]["_id"] for line, kind in zip(lines, ("delete", "index"), strict=False)] == ["1", "2"]
+
+
+async def test_failures_of_pieces_are_matched_to_their_messages(server: Server, make: Make) -> None:
+    changes = [change({"v": i}, pks=(str(i),)) for i in range(9)]
+    changes[4] = change({}, pks=())
+    sent = [i for i in range(9) if i != 4]
+    failed = {0: "a", 3: "b", 8: "c"}
+    server.bulk = answer(
+        *[error(failed[i], 400, str(i)) if i in failed else {"index": {"_id": str(i), "status": 200}} for i in sent]
+    )
+    results = await make().send(scattered(changes))
+    assert isinstance(results, list)
+    assert {place: r.reason for place, r in enumerate(results) if r != OK} == failed | {4: "no_primary_key"}
+    assert [json.loads(line)["v"] for line in server.bulks[0].body.splitlines()[1::2]] == sent
+
+
+@pytest.mark.parametrize("bad", [{"pks": ()}, {"action": "truncate"}, {"whole": False, "action": "update"}])
+async def test_one_that_is_unfit_is_found_wherever_it_is(server: Server, make: Make, bad: dict[str, Any]) -> None:
+    for place in range(6):
+        changes = [change({"v": i}, pks=(str(i),)) for i in range(6)]
+        changes[place] = change({}, **bad)
+        for batch in (batch_of(changes), scattered(changes)):
+            results = await make().send(batch)
+            assert isinstance(results, list)
+            assert [r.outcome for r in results] == ["reject" if i == place else "ok" for i in range(6)]
 
 
 async def test_a_partial_document_where_that_is_wanted(server: Server, make: Make) -> None:

@@ -368,7 +368,7 @@ def document_id(pks: Sequence[str]) -> str:
 def _authorization(auth_type: AuthType, value: str) -> dict[str, str]:
     if auth_type == "none":
         return {}
-    if not value.isascii() and auth_type != "basic":
+    if auth_type != "basic" and not (value.isascii() and value.isprintable() and value == value.strip()):
         raise SpillwayError("auth_value", "destination.auth_value holds characters that no header may hold")
     if auth_type == "basic":
         return {"authorization": "Basic " + base64.b64encode(value.encode()).decode()}

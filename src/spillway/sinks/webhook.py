@@ -57,7 +57,7 @@ class WebhookSink:
         self._suffix = context.suffix
         self._url = parse_url("the http_endpoint's url", join_url(url, path))
         self._headers = _headers(headers or {})
-        self._secrets = [value for name, value in (headers or {}).items() if value and not _is_public(name)]
+        self._secrets = [value for name, value in self._headers.items() if value and not _is_public(name)]
         self._gzip = self._headers.get("content-encoding", "").strip().lower() == "gzip"
         self._http = Http(
             self._url,
@@ -142,7 +142,7 @@ def _headers(configured: Mapping[str, str]) -> dict[str, str]:
     """The endpoint's headers, over ours."""
     headers = {"content-type": "application/json"}
     for name, value in configured.items():
-        if not value.isascii():
+        if not value.isascii() or not value.replace("\t", " ").isprintable():
             raise SpillwayError("http_header", f"the value of header {name} holds characters that no header may hold")
         headers[name.lower()] = value.strip()
     for name in ("content-length", "transfer-encoding"):
