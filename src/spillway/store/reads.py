@@ -42,7 +42,7 @@ from spillway.store.rows import (
 
 PROBED = 8
 _LAST_ROW = (1 << 63) - 1
-PAGE_SPANS = 256  # at most in a page
+PAGE_SPANS = 64  # at most in a page
 
 COLUMNS = ", ".join(f"m.{name.strip()}" for name in MESSAGE_COLUMNS.split(","))
 _RUN = "(SELECT run FROM sink WHERE id = ?1)"
@@ -177,12 +177,10 @@ class Reads:
             chosen: list[tuple[SpanRow, int]] = []
             for row, done in behind(db, number, after_row, min(max_messages, PAGE_SPANS)):
                 max_bytes -= row.body_bytes
-                if max_bytes < 0:
+                max_messages -= row.messages
+                if max_bytes < 0 or (max_messages < 0 and chosen):
                     break
                 chosen.append((row, done))
-                max_messages -= row.messages
-                if max_messages <= 0:
-                    break
             blobs = read_blobs(db, ("keys", "meta", "data"), [row.id for row, _ in chosen])
         spans: list[Span] = []
         for (row, done), found in zip(chosen, blobs, strict=True):
