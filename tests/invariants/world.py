@@ -180,7 +180,7 @@ class FakeDecoder:
     def _add(self, row: Row, action: Action, keys: Sequence[str], flags: int) -> None:
         self._builder.add(
             ("public", row.table), ACTIONS.index(action), row.commit_lsn, row.commit_idx, int(time.time() * 1e6),
-            row.body, len(row.body) - 10, [key.encode() for key in keys], n=row.commit_idx + 1, flags=flags,
+            row.body, len(row.body) - 10, [key.encode() for key in keys], n=min(row.commit_idx + 1, 255), flags=flags,
         )  # fmt: skip
 
 

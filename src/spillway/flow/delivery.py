@@ -39,6 +39,7 @@ PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
 CLOSE_SECONDS = 5.0
 DISCARD_MESSAGES = 5000  # removed per transaction
+BUSY_SECONDS = 0.1  # heads of lanes that are due, but something of their keys is under way, are looked at so often
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
 
@@ -286,6 +287,8 @@ class Delivery(Readback):
             mended = [m for ok in await asyncio.gather(*map(self._retry_batch, batches)) for m in ok]
             self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
             due = await asyncio.to_thread(self._store.next_due_seconds, self.name, self._read_up_to)
+            if due is not None and not batches:
+                due = max(due, BUSY_SECONDS)
             now = self._clock.monotonic()
             self._lane_at = (
                 now if self._lane_mended else now + min(IDLE_SECONDS, due if due is not None else IDLE_SECONDS)

@@ -111,6 +111,7 @@ class Inflow:
         self._diverted: dict[str, int] = {}  # keys of parks and diversions that have not committed
         self._asked_by_capture = Parked()
         self._asked_by_reader = Parked()
+        self._asked_by_lanes = Parked()
         self._puts = 0  # uncommitted puts of messages that are in the window
         self._put_count = 0  # all puts ever, to see whether a page read was overtaken by one
         self._puts_done = 0  # and how many of them have committed
@@ -311,7 +312,7 @@ class Inflow:
         for key in keys:
             if self._diverted[key] == 1:
                 del self._diverted[key]
-                for parked in (self._asked_by_capture, self._asked_by_reader):
+                for parked in (self._asked_by_capture, self._asked_by_reader, self._asked_by_lanes):
                     parked.since.add(key)
             else:
                 self._diverted[key] -= 1

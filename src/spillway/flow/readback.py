@@ -65,7 +65,7 @@ class Readback(Inflow):
             self._next_bytes = 0
             left = grant = await self._grant(head_bytes, head_messages)
             try:
-                most = min(wanted, grant // (2 * STORED_OVERHEAD_BYTES))
+                most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
                 page = await asyncio.to_thread(
                     self._store.page, self.name, self._cursor, most, max(head_bytes, grant // 4)
                 )
@@ -147,6 +147,7 @@ class Readback(Inflow):
     async def _read_heads(self, most: int) -> list[Batch]:
         """Heads of lanes into flight, with their credit taken; no two of them have a key in common."""
         read_up_to = self._read_up_to
+        self._asked_by_lanes = parked = Parked()
         head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, read_up_to, self._lane_mended)
         if head_bytes is None:
             return []
@@ -156,7 +157,9 @@ class Readback(Inflow):
             heads = await asyncio.to_thread(self._heads, most, max(head_bytes, grant // 4), read_up_to, left)
             if read_up_to > self._read_up_to:
                 return []  # an eviction has taken back what was read
-            heads = self.window.free(heads)  # not those of which an earlier message is still on its way
+            # Not those of which an earlier message may have come into a lane since, or is still on its way.
+            stale = parked.union(self._diverted)
+            heads = self.window.free([message for message in heads if stale.isdisjoint(message.keys)])
             for message in heads:
                 for one in (*(message.superseded or ()), message):
                     self._remember(one.span)
