@@ -25,7 +25,7 @@ from spillway.flow.delivery import Delivery
 from spillway.metrics import Metrics
 from spillway.position import format_lsn
 from spillway.store.base import Select
-from spillway.store.reads import PEOPLE_BYTES
+from spillway.store.people import PEOPLE_BYTES
 from spillway.store.sqlite import open_store
 
 TICK_SECONDS = 0.5
