@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from spillway.change import MESSAGE_OVERHEAD_BYTES, Change
+from spillway.chunk import CHANGE_OVERHEAD_BYTES, MESSAGE_OVERHEAD_BYTES, ChunkBuilder, Keying, Span
 from spillway.flow.budget import Budget, Pool
 from spillway.flow.retry import PROBE_CAP_SECONDS, Breaker, Throttle, backoff_seconds
 from spillway.flow.watermark import Watermark
@@ -149,14 +149,28 @@ def test_shares_give_back_exactly_what_they_took(steps: list[tuple[int, int, boo
     assert budget.held_bytes == budget.common.held_bytes == 0
 
 
-def test_a_shared_change_is_charged_once() -> None:
+def test_a_shared_chunk_is_charged_once_and_until_its_last_holder_lets_go() -> None:
     budget = Budget(1 << 20, sinks=2)
-    change = Change(1, 0, "public", "t", "insert", "k", ("k",), b"x" * 1000, 0, 1, True, 0.0)
-    assert budget.hold(change)
-    assert budget.held_bytes == change.cost
-    assert budget.hold(change)
-    assert budget.held_bytes == change.cost + MESSAGE_OVERHEAD_BYTES
-    budget.drop(change)
-    assert budget.held_bytes == change.cost
-    budget.drop(change)
+    builder = ChunkBuilder()
+    for n in range(3):
+        builder.add(("public", "t"), 0, 1, n, 0, b"x" * 1000, 0, (b"k%d" % n, b""))
+    chunk = builder.take()
+    whole, part = Span(chunk, Keying.EVENTS), Span(chunk, Keying.STATE, [0, 2])
+    assert budget.hold(whole)
+    assert budget.held_bytes == chunk.cost + 3 * MESSAGE_OVERHEAD_BYTES
+    assert chunk.cost == 3 * (1000 + CHANGE_OVERHEAD_BYTES)
+    assert budget.hold(part)
+    assert budget.held_bytes == chunk.cost + 5 * MESSAGE_OVERHEAD_BYTES
+    budget.drop(whole)
+    assert budget.held_bytes == chunk.cost + 2 * MESSAGE_OVERHEAD_BYTES
+    budget.drop(part)
     assert budget.held_bytes == 0
+
+
+def test_a_chunk_for_which_there_is_no_room_is_not_held() -> None:
+    budget = Budget(8 << 10, sinks=1)
+    builder = ChunkBuilder()
+    builder.add(("public", "t"), 0, 1, 0, 0, b"x" * 3000, 0, (b"k", b""))
+    span = Span(builder.take(), Keying.EVENTS)
+    assert not budget.hold(span)
+    assert budget.held_bytes == span.chunk.holders == 0
