@@ -20,7 +20,7 @@ usually still fit, while a removal frees pages inside the file that the next put
 **Any other failure** of a statement or a commit is final: after a failed fsync nothing is known about what is on disk.
 All that is queued, and every later write, fails with `StoreFailed`, and so does `failed`.
 
-**Jobs.** Everything that changes something is a job: a function of the `Commands`. One that raises `SpillwayError`
+**Jobs.** Everything that changes something is a job: a function of the transaction. One that raises `SpillwayError`
 has changed nothing; only its own future fails.
 """
 
@@ -50,8 +50,8 @@ GROUP_BYTES = 32 << 20
 GROUP_ROWS = 20_000
 CHECKPOINT_BYTES = 64 << 20
 IDLE_SECONDS = 1.0  # without a write for so long there is time for checkpoint and vacuum
-SPARE_PAGES = 1024  # free pages that the file keeps
-VACUUM_PAGES = 2048
+SPARE_PAGES = 512  # free pages that the file keeps
+VACUUM_PAGES = 1024
 FULL_RETRY_SECONDS = 1.0
 MAX_LSN = (1 << 63) - 1
 SELECT_LAST_SPAN = f"""
