@@ -11,8 +11,8 @@ the server's own clock (``pg_stat_activity.query_start``), so that nobody's inte
 taken as they are: Debezium from its first batch on, pgsync from its first documents on, the bulk client from its first
 request on.
 
-**CPU** is user and system time of the process, by the kernel's clock of it, over its whole life; where it says "per
-change" in the growth part, its start is left out. **Memory** is VmHWM.
+**CPU** is user and system time of the process, by the kernel's clock of it; of Spillway since START_REPLICATION, its
+start beside it; of peers over their whole life. **Memory** is VmHWM.
 
 **Rounds.** Tools take turns within a round (product, peer, peer, ...; then again), each with a slot of its own at the
 same place. A ratio is taken within a round; what is judged is the median of the rounds' ratios.

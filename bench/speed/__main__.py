@@ -53,8 +53,7 @@ def main() -> int:
             try:
                 PARTS[part](bench)
             except (ProductFailed, PeerFailed, MissingServer, ServerFailed, TimeoutError) as error:
-                results.failures[part] = str(error).splitlines()[0]
-                results.drop(part)
+                results.fail(str(error).splitlines()[0], part)
                 bench.say(f"THE PART {part} FAILED: {error}")
             seconds[part] = round(time.monotonic() - at)
     parameters = {

@@ -6,8 +6,7 @@ CPU is that of the process from the moment at which changes flow, without its st
   again and again: it is suspended (SIGSTOP), the rows are committed, it goes on (SIGCONT), and its CPU is read as soon
   as a status, asked after the reading, says that all is delivered. What it takes while idle, measured in the same way,
   is taken off.
-- Larger ones, and those of many tables or columns, wait in the slot when the process starts; its CPU is counted from
-  START_REPLICATION on (it is read every 5 ms; the reading that counts is the last before).
+- Larger ones, and those of many tables or columns, wait in the slot when the process starts, as in any drain here.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
 
 import psycopg
 
@@ -41,7 +39,6 @@ _IDLE_REPEATS = 10
 _TABLES_ROWS = 200_000
 _TABLES_ROWS_IN_ONE = 200
 _VALUES = 4_000_000  # of columns, in a run
-_SAMPLE_SECONDS = 0.005
 
 
 def case(kind: str, count: int) -> str:
@@ -71,37 +68,12 @@ def run(bench: Bench) -> None:
 
 def _at_once(bench: Bench, name: str, waiting: Waiting, number: int, *, columns: int = 0) -> None:
     with bench.source.copy(waiting) as slot, living(slot, [sink("out", BLACKHOLE)]) as life:
-        with _cpu_read(life) as readings:
-            done = life.drained()
-        before = max(cpu for at, cpu in readings if at <= life.stream_began)
+        done = life.drained()
         life.finish()
-        values = {"cpu_us_per_row": (done.cpu_seconds - before) / done.rows * 1e6, **_others(done.values(life))}
+        values = done.values(life)
     if columns:
         values["cpu_ns_per_value"] = values["cpu_us_per_row"] * 1000 / columns
     bench.add(PART, name, SPILLWAY, number, values, rows=waiting.rows)
-
-
-def _others(values: dict[str, float]) -> dict[str, float]:
-    return {name: values[name] for name in ("rows_per_second", "start_seconds", PRODUCT_RSS)}
-
-
-@contextmanager
-def _cpu_read(life: Life) -> Iterator[list[tuple[float, float]]]:
-    """(wall seconds, CPU seconds so far) of a life, until its stream has begun."""
-    readings = [(life.started_at, 0.0)]
-    stop = Event()
-
-    def read() -> None:
-        while not life.streaming and not stop.wait(_SAMPLE_SECONDS):
-            readings.append((time.time(), life.cpu_seconds()))
-
-    thread = Thread(target=read)
-    thread.start()
-    try:
-        yield readings
-    finally:
-        stop.set()
-        thread.join()
 
 
 # -- small backlogs ----------------------------------------------------------------------------------------------------

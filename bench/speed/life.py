@@ -6,6 +6,9 @@ every 10 ms at the very end: 20 to 30 times in a drain of some seconds, under ha
 
 **The end** is right to 10 ms. `Drained.seconds` begins at START_REPLICATION (see `speed`).
 
+**CPU** of a drain is that since START_REPLICATION; it is read every 5 ms until the stream is seen, and the last reading
+before it counts as the start's.
+
 The process ends with SIGTERM and must end with 0.
 """
 
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import psycopg
 
@@ -33,6 +37,7 @@ MIB = 1 << 20
 _STARTING_SECONDS = 0.02
 _SELDOM_SECONDS = 0.25
 _OFTEN_SECONDS = 0.01
+_CPU_READ_SECONDS = 0.005
 
 Json = dict[str, object]
 
@@ -50,9 +55,9 @@ class Drained:
     seconds: float  # from START_REPLICATION
     gross_seconds: float  # from the start of the process
     start_seconds: float  # from the start of the process to START_REPLICATION
-    cpu_seconds: float  # of the whole life so far
+    cpu_seconds: float  # since START_REPLICATION
+    start_cpu_seconds: float  # before it
     walsender_cpu_seconds: float
-    messages: int  # rows times the sinks that got them
 
     def values(self, life: Life) -> dict[str, float]:
         return {
@@ -61,6 +66,7 @@ class Drained:
             "cpu_us_per_row": self.cpu_seconds / self.rows * 1e6,
             "walsender_us_per_row": self.walsender_cpu_seconds / self.rows * 1e6,
             "start_seconds": self.start_seconds,
+            "start_cpu_seconds": self.start_cpu_seconds,
             PRODUCT_RSS: life.peak_rss_mb,
         }
 
@@ -110,7 +116,10 @@ class Life:
         self._connection = http.client.HTTPConnection("127.0.0.1", product.port, timeout=30)
         self._slot = slot
         self.ended = False
-        self.folder = product.folder
+        self._cpu_readings: list[tuple[float, float]] = []  # (wall seconds, CPU seconds so far), until it streams
+        self._closing = Event()
+        self._cpu_pid = 0
+        self._reader = Thread(target=self._read_cpu)
         self.started_at = 0.0  # wall seconds
         self.asked = 0
         self.impl = ""
@@ -155,7 +164,8 @@ class Life:
         return self._product.pid
 
     def cpu_seconds(self) -> float:
-        return cpu_seconds(self.pid)
+        """Of the whole life so far."""
+        return cpu_seconds(self._cpu_pid)
 
     @property
     def peak_rss_mb(self) -> float:
@@ -196,14 +206,15 @@ class Life:
         messages = rows * len(self._sinks) if messages is None else messages
         wall = self.wait_for(self.delivered, messages, "delivered")
         cpu, walsender = self.cpu_seconds(), self._stream.cpu_seconds()
+        start_cpu = self.start_cpu_seconds
         return Drained(
             rows,
-            wall - self.stream_began,
-            wall - self.started_at,
-            self.stream_began - self.started_at,
-            cpu,
-            walsender,
-            messages,
+            seconds=wall - self.stream_began,
+            gross_seconds=wall - self.started_at,
+            start_seconds=self.stream_began - self.started_at,
+            cpu_seconds=cpu - start_cpu,
+            start_cpu_seconds=start_cpu,
+            walsender_cpu_seconds=walsender,
         )
 
     def wait_streaming(self) -> None:
@@ -220,8 +231,9 @@ class Life:
             raise ProductFailed(f"not delivered within {seconds:.0f} s: {self.status()}\n{self._product.log_end()}")
 
     @property
-    def streaming(self) -> bool:
-        return self._stream.at is not None
+    def start_cpu_seconds(self) -> float:
+        """What it had taken at START_REPLICATION: the last reading before."""
+        return max((cpu for at, cpu in self._cpu_readings if at <= self.stream_began), default=0.0)
 
     @property
     def stream_began(self) -> float:
@@ -231,7 +243,13 @@ class Life:
     # -- its ends ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
         self._product.start()
+        self._cpu_pid = self._product.pid
         self.started_at = self._product.started_at
+        self._reader.start()
+
+    def _read_cpu(self) -> None:
+        while self._stream.at is None and not self._closing.wait(_CPU_READ_SECONDS):
+            self._cpu_readings.append((time.time(), self.cpu_seconds()))
 
     def finish(self) -> None:
         """Ends it, as a service manager would; another status than 0 is a failure."""
@@ -241,6 +259,9 @@ class Life:
             raise ProductFailed(f"it ended with {code}\n{self._product.log_end()}")
 
     def close(self) -> None:
+        self._closing.set()
+        if self._reader.ident is not None:
+            self._reader.join()
         self._connection.close()
         self._stream.close()
 

@@ -34,7 +34,16 @@ def _outage(bench: Bench, case: str, waiting: Waiting, number: int) -> None:
         living(slot, [sink("out", BLACKHOLE, status="paused")]) as life,
     ):
         stored_at = life.wait_for(lambda status: life.total("backlog_messages", status), rows, "stored")
-        _add(bench, case, SPILL, number, life, rows, stored_at - life.stream_began, life.cpu_seconds())
+        _add(
+            bench,
+            case,
+            SPILL,
+            number,
+            life,
+            rows,
+            stored_at - life.stream_began,
+            life.cpu_seconds() - life.start_cpu_seconds,
+        )
         cpu, began = life.cpu_seconds(), time.time()
         life.post("/api/sinks/out/resume")
 

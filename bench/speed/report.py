@@ -30,6 +30,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "cpu_ns_per_value": ("CPU, ns a value", ".0f"),
     "walsender_us_per_row": ("walsender, µs a row", ".2f"),
     "start_seconds": ("start, s", ".2f"),
+    "start_cpu_seconds": ("start, s of CPU", ".2f"),
     PRODUCT_RSS: ("peak RSS, MB", ".0f"),
     "peak_rss_mb": ("peak RSS, MB", ".0f"),
 }

@@ -48,7 +48,7 @@ class Which:
 class Results:
     def __init__(self) -> None:
         self.samples: list[Sample] = []
-        self.failures: dict[str, str] = {}  # by part
+        self.failures: dict[str, str] = {}  # by part, or part and case
 
     def add(
         self,
@@ -59,11 +59,14 @@ class Results:
         values: Mapping[str, float],
         detail: Mapping[str, object] | None = None,
     ) -> None:
+        if f"{part}, {case}" in self.failures:
+            return
         self.samples.append(Sample(part, case, tool, number, dict(values), dict(detail or {})))
 
-    def drop(self, part: str) -> None:
-        """Forgets a part that failed: it has no figures."""
-        self.samples = [sample for sample in self.samples if sample.part != part]
+    def fail(self, why: str, part: str, case: str | None = None) -> None:
+        """What failed has no figures: those of other rounds are forgotten, those to come are not taken."""
+        self.failures[part if case is None else f"{part}, {case}"] = why
+        self.samples = [one for one in self.samples if one.part != part or case not in (None, one.case)]
 
     def parts(self) -> list[str]:
         return list(dict.fromkeys(sample.part for sample in self.samples))
