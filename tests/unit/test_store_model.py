@@ -148,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def read_and_resolve(self, data: st.DataObject) -> None:
         """As a flow does that catches up."""
-        spans = self.store.page(SINK, 0, 4, 1 << 20)
+        spans = self.store.page(SINK, 0, 12, 1 << 20)
         count = data.draw(st.integers(0, len(spans)))
         pieces = [(span, 0, span.size) for span in spans[:count]]
         pieces += [(span, 0, span.size // 2) for span in spans[count:]]
@@ -287,10 +287,10 @@ class StoreMachine(RuleBasedStateMachine):
         assert (head is None) == (not queue)
         if head is not None:
             size, count = head
-            (span,) = self.store.page(SINK, 0, 1, size)
+            (span,) = self.store.page(SINK, 0, count, size)
             assert (len(span.chunk.data), span.size) == (size, count)
             assert span.left == sum(r.row >> 16 == queue[0].row >> 16 for r in queue)
-            assert self.store.page(SINK, 0, 1, size - 1) == []
+            assert self.store.page(SINK, 0, count, size - 1) == self.store.page(SINK, 0, count - 1, size) == []
         if len(queue) > 1:
             behind = queue[len(queue) // 2 - 1].row
             rest = [m.row for s in self.store.page(SINK, behind, 1000, 1 << 20) for m in left(s)]

@@ -65,10 +65,10 @@ class Readback(Inflow):
             self._next_bytes = 0
             left = grant = await self._grant(head_bytes, head_messages)
             try:
-                most = max(1, min(wanted, grant // (2 * STORED_OVERHEAD_BYTES)))
-                page = await asyncio.to_thread(
-                    self._store.page, self.name, self._cursor, most, max(head_bytes, grant // 4)
-                )
+                # Half of the credit for bodies, half for messages, but for what the first span needs.
+                most_bytes = max(head_bytes, min(grant // 4, (grant - STORED_OVERHEAD_BYTES * head_messages) // 2))
+                most = min(max(wanted, head_messages), (grant - 2 * most_bytes) // STORED_OVERHEAD_BYTES)
+                page = await asyncio.to_thread(self._store.page, self.name, self._cursor, most, most_bytes)
                 if self._has_parked:
                     for span in page:
                         await self._look_up(parked, span)

@@ -211,9 +211,8 @@ class Store(Protocol):
         """Which of these keys are parked, by the committed state."""
 
     def page(self, sink: str, after_row: int, max_messages: int, max_bytes: int) -> list[Span]:
-        """The next spans of the queue behind the cursor: whole ones, as many as fit ``max_bytes`` of bodies and
-        ``max_messages``, but the first whatever its number of messages. Of the span that the cursor is in, what is
-        behind it. ``resolved`` marks what is gone."""
+        """The next spans of the queue behind the cursor: whole ones, as many as fit both bounds. Of the span that
+        the cursor is in, what is behind it. ``resolved`` marks what is gone."""
 
     def bytes_at_head(self, sink: str, after_row: int) -> tuple[int, int] | None:
         """Bytes of bodies and number of messages of the first span that `page` would bring; None: there is none."""

@@ -178,7 +178,7 @@ class Reads:
             for row, done in behind(db, number, after_row, min(max_messages, PAGE_SPANS)):
                 max_bytes -= row.body_bytes
                 max_messages -= row.messages
-                if max_bytes < 0 or (max_messages < 0 and chosen):
+                if max_bytes < 0 or max_messages < 0:
                     break
                 chosen.append((row, done))
             blobs = read_blobs(db, ("keys", "meta", "data"), [row.id for row, _ in chosen])
