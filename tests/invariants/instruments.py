@@ -197,8 +197,9 @@ def put(store: Any, sink: str, spans: Sequence[Span], slot: str = "slot") -> Non
     """Put a backlog into a state file past any engine."""
     store.open_sink(sink, slot)
     store.write_identity(Identity("1", 1, slot, 1, 1 << 60)).result()
-    for span in spans:
-        store.write(Write(sink, put=[span], position=Position(*span.position(len(span) - 1)))).result()
+    for start in range(0, len(spans), 100):
+        part = spans[start : start + 100]
+        store.write(Write(sink, put=part, position=Position(*part[-1].position(len(part[-1]) - 1)))).result()
 
 
 def state_file(world: World) -> Path:

@@ -343,7 +343,7 @@ async def test_a_discard_spares_what_is_in_flight(world: World) -> None:
         await engine.settled()
         assert discarded == 60 - len(in_flight)
         assert set(positions(sink.applied)) == in_flight
-        assert engine.budget.held_bytes == 0
+        assert engine.held_bytes == 0
 
 
 async def test_a_retry_by_command_asks_at_once(world: World) -> None:
@@ -392,7 +392,7 @@ async def test_a_dead_letter_that_is_revived_goes_behind_what_waits_of_its_key(w
         first, second = (lsn for lsn, _, _ in world.postgres.transactions)
         assert [at for at in positions(sink.applied) if at != (first, 1)] == [(second, 0), (first, 0)]
         assert (first, 1) in positions(sink.applied)
-        assert engine.budget.held_bytes == 0
+        assert engine.held_bytes == 0
 
 
 async def test_a_paused_sink_takes_in_delivers_nothing_and_remembers_it(world: World) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from invariants.instruments import put, script, sole, stored_span, until
 from invariants.world import FastClock, World
 from spillway.chunk import Batch, Message
 from spillway.sinks.base import OK, Result
-from spillway.store.base import Park, Write
+from spillway.store.base import Park, Write, Written
 from spillway.store.sqlite import open_store
 
-SPAN = 500  # messages
+SPAN = 50  # messages: what a chunk of this world has at most
 KINDS = ("queue", "parked", "one key", "dead letters")
 
 
@@ -27,15 +28,18 @@ def prepare(world: World, count: int, kind: str) -> None:
     spans = [stored_span(1 + start, keys[start : start + SPAN]) for start in range(0, count, SPAN)]
     with_store = open_store(world._state, FastClock())
     put(with_store, "sink", spans)
+    done: Future[Written] | None = None
     for span in spans:
         messages = [Message(span, place) for place in range(len(span))]
         fate = [Park(m, "mapping", "", 3600.0) for m in messages]
         if kind == "parked":
-            with_store.write(Write("sink", park=fate)).result()
+            done = with_store.write(Write("sink", park=fate))
         elif kind == "dead letters":
-            with_store.write(Write("sink", bury=fate)).result()
+            done = with_store.write(Write("sink", bury=fate))
         elif kind == "one key":
-            with_store.write(Write("sink", park=fate[: span is spans[0]], hold=messages)).result()
+            done = with_store.write(Write("sink", park=fate[: span is spans[0]], hold=messages))
+    if done is not None:
+        done.result()
     if kind == "dead letters":
         put(with_store, "sink", [stored_span(count + 1, [f"w{n}" for n in range(10)])])
     with_store.close()

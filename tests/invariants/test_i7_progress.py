@@ -240,5 +240,5 @@ async def test_nobody_waits_for_credit_that_is_held_by_those_who_wait(world: Wor
         for delivery in engine.deliveries.values():
             delivery.try_now()
         await engine.settled()
-        assert engine.budget.held_bytes == 0
+        assert engine.held_bytes == 0
     assert all(len({p for p, _ in sink.applied}) == 72 for sink in sinks)

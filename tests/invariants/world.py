@@ -378,6 +378,11 @@ class Engine:
                 await asyncio.sleep(0.005)
 
     @property
+    def held_bytes(self) -> int:
+        """All credit, but for what libpq's buffer keeps until the next connection."""
+        return self.budget.held_bytes - self.capture._libpq_bytes
+
+    @property
     def _reads(self) -> bool:
         transactions = self.postgres.transactions
         return bool(transactions) and self.capture.received_lsn < transactions[-1][1]
