@@ -125,10 +125,12 @@ def left_of(spans: Sequence[Span]) -> list[Message]:
 
 
 def everything(store: Store, page: int = 100) -> list[Message]:
-    """The whole queue, page by page."""
+    """The whole queue, in pages of so many messages or of one span."""
     found: list[Span] = []
-    while more := store.page(SINK, found[-1].row(found[-1].size - 1) if found else 0, page, 1 << 30):
-        found += more
+    cursor = 0
+    while head := store.bytes_at_head(SINK, cursor):
+        found += store.page(SINK, cursor, max(page, head[1]), 1 << 30)
+        cursor = found[-1].row(found[-1].size - 1)
     return left_of(found)
 
 
