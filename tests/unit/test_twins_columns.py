@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgoutput.compare import columns_of
@@ -64,7 +64,7 @@ def identity(pks: tuple[str, ...]) -> str:
 
 
 @given(parts(), st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_gather(part: tuple[Chunk, Sequence[int]], data: st.DataObject) -> None:
     chunk, indices = part
     hash_word = data.draw(st.sampled_from([HASH, *range(WORDS, WORDS + 2 * chunk.groups, 2)]))
@@ -73,7 +73,7 @@ def test_gather(part: tuple[Chunk, Sequence[int]], data: st.DataObject) -> None:
 
 
 @given(parts())
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_join_and_by_kind(part: tuple[Chunk, Sequence[int]]) -> None:
     chunk, indices = part
     for before, after in ((b"", b""), (b"<", b">\n")):
@@ -84,7 +84,7 @@ def test_join_and_by_kind(part: tuple[Chunk, Sequence[int]]) -> None:
 
 
 @given(parts(), st.sampled_from([None, b',"enrichment":null}}']))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_bulk(part: tuple[Chunk, Sequence[int]], suffix: bytes | None) -> None:
     chunk, indices = part
     lines = [twin.bulk(chunk, indices, EPOCH, suffix, identity) for twin in TWINS]

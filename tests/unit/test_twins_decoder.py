@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fuzz.guarded import GuardedConnection
@@ -126,14 +126,14 @@ def cases(draw: st.DrawFn) -> tuple[list[bytes], Setting]:
 
 
 @given(cases())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_chunks(case: tuple[list[bytes], Setting]) -> None:
     sent, setting = case
     assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
 
 
 @given(cases(), st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_of_garbled_frames(case: tuple[list[bytes], Setting], data: st.DataObject) -> None:
     sent, setting = case
     for _ in range(data.draw(st.integers(1, 3))):
