@@ -76,6 +76,7 @@ cdef void write_digits(uint8_t* out, int64_t number, int count) noexcept nogil:
 cdef class Decoder:
     # For the caller.
     cdef readonly uint64_t largest_frame_bytes
+    cdef public uint64_t taken_frames
     cdef public uint64_t taken_bytes
     cdef readonly uint64_t used_bytes
     # What it was made with.
@@ -256,6 +257,7 @@ cdef class Decoder:
                 size = get_copy_data(connection, &frame, 1)
                 if size <= 0:
                     return Ended(size) if size else None
+                self.taken_frames += 1
                 self.taken_bytes += <uint64_t> size
                 outcome = KEEP
                 try:
@@ -278,6 +280,7 @@ cdef class Decoder:
                 size, frame = copy.get_copy_data(1)
                 if size <= 0:
                     return Ended(size) if size else None
+                self.taken_frames += 1
                 self.taken_bytes += <uint64_t> size
                 PyObject_GetBuffer(frame, &view, PyBUF_SIMPLE)
                 try:

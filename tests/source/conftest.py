@@ -31,6 +31,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.taken_frames = 0
         self.taken_bytes = 0
         self.used_bytes = 0
 
@@ -39,6 +40,7 @@ class Recorder:
             size, frame = copy.get_copy_data(1)
             if size <= 0:
                 return Ended(size) if size else None
+            self.taken_frames += 1
             self.taken_bytes += size
             if frame[0] == ord("k"):
                 return Keepalive(int.from_bytes(frame[1:9], "big"), frame[17] != 0)

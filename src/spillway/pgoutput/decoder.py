@@ -110,7 +110,8 @@ class Decoder:
         on_warning: Callable[[Finding], None] = lambda _: None,
     ) -> None:
         self.largest_frame_bytes = 0  # the payload of one that was decoded, since the decoder was made
-        self.taken_bytes = 0  # in frames, since the caller last set it to 0
+        self.taken_frames = 0  # since the caller last set it to 0
+        self.taken_bytes = 0  # the same
         self.used_bytes = 0  # credit used by the chunk that is being filled
         self._group_columns = group_columns
         self._groups = groups
@@ -144,6 +145,7 @@ class Decoder:
                 size, frame = copy.get_copy_data(1)
                 if size <= 0:
                     return Ended(size) if size else None
+                self.taken_frames += 1
                 self.taken_bytes += size
             try:
                 stop = self._frame(frame, credit_bytes, max_changes)

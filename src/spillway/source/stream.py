@@ -9,9 +9,7 @@ What it promises:
 - **Bounded.** A bite is at most `READ_BYTES`, so libpq holds that much, or the one frame that is larger. libpq's buffer
   grows to at least the largest frame and never shrinks: the decoder says when the connection is to be renewed
   (`Renew`; design.md: 8 MB). A frame exists twice while it is copied out.
-- **Large bites under load.** A reader that wakes for every row halves the walsender's speed. When the socket runs dry
-  after a bite of `FILL_AFTER_BYTES`, it gets a millisecond to fill again; after a smaller one, what comes is read the
-  moment it comes. At most one such wait per bite, none at low load.
+- **Large bites under load**, and no wait at low load: see spillway.source.pace. At most one nap per bite.
 - **Nothing is lost between the last frame and an error.** A broken connection is reported only after every frame that
   had arrived was taken and the caller had its turn to hand out what was made of them: a `fill` that took something
   returns as ever, the next one raises. The server's own last words are preferred to libpq's.
@@ -44,13 +42,11 @@ from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.pgoutput import Decoder, Ended, Full, Keepalive, Relation, Renew, Stop
 from spillway.position import format_lsn
 from spillway.source.connect import Connection, connect_replication
+from spillway.source.pace import Pace
 from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
 
 READ_BYTES = 128 * 1024
 LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq's buffer starts with
-# A bite of this size is load: the socket gets a moment to fill.
-FILL_AFTER_BYTES = LIBPQ_BUFFER_BYTES
-FILL_SECONDS = 0.001
 START_TIMEOUT_SECONDS = 30
 # TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
 TLS_RECHECK_SECONDS = 0.05
@@ -73,7 +69,9 @@ class Stream:
         self._socket = connection.pgconn.socket
         self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
         self._flush_sent = start_lsn
-        self._taken_bytes = 0  # in frames, since the last bite
+        self._pace = Pace(self._socket)
+        self._taken_frames = 0  # since the last bite
+        self._taken_bytes = 0
         self._buffer_bytes = LIBPQ_BUFFER_BYTES  # what libpq's buffer has grown to by our asking
         self._hidden_reads = 0  # worth trying although the socket is silent (TLS)
         self._lost: SpillwayError | None = None
@@ -128,8 +126,9 @@ class Stream:
             stop = decoder.fill(self._pgconn, credit_bytes, max_changes)
         except psycopg.Error as error:
             self._lose(stream_refusal(error, self.slot, self.publications))
+        self._taken_frames += decoder.taken_frames
         self._taken_bytes += decoder.taken_bytes
-        decoder.taken_bytes = 0
+        decoder.taken_frames = decoder.taken_bytes = 0
         if self._skipped:
             raise missing_publication(self.publications, self.slot, self._skipped)
         if isinstance(stop, Ended):
@@ -150,13 +149,14 @@ class Stream:
 
     async def more(self) -> None:
         """Wait until the server has sent something and read one bite of it."""
+        self._pace.took(self._taken_frames, self._taken_bytes)
         queued_bytes = self._queued_bytes()
-        if queued_bytes == 0 and self._taken_bytes >= FILL_AFTER_BYTES:
-            await asyncio.sleep(FILL_SECONDS)
+        if queued_bytes == 0 and self._pace.naps:
+            await self._pace.nap()
             queued_bytes = self._queued_bytes()
         elif queued_bytes:
             await asyncio.sleep(0)  # under full load this is the only turn that other tasks get
-        self._taken_bytes = 0
+        self._taken_frames = self._taken_bytes = 0
         if queued_bytes:
             self._hidden_reads = TLS_HIDDEN_READS if self._encrypted else 0
         elif self._hidden_reads:
@@ -229,6 +229,7 @@ class Stream:
         loop.remove_writer(self._socket)
         self._open = False
         self._lose(SourceUnavailable("closed", f"slot {self.slot}: the stream was closed"))
+        self._pace.close()
         self._pgconn.finish()
 
     def _lose(self, error: SpillwayError) -> SpillwayError:
