@@ -17,7 +17,8 @@ from invariants.instruments import (
     turns,
     until,
 )
-from invariants.world import SPEED, Engine, FastClock, World
+from invariants.world import SPEED, Engine, FastClock, Selection, World
+from spillway.change import Action
 from spillway.sinks.base import OK, reject, sink_down
 
 KEYS = "abcdef"
@@ -29,11 +30,12 @@ def load(world: World, transactions: int) -> None:
     for _ in range(transactions):
         rows: list[tuple[str, str] | tuple[str, str, str]] = []
         for _ in range(dice.choice((1, 1, 1, 3, 12))):
+            table = dice.choice(("", "", "", "u:"))
             if dice.random() < 0.15:
                 old, new = dice.sample(KEYS, 2)
-                rows.append(("move", old, new))
+                rows.append(("move", table + old, table + new))
             else:
-                rows.append((dice.choice(("insert", "update", "delete")), dice.choice(KEYS)))
+                rows.append((dice.choice(("insert", "update", "delete")), table + dice.choice(KEYS)))
         world.postgres.commit(*rows)
 
 
@@ -41,7 +43,8 @@ def mischief(world: World) -> None:
     for sink in world.sinks.values():
         sink.trouble = world.dice.choice((0.0, 0.1, 0.4))
         sink.down = world.dice.random() < 0.2
-        sink.bad = {f"public.t:{k}" for k in world.dice.sample(KEYS, world.dice.choice((0, 0, 1, 2)))}
+        keys = [f"public.{table}:{key}" for table in "tu" for key in (*KEYS, "group 0")]
+        sink.bad = set(world.dice.sample(keys, world.dice.choice((0, 0, 2, 4))))
 
 
 def peace(world: World) -> None:
@@ -49,14 +52,10 @@ def peace(world: World) -> None:
         sink.trouble, sink.down, sink.bad = 0.0, False, set()
 
 
-@pytest.mark.parametrize("seed", range(12))
-async def test_order_and_nothing_lost_under_mischief_and_crashes(worlds: Callable[[int], World], seed: int) -> None:
-    world = worlds(seed)
-    for name, semantics in (("events", "events"), ("state", "state"), ("ordered", "ordered"), ("atomic", "atomic")):
-        world.sink(name, semantics)  # type: ignore[arg-type]
+async def play(world: World, rounds: int) -> None:
     engine: Engine = await world.start()
     crashes = 0
-    for _ in range(8):
+    for _ in range(rounds):
         mischief(world)
         load(world, 15)
         await asyncio.sleep(world.dice.random() * 0.08)
@@ -72,6 +71,42 @@ async def test_order_and_nothing_lost_under_mischief_and_crashes(worlds: Callabl
         world.judge(name, crashed=crashes > 0)
     await world.end(engine)
     assert engine.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_order_and_nothing_lost_under_mischief_and_crashes(worlds: Callable[[int], World], seed: int) -> None:
+    world = worlds(seed)
+    for name in ("events", "state", "ordered", "atomic"):
+        world.sink(name, name)  # type: ignore[arg-type]
+    await play(world, rounds=8)
+
+
+@pytest.mark.parametrize("seed", range(100, 108))
+async def test_the_same_for_sinks_that_want_parts_of_the_stream_by_orders_of_their_own(
+    worlds: Callable[[int], World], seed: int
+) -> None:
+    world = worlds(seed)
+    changes: frozenset[Action] = frozenset({"insert", "update"})
+    world.sink("one table", "events", Selection(tables=("u",)))
+    world.sink("no deletes", "events", Selection(actions=changes))
+    world.sink("rows without deletes", "state", Selection(actions=changes))
+    world.sink("by group", "events", Selection(groups_of=("t",)))
+    world.sink("by group, a line at a time", "ordered", Selection(groups_of=("t", "u")))
+    world.sink("in no order", "events", Selection(grouping=False))
+    world.sink("lines in no order", "ordered", Selection(grouping=False, tables=("t",)))
+    await play(world, rounds=5)
+
+
+@pytest.mark.parametrize("seed", range(200, 206))
+async def test_the_same_when_many_keys_have_the_same_hash(
+    worlds: Callable[[int], World], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spillway.chunk.crc32", lambda key: sum(key) % 3)
+    world = worlds(seed)
+    for name in ("events", "state", "ordered"):
+        world.sink(name, name)  # type: ignore[arg-type]
+    world.sink("by group", "events", Selection(groups_of=("t",)))
+    await play(world, rounds=6)
 
 
 # -- one moment at a time ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from invariants.instruments import Script, commit_sized, positions, script, turns, until
 from invariants.world import FastClock, World
-from spillway.change import Message
+from spillway.chunk import Message
 from spillway.flow.health import judge
 from spillway.flow.limits import Limits
 from spillway.sinks.base import OK, Result, reject, retry, sink_down
