@@ -69,7 +69,7 @@ class Stream:
         self._socket = connection.pgconn.socket
         self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
         self._flush_sent = start_lsn
-        self._pace = Pace(self._socket)
+        self._pace: Pace | None = None  # once the stream has started
         self._taken_frames = 0  # since the last bite
         self._taken_bytes = 0
         self._buffer_bytes = LIBPQ_BUFFER_BYTES  # what libpq's buffer has grown to by our asking
@@ -114,6 +114,7 @@ class Stream:
             result = pgconn.get_result()
             if result is None or result.status != ExecStatus.COPY_BOTH:
                 raise _error_of(result, "the server did not start the stream")
+            self._pace = Pace(self._socket)
         except psycopg.Error as error:
             raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
 
@@ -149,6 +150,7 @@ class Stream:
 
     async def more(self) -> None:
         """Wait until the server has sent something and read one bite of it."""
+        assert self._pace is not None, "the stream has started"
         self._pace.took(self._taken_frames, self._taken_bytes)
         queued_bytes = self._queued_bytes()
         if queued_bytes == 0 and self._pace.naps:
@@ -229,7 +231,8 @@ class Stream:
         loop.remove_writer(self._socket)
         self._open = False
         self._lose(SourceUnavailable("closed", f"slot {self.slot}: the stream was closed"))
-        self._pace.close()
+        if self._pace is not None:
+            self._pace.close()
         self._pgconn.finish()
 
     def _lose(self, error: SpillwayError) -> SpillwayError:
