@@ -9,21 +9,25 @@ is made fast, in this order:
 - scalars: one renderer per frequent type; all others are the reference's functions, called with the value
 - reference: what is taken from it
 - plan: what is compiled once per relation
+- keys: the texts of a row's keys
+- transaction: what the changes of a transaction share
 - libpq: ``PQgetCopyData`` of the very libpq that psycopg has loaded, called without psycopg
 - decoder: frames in, records out
 - columns: gather, join, by_kind, bulk
 
-Rules that keep it safe: every read of a frame is checked against the frame's end before it happens (`split`,
-`split_key` and `read_begin` are the only places that read what a frame says of its own length); every write is behind
-a `reserve` that covers it; what fails takes the output back to where the row began. Values are slices of the frame and
-do not outlive it.
+Rules that keep it safe: a read of a frame is checked against the frame's end before it happens (in `Plan.split`,
+`Plan.split_key`, `after_new`, `Decoder._frame`, `_keepalive`, `_other`, and `begin` and `logical_message` of the
+transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
+their bounds checks. Values are slices of the frame and do not outlive it. A row that turns out to be too large leaves
+nothing behind; after an error the decoder is of no use.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_INCREF, Py_XDECREF
+from cpython.ref cimport Py_XDECREF
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
@@ -42,6 +46,8 @@ include "text.pxi"
 include "scalars.pxi"
 include "reference.pxi"
 include "plan.pxi"
+include "keys.pxi"
+include "transaction.pxi"
 include "libpq.pxi"
 include "decoder.pxi"
 include "columns.pxi"

@@ -5,6 +5,7 @@ cdef enum:
     OLD_DELETE = 16
     LONGEST_PLAIN_ID = 128  # see `bulk`
 
+@cython.final
 cdef class Columns:
     """A chunk's memory, and some of its indices."""
 

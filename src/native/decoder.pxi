@@ -8,25 +8,15 @@ cdef enum:
 
     XLOG_HEADER_BYTES = 25
     KEEPALIVE_BYTES = 18
-    BEGIN_BYTES = 21
     COMMIT_BYTES = 26
     ROW_START = 6
-    LOGICAL_MESSAGE_START = 10
-    LONGEST_PREFIX = 256
 
     LARGEST_GROWTH = 6  # no byte of text becomes more than six bytes of JSON
-    BUCKETS = 65536
-    MOST = 255
     LAST_SUB = 255
     MOST_TABLES = 65536
-    NOTED_BUCKETS = 1024
     RECENT = 256
 
     WORDS = 8  # of a record
-
-cdef int64_t POSTGRES_EPOCH_MICROSECONDS = 946684800000000
-cdef int64_t LAST_MICROSECOND = 253402300799999999  # of the year 9999
-cdef int64_t DAY_MICROSECONDS = 86400000000
 
 cdef enum Changes:  # what of an update's old row is told
     NO_OLD_ROW
@@ -39,40 +29,7 @@ cdef enum Outcome:
     KEEP  # the same, and the frame comes again
 
 
-cdef void write_time(uint8_t* out, int64_t microseconds) noexcept nogil:
-    """``2024-10-28T21:39:21.127470Z``: 27 bytes. The date is Howard Hinnant's ``civil_from_days``, for years 1970 on."""
-    cdef int64_t days = microseconds // DAY_MICROSECONDS, rest = microseconds % DAY_MICROSECONDS
-    cdef int64_t shifted = days + 719468
-    cdef int64_t era = shifted // 146097
-    cdef int64_t of_era = shifted - era * 146097
-    cdef int64_t year_of_era = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
-    cdef int64_t of_year = of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
-    cdef int64_t shifted_month = (5 * of_year + 2) // 153
-    cdef int64_t month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
-    cdef int64_t seconds = rest // 1000000
-    write_digits(out, year_of_era + era * 400 + (1 if month <= 2 else 0), 4)
-    out[4] = c"-"
-    write_digits(out + 5, month, 2)
-    out[7] = c"-"
-    write_digits(out + 8, of_year - (153 * shifted_month + 2) // 5 + 1, 2)
-    out[10] = c"T"
-    write_digits(out + 11, seconds // 3600, 2)
-    out[13] = c":"
-    write_digits(out + 14, seconds // 60 % 60, 2)
-    out[16] = c":"
-    write_digits(out + 17, seconds % 60, 2)
-    out[19] = c"."
-    write_digits(out + 20, rest % 1000000, 6)
-    out[26] = c"Z"
-
-
-cdef void write_digits(uint8_t* out, int64_t number, int count) noexcept nogil:
-    while count:
-        count -= 1
-        out[count] = c"0" + <uint8_t> (number % 10)
-        number //= 10
-
-
+@cython.final
 cdef class Decoder:
     # For the caller.
     cdef readonly uint64_t largest_frame_bytes
@@ -80,13 +37,10 @@ cdef class Decoder:
     cdef public uint64_t taken_bytes
     cdef readonly uint64_t used_bytes
     # What it was made with.
+    cdef Transaction _transaction
     cdef object _group_columns
-    cdef object _on_warning
-    cdef object _database_name
-    cdef bytes _database_json
     cdef int _groups
     cdef size_t _max_message_bytes
-    cdef size_t _max_annotation_bytes
     cdef uint64_t _frame_overhead_bytes
     cdef uint64_t _renew_frame_bytes
     # Relations, and a few of them by the low bits of their OID.
@@ -120,19 +74,6 @@ cdef class Decoder:
     cdef Keys _old_keys
     cdef Buffer _old_body
     cdef size_t _old_record_bytes
-    # Of the open transaction; without one, final_lsn is 0.
-    cdef uint64_t _final_lsn
-    cdef int64_t _microseconds
-    cdef uint64_t _idx
-    cdef uint8_t* _counts
-    cdef uint16_t _noted[NOTED_BUCKETS]  # which counts are not 0, if they are few
-    cdef size_t _noted_count
-    cdef Buffer _head  # base64 of what of "lsn:" fills its groups
-    cdef uint8_t _rest[24]  # what of it does not, and room for the digits of commit_idx
-    cdef size_t _rest_size
-    cdef Buffer _moment  # from the idempotency key's end to commit_idx
-    cdef bytes _database_part  # from there to the primary key
-
     def __cinit__(
         self,
         database,
@@ -145,12 +86,9 @@ cdef class Decoder:
     ):
         bind_reference()
         self._group_columns = group_columns
-        self._on_warning = on_warning
-        self._database_name = database.name
-        self._database_json = database.as_json()
         self._groups = <int> groups
         self._max_message_bytes = <size_t> max_message_bytes
-        self._max_annotation_bytes = <size_t> max_message_bytes // 4
+        self._transaction = Transaction(database, <size_t> max_message_bytes // 4, on_warning)
         self._frame_overhead_bytes = <uint64_t> frame_overhead_bytes
         self._renew_frame_bytes = <uint64_t> renew_frame_bytes
         self._plans = {}
@@ -160,35 +98,23 @@ cdef class Decoder:
         buffer_open(&self._meta, SMALLEST_CAPACITY)
         buffer_open(&self._texts, SMALLEST_CAPACITY)
         buffer_open(&self._old_body, SMALLEST_CAPACITY)
-        buffer_open(&self._head, 64)
-        buffer_open(&self._moment, 128)
         keys_open(&self._keys, 1 + self._groups)
         keys_open(&self._old_keys, 1 + self._groups)
-        self._counts = <uint8_t*> PyMem_Malloc(BUCKETS)
-        if self._counts == NULL:
-            raise MemoryError
-        memset(self._counts, 0, BUCKETS)
-        self._start_key()
-        append_bytes(&self._moment, b'","commit_timestamp":,"commit_idx":')
-        self._database_part = b',"database_name":,"record_pks":'
 
     def __dealloc__(self):
         buffer_close(&self._data)
         buffer_close(&self._meta)
         buffer_close(&self._texts)
         buffer_close(&self._old_body)
-        buffer_close(&self._head)
-        buffer_close(&self._moment)
         keys_close(&self._keys)
         keys_close(&self._old_keys)
-        PyMem_Free(self._counts)
         PyMem_Free(self._rows)
         if self._kept != NULL:
             free_memory(self._kept)
 
     @property
     def in_transaction(self):
-        return self._final_lsn != 0
+        return self._transaction.final_lsn != 0
 
     def fill(self, copy, object credit_bytes, object max_changes):
         cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
@@ -201,7 +127,7 @@ cdef class Decoder:
             raise ProtocolError(f"a frame of kind {chr(self._kind)!r} ends too early or is garbled") from error
 
     def take(self):
-        if self._idx > 0xFFFFFFFF:
+        if self._transaction.idx > 0xFFFFFFFF:
             raise ProtocolError("a transaction of more than 4294967295 operations")
         cdef object chunk = Chunk(
             self.count,
@@ -352,7 +278,7 @@ cdef class Decoder:
             raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
         if size < KEEPALIVE_BYTES:
             raise IndexError
-        if self._final_lsn and not frame[17]:
+        if self._transaction.final_lsn and not frame[17]:
             return DONE
         self._stop = Keepalive(big64(frame + 1), frame[17] != 0)
         return STOP
@@ -377,14 +303,13 @@ cdef class Decoder:
 
     cdef Outcome _other(self, uint8_t kind, const uint8_t* payload, size_t size) except? DONE:
         if kind == c"B":
-            self._begin(payload, size)
+            self._transaction.begin(payload, size)
         elif kind == c"C":
             if size < COMMIT_BYTES:
                 raise IndexError
             self._commit_lsn = big64(payload + 2)
             self._end_lsn = big64(payload + 10)
-            self._final_lsn = 0
-            self._start_key()
+            self._transaction.end()
             if self.largest_frame_bytes > self._renew_frame_bytes:
                 self._stop = Renew()
                 return STOP
@@ -396,124 +321,10 @@ cdef class Decoder:
         elif kind == c"T":
             self._truncate(PyBytes_FromStringAndSize(<const char*> payload, <Py_ssize_t> size))
         elif kind == c"M":
-            self._logical_message(payload, size)
+            self._transaction.logical_message(payload, size)
         elif kind != c"O" and kind != c"Y" and kind != c"A":
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return DONE
-
-    cdef int _begin(self, const uint8_t* payload, size_t size) except -1:
-        cdef int64_t time
-        cdef uint8_t digits[20]
-        if size < BEGIN_BYTES:
-            raise IndexError
-        time = <int64_t> big64(payload + 9)
-        if time < -POSTGRES_EPOCH_MICROSECONDS:
-            raise ProtocolError("a transaction from before 1970")
-        if time > LAST_MICROSECOND - POSTGRES_EPOCH_MICROSECONDS:
-            raise OverflowError
-        self._final_lsn = big64(payload + 1)
-        self._microseconds = time + POSTGRES_EPOCH_MICROSECONDS
-        self._idx = 0
-        self._forget_counts()
-        self._start_key()
-        self._moment.size = 0
-        append_bytes(&self._moment, b'","commit_timestamp":"')
-        reserve(&self._moment, 27)
-        write_time(self._moment.data + self._moment.size, self._microseconds)
-        self._moment.size += 27
-        append_bytes(&self._moment, b'","commit_lsn":')
-        append(&self._moment, digits, write_number(digits, self._final_lsn))
-        append_bytes(&self._moment, b',"commit_idx":')
-        return self._annotate(b"null")
-
-    cdef int _start_key(self) except -1:
-        """What of the idempotency key is the same for all of the transaction."""
-        cdef uint8_t text[24]
-        cdef size_t size = write_number(text, self._final_lsn), whole
-        text[size] = c":"
-        size += 1
-        whole = size - size % 3
-        reserve(&self._head, 32)
-        self._head.size = write_base64(self._head.data, text, whole)
-        self._rest_size = size - whole
-        memcpy(self._rest, text + whole, self._rest_size)
-        return 0
-
-    cdef void _forget_counts(self) noexcept:
-        cdef size_t i
-        if self._noted_count < NOTED_BUCKETS:
-            for i in range(self._noted_count):
-                self._counts[self._noted[i]] = 0
-        else:
-            memset(self._counts, 0, BUCKETS)
-        self._noted_count = 0
-
-    cdef uint8_t _number(self, uint64_t hashed) noexcept:
-        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
-        cdef uint16_t bucket = hashed & 0xFFFF
-        cdef uint8_t count = self._counts[bucket]
-        if not hashed:
-            return 1
-        if count < MOST:
-            if count == 0 and self._noted_count < NOTED_BUCKETS:
-                self._noted[self._noted_count] = bucket
-                self._noted_count += 1
-            count += 1
-            self._counts[bucket] = count
-        return count
-
-    cdef int _annotate(self, bytes annotations) except -1:
-        self._database_part = b',"database_name":%b,"transaction_annotations":%b,"database":%b,"record_pks":' % (
-            orjson.dumps(self._database_name),
-            annotations,
-            self._database_json,
-        )
-        return 0
-
-    cdef int _logical_message(self, const uint8_t* payload, size_t size) except -1:
-        cdef const void* end
-        cdef bytes prefix, content
-        cdef size_t start = size
-        if size < LOGICAL_MESSAGE_START:
-            raise IndexError
-        if not payload[1] & 1:
-            return 0
-        self._idx += 1
-        payload += LOGICAL_MESSAGE_START
-        size -= LOGICAL_MESSAGE_START
-        end = memchr(payload, 0, min(size, <size_t> LONGEST_PREFIX))
-        if end == NULL:
-            return 0
-        prefix = PyBytes_FromStringAndSize(<const char*> payload, <const uint8_t*> end - payload)
-        if prefix == ANNOTATION_CLEAR:
-            return self._annotate(b"null")
-        if prefix != ANNOTATION_SET:
-            return 0
-        start = min(<size_t> len(prefix) + 5, size)  # its end, and the content's length
-        size -= start
-        if size > self._max_annotation_bytes:
-            return self._no_annotations(f"of {size} bytes, above the {self._max_annotation_bytes} allowed")
-        content = PyBytes_FromStringAndSize(<const char*> payload + start, <Py_ssize_t> size)
-        try:
-            orjson.loads(content)
-        except orjson.JSONDecodeError:
-            return self._no_annotations("that is not JSON")
-        return self._annotate(scalars.json(content))
-
-    cdef int _no_annotations(self, why) except -1:
-        if self._on_warning is not None:
-            self._on_warning(
-                Finding(
-                    code="invalid_transaction_annotation",
-                    what=f"the transaction at {format_lsn(self._final_lsn)} has an annotation {why}; "
-                    "its messages go without",
-                    remedy="pass a short JSON object to "
-                    f"pg_logical_emit_message(true, '{ANNOTATION_SET.decode()}', ...)",
-                    severity="warning",
-                    database=self._database_name,
-                )
-            )
-        return self._annotate(b"null")
 
     cdef int _truncate(self, bytes payload) except -1:
         cdef Plan plan
@@ -523,7 +334,7 @@ cdef class Decoder:
             plan = self._plan(oid)
             began = self._data.size
             append(&self._data, b'{"record":null,"changes":null', 29)
-            self._append_tail(&self._data, plan, TRUNCATED, b"[]", 2)
+            self._transaction.append_tail(&self._data, plan, TRUNCATED, b"[]", 2)
             for i in range(1 + self._groups):
                 self._keys.ends[i] = 0
                 self._keys.hashes[i] = 0
@@ -533,21 +344,21 @@ cdef class Decoder:
             )
             sub = min(sub + 1, <int> LAST_SUB)
         self._truncates += 1
-        self._idx += 1
+        self._transaction.idx += 1
         return 0
 
     # Rows.
 
     cdef int _any_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
         cdef size_t too_large = size
-        if not self._final_lsn:
+        if not self._transaction.final_lsn:
             raise ProtocolError("a row outside of a transaction")
         if plan.wanted >> action & 1:
             if size <= self._max_message_bytes:
                 too_large = self._whole_row(plan, action, payload, size)
             if too_large:
                 self._large_row(plan, action, payload, size, too_large)
-        self._idx += 1
+        self._transaction.idx += 1
         return 0
 
     cdef size_t _whole_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except? 1:
@@ -586,7 +397,7 @@ cdef class Decoder:
             plan.append_record(&self._data, self._row)
         record_end = self._data.size
         self._append_changes(plan, changes)
-        self._append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        self._transaction.append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
         too_large = self._data.size - began
         if too_large > self._max_message_bytes:
             self._data.size = began
@@ -633,7 +444,7 @@ cdef class Decoder:
         plan.append_columns(&self._data, self._row, NULL, True)
         record_end = self._data.size
         self._append_changes(plan, NOTHING if action == UPDATED else NO_OLD_ROW)
-        self._append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        self._transaction.append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
         return self._add(
             plan,
             action,
@@ -653,30 +464,6 @@ cdef class Decoder:
             return append(&self._data, b',"changes":{}', 13)
         append(&self._data, b',"changes":', 11)
         return plan.append_columns(&self._data, self._old, self._row, False)
-
-    cdef int _append_tail(
-        self, Buffer* out, Plan plan, int action, const uint8_t* values, size_t values_size
-    ) except -1:
-        cdef size_t database_size = <size_t> PyBytes_GET_SIZE(self._database_part), digits
-        cdef Slice* tail = &plan.tails[action]
-        cdef uint8_t* to
-        reserve(out, tail.size + 64 + self._moment.size + 20 + database_size + values_size)
-        to = out.data + out.size
-        memcpy(to, tail.data, tail.size)
-        to += tail.size
-        memcpy(to, self._head.data, self._head.size)
-        to += self._head.size
-        digits = write_number(self._rest + self._rest_size, self._idx)
-        to += write_base64(to, self._rest, self._rest_size + digits)
-        memcpy(to, self._moment.data, self._moment.size)
-        to += self._moment.size
-        memcpy(to, self._rest + self._rest_size, digits)
-        to += digits
-        memcpy(to, PyBytes_AS_STRING(self._database_part), database_size)
-        to += database_size
-        memcpy(to, values, values_size)
-        out.size = <size_t> (to - out.data) + values_size
-        return 0
 
     cdef int _add(
         self,
@@ -731,7 +518,7 @@ cdef class Decoder:
         plan.append_record(body, old)
         self._old_record_bytes = body.size - 10
         append(body, b',"changes":null', 15)
-        self._append_tail(body, plan, DELETED, self._old_keys.values.data, self._old_keys.values.size)
+        self._transaction.append_tail(body, plan, DELETED, self._old_keys.values.data, self._old_keys.values.size)
         reserve(&self._data, body.size)
         memmove(self._data.data + began + body.size, self._data.data + began, size)
         memcpy(self._data.data + began, body.data, body.size)
@@ -757,25 +544,24 @@ cdef class Decoder:
         size_t too_large,
     ) except -1:
         cdef size_t stride = (WORDS + 2 * self._groups) * 8
-        cdef size_t words_at, i, text_bytes
+        cdef size_t i, key_count = 1 + <size_t> self._groups
         cdef uint64_t* words
         cdef uint8_t* kind
-        cdef uint8_t* text
         reserve(&self._meta, stride)
-        reserve(&self._texts, keys.texts.size + (was.texts.size if was != NULL else 0) + 2 * (1 + self._groups))
+        reserve(&self._texts, keys.texts.size + (was.texts.size if was != NULL else 0) + 2 * key_count)
         words = <uint64_t*> (self._meta.data + self._meta.size)
-        words[0] = self._final_lsn
-        words[1] = self._idx | <uint64_t> record_bytes << 32
-        words[2] = <uint64_t> self._microseconds
+        words[0] = self._transaction.final_lsn
+        words[1] = self._transaction.idx | <uint64_t> record_bytes << 32
+        words[2] = <uint64_t> self._transaction.microseconds
         words[4] = 0
         kind = <uint8_t*> &words[4]
         kind[0] = <uint8_t> action
-        kind[1] = self._number(keys.hashes[0])
+        kind[1] = self._transaction.number(keys.hashes[0])
         kind[2] = <uint8_t> flags
         kind[3] = <uint8_t> sub
         memcpy(kind + 4, &table, 2)
         words[5] = too_large
-        for i in range(1 + self._groups):
+        for i in range(key_count):
             words[6 + 2 * i] = keys.hashes[i]
             self._append_text(keys, i)
             words[7 + 2 * i] = 0
@@ -816,7 +602,3 @@ cdef inline Py_ssize_t after_new(const uint8_t* payload, size_t size, size_t at)
     if payload[at] != c"N":
         raise ProtocolError("an update without a new row")
     return <Py_ssize_t> at + 1
-
-
-cdef bytes ANNOTATION_SET = b"sequin:transaction_annotations.set"
-cdef bytes ANNOTATION_CLEAR = b"sequin:transaction_annotations.clear"

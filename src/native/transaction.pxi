@@ -1,0 +1,234 @@
+# The open transaction: what all of its changes share, and what is counted in it; after spillway.pgoutput.transaction.
+
+cdef enum:
+    BEGIN_BYTES = 21
+    LOGICAL_MESSAGE_START = 10
+    LONGEST_PREFIX = 256
+    BUCKETS = 65536
+    MOST = 255
+    NOTED_BUCKETS = 1024
+
+cdef int64_t POSTGRES_EPOCH_MICROSECONDS = 946684800000000
+cdef int64_t LAST_MICROSECOND = 253402300799999999  # of the year 9999
+cdef int64_t DAY_MICROSECONDS = 86400000000
+
+cdef void write_time(uint8_t* out, int64_t microseconds) noexcept nogil:
+    """``2024-10-28T21:39:21.127470Z``: 27 bytes. The date is Howard Hinnant's ``civil_from_days``, for years 1970 on."""
+    cdef int64_t days = microseconds // DAY_MICROSECONDS, rest = microseconds % DAY_MICROSECONDS
+    cdef int64_t shifted = days + 719468
+    cdef int64_t era = shifted // 146097
+    cdef int64_t of_era = shifted - era * 146097
+    cdef int64_t year_of_era = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
+    cdef int64_t of_year = of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    cdef int64_t shifted_month = (5 * of_year + 2) // 153
+    cdef int64_t month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
+    cdef int64_t seconds = rest // 1000000
+    write_digits(out, year_of_era + era * 400 + (1 if month <= 2 else 0), 4)
+    out[4] = c"-"
+    write_digits(out + 5, month, 2)
+    out[7] = c"-"
+    write_digits(out + 8, of_year - (153 * shifted_month + 2) // 5 + 1, 2)
+    out[10] = c"T"
+    write_digits(out + 11, seconds // 3600, 2)
+    out[13] = c":"
+    write_digits(out + 14, seconds // 60 % 60, 2)
+    out[16] = c":"
+    write_digits(out + 17, seconds % 60, 2)
+    out[19] = c"."
+    write_digits(out + 20, rest % 1000000, 6)
+    out[26] = c"Z"
+
+
+cdef void write_digits(uint8_t* out, int64_t number, int count) noexcept nogil:
+    while count:
+        count -= 1
+        out[count] = c"0" + <uint8_t> (number % 10)
+        number //= 10
+
+
+@cython.final
+cdef class Transaction:
+    """One after another. Without an open one ``final_lsn`` is 0."""
+
+    cdef uint64_t final_lsn
+    cdef int64_t microseconds
+    cdef uint64_t idx
+    cdef uint8_t* _counts
+    cdef uint16_t _noted[NOTED_BUCKETS]  # which counts are not 0, if they are few
+    cdef size_t _noted_count
+    cdef Buffer _head  # base64 of what of "lsn:" fills its groups
+    cdef uint8_t _rest[24]  # what of it does not, and room for the digits of commit_idx
+    cdef size_t _rest_size
+    cdef Buffer _moment  # from the idempotency key's end to commit_idx
+    cdef bytes _database_part  # from there to the primary key
+    cdef object _on_warning
+    cdef object _database_name
+    cdef bytes _database_json
+    cdef size_t _max_annotation_bytes
+
+    def __cinit__(self, database, size_t max_annotation_bytes, on_warning):
+        self._database_name = database.name
+        self._database_json = database.as_json()
+        self._max_annotation_bytes = max_annotation_bytes
+        self._on_warning = on_warning
+        buffer_open(&self._head, 64)
+        buffer_open(&self._moment, 128)
+        self._counts = <uint8_t*> PyMem_Malloc(BUCKETS)
+        if self._counts == NULL:
+            raise MemoryError
+        memset(self._counts, 0, BUCKETS)
+        self.start_key()
+        append_bytes(&self._moment, b'","commit_timestamp":,"commit_idx":')
+        self._database_part = b',"database_name":,"record_pks":'
+
+    def __dealloc__(self):
+        buffer_close(&self._head)
+        buffer_close(&self._moment)
+        PyMem_Free(self._counts)
+
+    cdef int begin(self, const uint8_t* payload, size_t size) except -1:
+        cdef int64_t time
+        cdef uint8_t digits[20]
+        if size < BEGIN_BYTES:
+            raise IndexError
+        time = <int64_t> big64(payload + 9)
+        if time < -POSTGRES_EPOCH_MICROSECONDS:
+            raise ProtocolError("a transaction from before 1970")
+        if time > LAST_MICROSECOND - POSTGRES_EPOCH_MICROSECONDS:
+            raise OverflowError
+        self.final_lsn = big64(payload + 1)
+        self.microseconds = time + POSTGRES_EPOCH_MICROSECONDS
+        self.idx = 0
+        self.forget_counts()
+        self.start_key()
+        self._moment.size = 0
+        append_bytes(&self._moment, b'","commit_timestamp":"')
+        reserve(&self._moment, 27)
+        write_time(self._moment.data + self._moment.size, self.microseconds)
+        self._moment.size += 27
+        append_bytes(&self._moment, b'","commit_lsn":')
+        append(&self._moment, digits, write_number(digits, self.final_lsn))
+        append_bytes(&self._moment, b',"commit_idx":')
+        return self.annotate(b"null")
+
+    cdef int end(self) except -1:
+        self.final_lsn = 0
+        return self.start_key()
+
+    cdef int start_key(self) except -1:
+        """What of the idempotency key is the same for all of the transaction."""
+        cdef uint8_t text[24]
+        cdef size_t size = write_number(text, self.final_lsn), whole
+        text[size] = c":"
+        size += 1
+        whole = size - size % 3
+        reserve(&self._head, 32)
+        self._head.size = write_base64(self._head.data, text, whole)
+        self._rest_size = size - whole
+        memcpy(self._rest, text + whole, self._rest_size)
+        return 0
+
+    cdef void forget_counts(self) noexcept:
+        cdef size_t i
+        if self._noted_count < NOTED_BUCKETS:
+            for i in range(self._noted_count):
+                self._counts[self._noted[i]] = 0
+        else:
+            memset(self._counts, 0, BUCKETS)
+        self._noted_count = 0
+
+    cdef uint8_t number(self, uint64_t hashed) noexcept:
+        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
+        cdef uint16_t bucket = hashed & 0xFFFF
+        cdef uint8_t count = self._counts[bucket]
+        if not hashed:
+            return 1
+        if count < MOST:
+            if count == 0 and self._noted_count < NOTED_BUCKETS:
+                self._noted[self._noted_count] = bucket
+                self._noted_count += 1
+            count += 1
+            self._counts[bucket] = count
+        return count
+
+    cdef int annotate(self, bytes annotations) except -1:
+        self._database_part = b',"database_name":%b,"transaction_annotations":%b,"database":%b,"record_pks":' % (
+            orjson.dumps(self._database_name),
+            annotations,
+            self._database_json,
+        )
+        return 0
+
+    cdef int logical_message(self, const uint8_t* payload, size_t size) except -1:
+        cdef const void* end
+        cdef bytes prefix, content
+        cdef size_t start = size
+        if size < LOGICAL_MESSAGE_START:
+            raise IndexError
+        if not payload[1] & 1:
+            return 0
+        self.idx += 1
+        payload += LOGICAL_MESSAGE_START
+        size -= LOGICAL_MESSAGE_START
+        end = memchr(payload, 0, min(size, <size_t> LONGEST_PREFIX))
+        if end == NULL:
+            return 0
+        prefix = PyBytes_FromStringAndSize(<const char*> payload, <const uint8_t*> end - payload)
+        if prefix == ANNOTATION_CLEAR:
+            return self.annotate(b"null")
+        if prefix != ANNOTATION_SET:
+            return 0
+        start = min(<size_t> len(prefix) + 5, size)  # its end, and the content's length
+        size -= start
+        if size > self._max_annotation_bytes:
+            return self._no_annotations(f"of {size} bytes, above the {self._max_annotation_bytes} allowed")
+        content = PyBytes_FromStringAndSize(<const char*> payload + start, <Py_ssize_t> size)
+        try:
+            orjson.loads(content)
+        except orjson.JSONDecodeError:
+            return self._no_annotations("that is not JSON")
+        return self.annotate(scalars.json(content))
+
+    cdef int _no_annotations(self, why) except -1:
+        if self._on_warning is not None:
+            self._on_warning(
+                Finding(
+                    code="invalid_transaction_annotation",
+                    what=f"the transaction at {format_lsn(self.final_lsn)} has an annotation {why}; "
+                    "its messages go without",
+                    remedy="pass a short JSON object to "
+                    f"pg_logical_emit_message(true, '{ANNOTATION_SET.decode()}', ...)",
+                    severity="warning",
+                    database=self._database_name,
+                )
+            )
+        return self.annotate(b"null")
+
+    cdef int append_tail(
+        self, Buffer* out, Plan plan, int action, const uint8_t* values, size_t values_size
+    ) except -1:
+        """What stands behind the changes."""
+        cdef size_t database_size = <size_t> PyBytes_GET_SIZE(self._database_part), digits
+        cdef Slice* tail = &plan.tails[action]
+        cdef uint8_t* to
+        reserve(out, tail.size + 64 + self._moment.size + 20 + database_size + values_size)
+        to = out.data + out.size
+        memcpy(to, tail.data, tail.size)
+        to += tail.size
+        memcpy(to, self._head.data, self._head.size)
+        to += self._head.size
+        digits = write_number(self._rest + self._rest_size, self.idx)
+        to += write_base64(to, self._rest, self._rest_size + digits)
+        memcpy(to, self._moment.data, self._moment.size)
+        to += self._moment.size
+        memcpy(to, self._rest + self._rest_size, digits)
+        to += digits
+        memcpy(to, PyBytes_AS_STRING(self._database_part), database_size)
+        to += database_size
+        memcpy(to, values, values_size)
+        out.size = <size_t> (to - out.data) + values_size
+        return 0
+
+
+cdef bytes ANNOTATION_SET = b"sequin:transaction_annotations.set"
+cdef bytes ANNOTATION_CLEAR = b"sequin:transaction_annotations.clear"
