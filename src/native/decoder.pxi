@@ -261,7 +261,7 @@ cdef class Decoder:
             if size < 5:
                 raise IndexError
             plan = self._plan(big32(payload + 1))
-            needed += plan.overhead_bytes
+            needed += plan.overhead_bytes + self._transaction.annotation_bytes
         if self.used_bytes + needed > credit or self.count >= most:
             self._stop = Full(needed)
             return KEEP

@@ -60,6 +60,7 @@ cdef class Transaction:
     cdef uint8_t _rest[24]  # what of it does not, and room for the digits of commit_idx
     cdef size_t _rest_size
     cdef Buffer _moment  # from the idempotency key's end to commit_idx
+    cdef size_t annotation_bytes  # what annotations add to each change, while it is built and while it is copied
     cdef bytes _database_part  # from there to the primary key
     cdef object _on_warning
     cdef object _database_name
@@ -152,6 +153,7 @@ cdef class Transaction:
         return count
 
     cdef int annotate(self, bytes annotations) except -1:
+        self.annotation_bytes = 2 * <size_t> max(0, len(annotations) - len(b"null"))
         self._database_part = b',"database_name":%b,"transaction_annotations":%b,"database":%b,"record_pks":' % (
             orjson.dumps(self._database_name),
             annotations,

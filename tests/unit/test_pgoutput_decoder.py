@@ -563,6 +563,15 @@ def test_every_frame_costs_credit(decoder_class: type[Decoder]) -> None:
     assert stream.decoder.used_bytes == 0
 
 
+def test_annotations_cost_credit_in_each_change(decoder_class: type[Decoder]) -> None:
+    stream = Stream(decoder_class)
+    row, content = frames.insert(b"1", b"a"), b'{"by":"%b"}' % (b"x" * 1000)
+    stream.feed(frames.message("sequin:transaction_annotations.set", content))
+    before = stream.decoder.used_bytes
+    stream.feed(row, row)
+    assert stream.decoder.used_bytes - before == 2 * (cost(row, "id", "name") + 2 * (len(content) - len("null")))
+
+
 def test_a_frame_beyond_the_credit_is_kept_and_comes_first(decoder_class: type[Decoder]) -> None:
     stream = Stream(decoder_class)
     first, second, third = (frames.insert(b"%d" % i, b"a" * i) for i in (1, 20, 3))

@@ -187,7 +187,7 @@ class Decoder:
         if action is not None:
             (oid,) = _oid_at(payload)
             plan = self._plan(oid)
-            needed_bytes += plan.overhead_bytes
+            needed_bytes += plan.overhead_bytes + self._transaction.annotation_bytes
         if self.used_bytes + needed_bytes > credit_bytes or self._builder.count >= max_changes:
             self._kept = memoryview(bytes(frame))
             return Full(needed_bytes)

@@ -46,6 +46,7 @@ class Transaction:
         self._counts = bytearray()
         self._commit_json = b""  # commit_timestamp's value and commit_lsn
         self._database_part = b""  # database_name's value, transaction_annotations and database
+        self.annotation_bytes = 0  # what annotations add to each change, while it is built and while it is copied
 
     def begin(self, payload: bytes) -> None:
         begin = read_begin(payload)
@@ -80,6 +81,7 @@ class Transaction:
         return count
 
     def _annotate(self, annotations: bytes) -> None:
+        self.annotation_bytes = 2 * max(0, len(annotations) - len(b"null"))
         self._database_part = b'%b,"transaction_annotations":%b,"database":%b' % (
             orjson.dumps(self._database_name),
             annotations,
