@@ -1,6 +1,7 @@
 """Drains to the null sink beside ``pg_recvlogical`` and the bare reader; then to a file and a webhook; and Debezium.
 
-The rows of 200 B have every tool, over TCP and over a Unix socket; the other sizes, Sequin's table and the mix of
+The rows of 200 B have every tool (the bare reader also with the small window that it does best with, see
+``peers.bare``), over TCP and over a Unix socket; the other sizes, Sequin's table and the mix of
 inserts, updates and deletes have Spillway, ``pg_recvlogical`` and the limit. Debezium's engine has 2,000,000 rows, so
 that its JVM is warm in the second half, and Spillway beside it the same ones.
 """
@@ -8,7 +9,8 @@ that its JVM is warm in the second half, and Spillway beside it the same ones.
 from __future__ import annotations
 
 from oracle.product import ProductFailed
-from peers import bare, debezium
+from peers import Measured, bare, debezium
+from peers.bare import WINDOW_BYTES, WINDOW_PAUSE_US
 from peers.source import TABLES, Slot, Waiting
 from speed.bench import Bench, Run
 from speed.receiver import Receiver
@@ -26,14 +28,27 @@ OTHERS = {
     "mix": "mixed",
 }
 EAGER, LIMIT = "bare reader, eager", "bare reader, 1 ms pauses (the limit)"
+WINDOW = "bare reader, 1 ms pauses, small window"
 LIMIT_UNIX = "bare reader, 1 ms pauses, Unix socket"
 DEBEZIUM, DEBEZIUM_SCHEMAS = "Debezium's engine, schemas off", "Debezium's engine, defaults"
 NULL, FILE, WEBHOOK = "null sink", "file", "webhook"
 WEBHOOK_BATCH = 1_000
 
 
-def _bare(bench: Bench, case: str, waiting: Waiting, tool: str, *, pause_us: int = 0, unix: bool = False) -> Run:
-    return bench.peer(PART, case, tool, waiting, lambda slot: bare.drain(slot, pause_us=pause_us, unix=unix))
+def _bare(
+    bench: Bench,
+    case: str,
+    waiting: Waiting,
+    tool: str,
+    *,
+    pause_us: int = 0,
+    window_bytes: int = 0,
+    unix: bool = False,
+) -> Run:
+    def drain(slot: Slot) -> Measured:
+        return bare.drain(slot, pause_us=pause_us, receive_buffer_bytes=window_bytes, unix=unix)
+
+    return bench.peer(PART, case, tool, waiting, drain)
 
 
 def run(bench: Bench) -> None:
@@ -44,6 +59,7 @@ def run(bench: Bench) -> None:
                 bench.recvlogical(PART, ROWS_200, waiting),
                 _bare(bench, ROWS_200, waiting, EAGER),
                 _bare(bench, ROWS_200, waiting, LIMIT, pause_us=1000),
+                _bare(bench, ROWS_200, waiting, WINDOW, pause_us=WINDOW_PAUSE_US, window_bytes=WINDOW_BYTES),
                 bench.null(PART, ROWS_200, waiting, unix=True),
                 bench.recvlogical(PART, ROWS_200, waiting, unix=True),
                 _bare(bench, ROWS_200, waiting, LIMIT_UNIX, pause_us=1000, unix=True),

@@ -35,8 +35,8 @@ SPILLWAY = "Spillway"
 
 _REPEATED_CHANGES = 50_000
 _REPEATS = range(3, 31)  # the fewest and the most
-_IDLE_REPEATS = 10
-_TABLES_ROWS = 200_000
+_IDLE_SECONDS = 1.5
+_TABLES_ROWS = 1_000_000
 _TABLES_ROWS_IN_ONE = 200
 _VALUES = 4_000_000  # of columns, in a run
 
@@ -82,7 +82,7 @@ def _at_once(bench: Bench, name: str, waiting: Waiting, number: int, *, columns:
 def _again_and_again(bench: Bench, rows: int, number: int) -> None:
     table = TABLES["rows_200"]
     repeats = min(max(_REPEATED_CHANGES // rows, _REPEATS.start), _REPEATS.stop - 1)
-    pause_seconds = 0.05 + rows * 10e-6
+    pause_seconds = 0.05 + rows * 4e-6
     with (
         bench.filled([table], 0) as waiting,
         bench.source.copy(waiting) as slot,
@@ -100,7 +100,7 @@ def _again_and_again(bench: Bench, rows: int, number: int) -> None:
             if turn:
                 cpu, seconds = cpu + took, seconds + waited
         idle = idle_seconds = 0.0
-        for _ in range(_IDLE_REPEATS):
+        while idle_seconds < _IDLE_SECONDS:
             with _suspended(life):
                 pass
             took, waited = _until_delivered(life, made, pause_seconds)

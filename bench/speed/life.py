@@ -67,6 +67,7 @@ class Drained:
             "walsender_us_per_row": self.walsender_cpu_seconds / self.rows * 1e6,
             "start_seconds": self.start_seconds,
             "start_cpu_seconds": self.start_cpu_seconds,
+            "most_stored": life.most_stored,
             PRODUCT_RSS: life.peak_rss_mb,
         }
 
@@ -122,6 +123,7 @@ class Life:
         self._reader = Thread(target=self._read_cpu)
         self.started_at = 0.0  # wall seconds
         self.asked = 0
+        self.most_stored = 0  # messages in the store, of all sinks, as far as it was looked
         self.impl = ""
 
     # -- what it says -----------------------------------------------------------------------------------------------
@@ -141,6 +143,7 @@ class Life:
             raise ProductFailed(f"/api/status: {answer.status} {told[:500]!r}")
         self.asked += 1
         status: Json = json.loads(told)
+        self.most_stored = max(self.most_stored, self.total("backlog_messages", status))
         self.impl = str(status.get("impl", ""))
         return status
 

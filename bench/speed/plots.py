@@ -84,7 +84,7 @@ def _latency(results: Results) -> Figure:
         places = [place + 0.27 * (number - 1) for place in range(len(rows))]
         axes.barh(places, values, height=0.25, label=heading)
         for place, value in zip(places, values, strict=True):
-            axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+            axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{case}: {tool}" for case, tool in rows])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -122,5 +122,6 @@ def _line(axes: Axes, results: Results, kind: str, value: str, label: str) -> No
     axes.plot(across, medians, "o-", color=_OURS)
     axes.fill_between(across, low, high, color=_OURS, alpha=0.2, lw=0)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    if high:
+        axes.set_ylim(0, 1.1 * max(high))
     axes.set_ylabel(label)

@@ -31,6 +31,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "walsender_us_per_row": ("walsender, µs a row", ".2f"),
     "start_seconds": ("start, s", ".2f"),
     "start_cpu_seconds": ("start, s of CPU", ".2f"),
+    "most_stored": ("waiting in the store, at most", ",.0f"),
     PRODUCT_RSS: ("peak RSS, MB", ".0f"),
     "peak_rss_mb": ("peak RSS, MB", ".0f"),
 }
