@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from invariants.world import Applied, Engine, FakeSink, FakeStream, Frame, World
+from invariants.world import Applied, Engine, FakeSink, FakeStream, Frame, Selection, World
 from spillway.change import ACTIONS
 from spillway.chunk import Batch, ChunkBuilder, Keying, Message, Span
 from spillway.errors import SourceUnavailable
@@ -157,9 +157,14 @@ class Script(FakeSink):
 
 
 def script(
-    world: World, name: str, answer: Callable[[Message], Result], semantics: str = "events", **spec: object
+    world: World,
+    name: str,
+    answer: Callable[[Message], Result],
+    semantics: str = "events",
+    selection: Selection | None = None,
+    **spec: object,
 ) -> Script:
-    plain = world.sink(name, semantics, **spec)  # type: ignore[arg-type]
+    plain = world.sink(name, semantics, selection, **spec)  # type: ignore[arg-type]
     scripted = Script(plain.semantics, answer, plain.dice, plain.max_in_flight)
     world.sinks[name] = scripted
     return scripted

@@ -24,7 +24,7 @@ from invariants.instruments import (
     until,
 )
 from invariants.test_i3_order import load, mischief, peace
-from invariants.world import Engine, World
+from invariants.world import Engine, Selection, World
 from spillway.chunk import Span
 from spillway.errors import SpillwayError
 from spillway.flow.delivery import Delivery
@@ -297,6 +297,58 @@ async def test_with_a_full_backlog_that_blocks_nothing_is_missed(world: World) -
         await delivery.check_limits()
         await until(lambda: len(sink.applied) == 10)
         assert sorted(positions(sink.applied)) == [(lsn, 0) for lsn, _, _ in world.postgres.transactions]
+
+
+# -- TRUNCATE ---------------------------------------------------------------------------------------------------------
+TRUNCATES = Selection(truncates=True)
+
+
+async def test_a_truncate_takes_along_what_waits_of_its_table_and_nothing_else(world: World) -> None:
+    sink = script(world, "rows", lambda m: reject("constraint") if "public.t:a" in m.keys or "public.u:a" in m.keys
+                  else OK, semantics="atomic", selection=TRUNCATES)  # fmt: skip
+    async with world.running() as engine:
+        delivery = sole(engine)
+        world.postgres.commit(("insert", "a"), ("update", "a"), ("insert", "u:a"), ("insert", "b"))
+        await until(lambda: delivery.counters.parked_keys == 2 and delivery.counters.messages == 3)
+        world.postgres.commit(("update", "a"), ("truncate", "t"), ("insert", "c"))
+        await until(lambda: delivery.counters.messages == 1 and not delivery.memory_messages)
+        assert [w.key for w in engine.store.held("rows", None, 10)] == ["public.u:a"]
+        sink.answer = lambda _: OK
+        delivery.try_now()
+        await engine.settled()
+        first, second = (lsn for lsn, _, _ in world.postgres.transactions)
+        await until(lambda: len(sink.applied) == 4)
+        assert positions(sink.applied) == [(first, 3), (second, 1), (second, 2), (first, 2)]
+        assert engine.held_bytes == 0
+
+
+async def test_a_retry_that_waited_for_a_truncate_is_not_sent_after_it(world: World) -> None:
+    sink = script(world, "rows", lambda _: reject("constraint"), semantics="atomic", selection=TRUNCATES)
+    async with world.running() as engine:
+        delivery = sole(engine)
+        world.postgres.commit(("insert", "a"))
+        await until(lambda: delivery.counters.parked_keys == 1)
+        delivery.lane_throttle.not_before = float("inf")  # until it is told to
+        await until(lambda: not delivery._retrying)
+        sink.answer, sink.stalled, before = (lambda _: OK), True, sink.requests
+        world.postgres.commit(("truncate", "t"), ("insert", "b"))
+        await until(lambda: sink.requests > before and sink.asked[-1][0][1] == ())
+        delivery.try_now()
+        await until(lambda: delivery._lane_waits)
+        sink.stalled = False
+        await engine.settled()
+        lsn = world.postgres.transactions[1][0]
+        assert positions(sink.applied) == [(lsn, 0), (lsn, 1)]
+        assert engine.held_bytes == 0
+
+
+async def test_a_truncate_that_is_ignored_is_counted(world: World) -> None:
+    sink = script(world, "events", lambda _: OK)
+    async with world.running() as engine:
+        world.postgres.commit(("insert", "a"), ("truncate", "t"), ("truncate", "u"), ("update", "a"))
+        await engine.settled()
+        assert [i for _, i in positions(sink.applied)] == [0, 3]
+        assert sole(engine).truncates_ignored == 2
 
 
 # -- what people do ----------------------------------------------------------------------------------------------------

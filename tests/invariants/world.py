@@ -85,13 +85,15 @@ class Postgres:
     _groups: dict[str, str] = field(default_factory=dict)  # in which each row is
 
     def commit(self, *rows: tuple[str, str] | tuple[str, str, str]) -> None:
-        """A transaction: (action, key) or ("move", old key, new key)."""
+        """A transaction: (action, key), ("move", old key, new key) or ("truncate", table)."""
         self.lsn += 100
         changes = [self._change(idx, *row) for idx, row in enumerate(rows)]
         self.transactions.append((self.lsn, self.lsn + 48, changes))
         self.lsn += 48
 
     def _change(self, idx: int, action: str, key: str, new: str | None = None) -> Row:
+        if action == "truncate":
+            return Row(self.lsn, idx, key, "truncate", "", b'{"record":null', "")
         table, _, name = key.rpartition(":")
         table = table or "t"
         old = f"public.{table}:{name}" if new is not None else None
@@ -165,7 +167,7 @@ class FakeDecoder:
             self.in_transaction = True
         elif isinstance(frame, Commit):
             self._commit, self.in_transaction = frame, False
-        elif isinstance(frame, Row) and frame.action in self._wanted[frame.table]:
+        elif isinstance(frame, Row) and frame.action in (*self._wanted[frame.table], "truncate"):
             self._row(frame)
         return None
 
@@ -349,9 +351,10 @@ class Selection:
     actions: frozenset[Action] = ROW_ACTIONS
     groups_of: tuple[str, ...] = ()
     grouping: bool = True
+    truncates: bool = False
 
     def keys(self, row: Row) -> tuple[str, ...]:
-        if not self.grouping:
+        if not self.grouping or not row.key:
             return ()
         was, key = (row.was_group, row.group) if row.table in self.groups_of else (row.was, row.key)
         return (key,) if was is None or was == key else (was, key)
@@ -481,6 +484,7 @@ class World:
             grouping=selection.grouping,
             needs_key=semantics in ("state", "atomic"),
             splits_key_change=semantics == "state",
+            applies_truncate=selection.truncates,
         )
 
     async def crash(self, engine: Engine) -> None:
@@ -510,7 +514,8 @@ class World:
         for commit_lsn, _, rows in self.postgres.transactions:
             for row in rows:
                 at = (commit_lsn, row.commit_idx)
-                if row.table not in selection.tables or row.action not in selection.actions:
+                wanted = selection.truncates if row.action == "truncate" else row.action in selection.actions
+                if row.table not in selection.tables or not wanted:
                     continue
                 if state and row.was is not None:
                     out += [((*at, 0), (row.was,)), ((*at, 1), (row.key,))]

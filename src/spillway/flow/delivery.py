@@ -68,6 +68,7 @@ class Delivery(Readback):
         self.delivered = 0
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
+        self._truncates = 0  # that were settled
         self._in_flight = 0  # batches being sent or settled
         self._lane_waits = 0  # retries that wait for a slot
         self._slot_freed = asyncio.Event()
@@ -283,8 +284,10 @@ class Delivery(Readback):
             if not self.lane_throttle.streak:
                 most *= self._sink.max_in_flight
             # Credit before the slots: what holds the credit may need a slot to give it back.
+            truncates = self._truncates
             batches = await self._read_heads(1 if self.breaker.open else most)
-            mended = [m for ok in await asyncio.gather(*map(self._retry_batch, batches)) for m in ok]
+            retries = [self._retry_batch(heads, truncates) for heads in batches]
+            mended = [m for ok in await asyncio.gather(*retries) for m in ok]
             self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
             due = await asyncio.to_thread(self._store.next_due_seconds, self.name, self._read_up_to)
             if due is not None and not batches:
@@ -298,9 +301,13 @@ class Delivery(Readback):
             self._lanes_turn = False
             self._wake.set()
 
-    async def _retry_batch(self, heads: Batch) -> list[Message]:
-        """Returns what went through."""
+    async def _retry_batch(self, heads: Batch, truncates: int) -> list[Message]:
+        """Returns what went through. Nothing is sent if there was a TRUNCATE since it was read: it may be gone."""
         await self._take_slot()
+        if truncates != self._truncates:
+            self._let_go(heads)
+            self._free_slot()
+            return []
         answer = await self._ask(heads)
         await self._settle(heads, answer, self.lane_throttle)
         self._free_slot()
@@ -434,6 +441,7 @@ class Delivery(Readback):
         (message,) = truncate
         change = message.change
         self._turns += 1
+        self._truncates += 1
         below = (change.schema, change.table, Position(*message.position))
         await self._commit(Write(self.name, drop_table_below=below))
         await self._settle_ok(truncate, lane=lane)
