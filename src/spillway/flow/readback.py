@@ -65,9 +65,8 @@ class Readback(Inflow):
             self._next_bytes = 0
             left = grant = await self._grant(head_bytes, head_messages)
             try:
-                # Half of the credit for bodies, half for messages, but for what the first span needs.
-                most_bytes = max(head_bytes, min(grant // 4, (grant - STORED_OVERHEAD_BYTES * head_messages) // 2))
-                most = min(max(wanted, head_messages), (grant - 2 * most_bytes) // STORED_OVERHEAD_BYTES)
+                most, most_bytes = _covered(grant, head_bytes, head_messages)
+                most = min(most, max(wanted, head_messages))
                 page = await asyncio.to_thread(self._store.page, self.name, self._cursor, most, most_bytes)
                 if self._has_parked:
                     for span in page:
@@ -152,9 +151,9 @@ class Readback(Inflow):
         if head_bytes is None:
             return []
         left = grant = await self._grant(head_bytes, 1)
-        most = max(1, min(most, grant // (2 * STORED_OVERHEAD_BYTES)))
+        covered, most_bytes = _covered(grant, head_bytes, 1)
         try:
-            heads = await asyncio.to_thread(self._heads, most, max(head_bytes, grant // 4), read_up_to, left)
+            heads = await asyncio.to_thread(self._heads, min(most, covered), most_bytes, read_up_to, left)
             if read_up_to > self._read_up_to:
                 return []  # an eviction has taken back what was read
             # Not those of which an earlier message may have come into a lane since, or is still on its way.
@@ -200,3 +199,10 @@ class Readback(Inflow):
 
 
 NOTHING_UNREAD = (1 << 63) - 1
+
+
+def _covered(grant: int, head_bytes: int, head_messages: int) -> tuple[int, int]:
+    """How many messages and bytes of bodies may be read for this credit, whatever they turn out to be: half of it for
+    each, but as much as the first needs."""
+    most_bytes = max(head_bytes, min(grant // 4, (grant - STORED_OVERHEAD_BYTES * head_messages) // 2))
+    return (grant - 2 * most_bytes) // STORED_OVERHEAD_BYTES, most_bytes
