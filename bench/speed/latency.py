@@ -45,11 +45,13 @@ CALLBACK_RATE = 500
 WEBHOOK = {"type": "webhook", "http_endpoint": "receiver", "batch": True}
 
 # The rows of the drains, but for values that cost the writer nothing.
+_PAYLOAD = "x" * 122
 _TABLE = Table(
     "latency",
     ten_columns(200, name="latency").create,
     "INSERT INTO latency SELECT i, 100001, 'eu', 'pending', 100, 1000.25, true,"
-    f" timestamptz '2026-01-01 00:00:00.123457Z', 'customer 0000001', '{'x' * 122}' FROM generate_series(%(first)s::bigint, %(last)s::bigint) i",
+    f" timestamptz '2026-01-01 00:00:00.123457Z', 'customer 0000001', '{_PAYLOAD}'"
+    " FROM generate_series(%(first)s::bigint, %(last)s::bigint) i",
 )
 _DRAIN_ROWS = 300_000
 _LEFT_OUT_SECONDS = 1
