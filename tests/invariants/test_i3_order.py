@@ -167,6 +167,7 @@ async def test_an_ordered_sink_stops_at_the_culprit_and_goes_on_without_its_key(
     sink = script(world, "file", lambda m: reject("constraint") if "public.t:b" in m.keys else OK, semantics="ordered")
     async with world.running() as engine:
         world.postgres.commit(*(("insert", key) for key in "abcd"), ("update", "b"), ("update", "a"))
+        await until(lambda: len(set(positions(sink.applied))) == 4)
         await until(lambda: sole(engine).counters.messages == 2 and sole(engine).counters.parked_keys == 1)
         assert {i for _, i in positions(sink.applied)} == {0, 2, 3, 5}
         sink.answer = lambda _: OK
