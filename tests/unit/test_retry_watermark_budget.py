@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from spillway.chunk import CHANGE_OVERHEAD_BYTES, MESSAGE_OVERHEAD_BYTES, ChunkBuilder, Keying, Span
 from spillway.flow.budget import Budget, Pool
-from spillway.flow.retry import PROBE_CAP_SECONDS, Breaker, Throttle, backoff_seconds
+from spillway.flow.retry import PROBE_CAP_SECONDS, BatchSize, Breaker, Throttle, backoff_seconds
 from spillway.flow.watermark import Watermark
 
 
@@ -59,6 +59,22 @@ def test_a_hundred_thousand_rejections_cost_some_hundred_messages_an_hour() -> N
     for _ in range(4):
         throttle.succeeded()
     assert throttle.allowance(500) == 500
+
+
+def test_batches_shrink_to_what_a_sink_takes_in_time_and_grow_again() -> None:
+    size = BatchSize(1000, timeout_seconds=30.0)
+    size.answered(1000, 4.0)  # twice as long as it should
+    assert size.messages == 500
+    size.refused(500)
+    assert size.messages == 250
+    size.answered(100, 0.1)  # it was not full: that says nothing
+    assert size.messages == 250
+    for expected in (500, 1000, 1000):
+        size.answered(size.messages, 0.1)
+        assert size.messages == expected
+    for _ in range(20):
+        size.refused(size.messages)
+    assert size.messages == 1
 
 
 @settings(max_examples=300, deadline=None)

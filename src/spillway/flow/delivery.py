@@ -27,7 +27,7 @@ from spillway.flow.attempt import BLOCKED, Answer, Attempt, each
 from spillway.flow.budget import Budget
 from spillway.flow.inflow import STORED_OVERHEAD_BYTES, SinkSpec
 from spillway.flow.readback import READ_BYTES, Readback
-from spillway.flow.retry import PARKED_ROUNDS, Breaker, Throttle, backoff_seconds
+from spillway.flow.retry import PARKED_ROUNDS, BatchSize, Breaker, Throttle, backoff_seconds
 from spillway.flow.window import encoded_cost
 from spillway.metrics import Metrics
 from spillway.position import Position
@@ -40,6 +40,7 @@ BLAME_SECONDS = 60.0  # a sink that took something so recently is not down becau
 CLOSE_SECONDS = 5.0
 DISCARD_MESSAGES = 5000  # removed per transaction
 BUSY_SECONDS = 0.1  # heads of lanes that are due, but something of their keys is under way, are looked at so often
+BATCH_TOO_LARGE = ("timeout", "http_429")  # reasons for which a sink may be down that a smaller batch may avoid
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
 
@@ -59,6 +60,7 @@ class Delivery(Readback):
         self._attempt = Attempt(spec.name, sink, clock, spec.timeout_seconds, spec.toast_fails)
         self.paused = False
         self.breaker = Breaker()
+        self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
         narrow = 6 if state.counters.parked_keys >= PARKED_AT_START else 0
         self.queue_throttle = Throttle(narrow)
         self.lane_throttle = Throttle(narrow)
@@ -138,7 +140,7 @@ class Delivery(Readback):
         if now < at:
             self.drop_cache()
             return at - now
-        allowance = 1 if self.breaker.open else self.queue_throttle.allowance(self.spec.batch_size)
+        allowance = 1 if self.breaker.open else self.queue_throttle.allowance(self.batch_size.messages)
         one_at_a_time = self.breaker.open or self.queue_throttle.narrow
         if one_at_a_time and self._probe_newest and self.stored and not self._in_flight:
             self._probe_newest = False
@@ -271,7 +273,13 @@ class Delivery(Readback):
     async def _ask(self, batch: Batch) -> Answer:
         if self.reads_before_first_request is None:
             self.reads_before_first_request = self._store.reads
-        return await self._attempt(batch)
+        asked_at = self._clock.monotonic()
+        answer = await self._attempt(batch)
+        if not isinstance(answer, Result) or answer.outcome == "ok":
+            self.batch_size.answered(len(batch), self._clock.monotonic() - asked_at)
+        elif answer.outcome == "sink_down" and answer.reason in BATCH_TOO_LARGE:
+            self.batch_size.refused(len(batch))
+        return answer
 
     async def _retry(self) -> None:
         """Try the heads of some lanes again."""

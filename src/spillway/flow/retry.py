@@ -1,4 +1,5 @@
-"""When to try again: the back-off of a message, the breaker of a sink, and the throttle of its stream.
+"""When to try again, and with how much: the back-off of a message, the breaker of a sink, the throttle of its stream,
+and the size of its batches.
 
 Two failures, kept apart (design.md §2). What concerns the *sink* (refused, 401, 429, 503, time-out) opens its
 `Breaker`: deliveries stop, one probe per back-off, no attempt is counted on any message. What concerns a *message*
@@ -20,6 +21,7 @@ PROBE_CAP_SECONDS = 22.0
 RETRY_CAP_SECONDS = 140.0
 JITTER = 0.15
 NARROWEST = 10  # failed batches in a row until the stream is down to single probes (1000 >> 10 == 0)
+REQUEST_SECONDS = 2.0  # the longest that one request should take
 PARKED_ROUNDS = 6  # in how many probes all parked keys are seen: 6 * 25 s < 3 minutes
 
 Random = Callable[[], float]  # uniform in [0, 1)
@@ -85,3 +87,23 @@ class Throttle:
     def succeeded(self) -> None:
         self.streak = max(0, min(self.streak, NARROWEST) - 3)
         self.not_before = 0.0
+
+
+class BatchSize:
+    """How many messages a request to a sink may hold: as many as it takes in `REQUEST_SECONDS`, at most what is
+    configured. A request that is refused for now (429) or not answered in time halves it, full ones that are answered
+    sooner double it."""
+
+    def __init__(self, most: int, timeout_seconds: float) -> None:
+        self._most = most
+        self._target_seconds = min(REQUEST_SECONDS, timeout_seconds / 4)
+        self.messages = most
+
+    def answered(self, count: int, seconds: float) -> None:
+        if seconds > self._target_seconds:
+            self.messages = max(1, min(self.messages, round(count * self._target_seconds / seconds)))
+        elif count >= self.messages:
+            self.messages = min(self._most, 2 * self.messages)
+
+    def refused(self, count: int) -> None:
+        self.messages = max(1, min(self.messages, count // 2))
