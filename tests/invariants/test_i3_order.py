@@ -215,6 +215,40 @@ async def test_a_restart_asks_for_the_head_of_a_key_before_anything_later_of_it(
     assert got == [p for p, keys in world.history("events") if keys == ("public.t:a",)]
 
 
+async def test_the_head_of_two_lanes_waits_for_an_earlier_row_that_is_on_its_way_into_one_of_them(
+    world: World, stores: list[HeldStore]
+) -> None:
+    sink = script(world, "events", lambda _: reject("mapping"), batch_size=1)
+    sink.stalls = {"public.t:a"}
+    engine = await world.start()
+    world.postgres.commit(("insert", "b"), ("insert", "a"), ("move", "a", "b"))
+    await until(lambda: sole(engine).counters.parked_keys == 2 and sole(engine).counters.messages == 3)
+    assert sole(engine).counters.queued == 1, "the insert of a is in flight, from the queue"
+    await world.crash(engine)
+    sink.stalls, sink.answer = set(), lambda _: OK
+    sink.asked.clear()
+    engine = await world.start()
+    delivery = sole(engine)
+    delivery.queue_throttle.not_before = float("inf")
+    await until(lambda: len(sink.applied) == 1 and not delivery._in_flight, "the insert of b")
+    delivery.lane_throttle.not_before = float("inf")
+    await until(lambda: not delivery._retrying)
+    stores[-1].held = True
+    delivery.queue_throttle.not_before = 0.0
+    delivery.wake()
+    await until(lambda: stores[-1].waits(lambda w: w.hold), "the insert of a was read")
+    reads = engine.store.reads
+    delivery.lane_throttle.not_before = delivery._lane_at = 0.0
+    delivery.wake()
+    await until(lambda: engine.store.reads > reads + 4, "the lanes are looked at")
+    await turns()
+    assert len(sink.asked) == 1
+    stores[-1].let_go()
+    await engine.settled()
+    await world.end(engine)
+    assert [i for _, i in positions(sink.applied)] == [0, 1, 2]
+
+
 # -- very many keys for one reason -------------------------------------------------------------------------------------
 async def test_five_thousand_rejected_keys_cost_some_hundred_attempts_and_drain_fast_when_mended(
     world: World,

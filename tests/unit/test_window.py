@@ -280,6 +280,21 @@ def test_a_key_that_shares_its_hash_is_not_superseded() -> None:
         empty(window)
 
 
+def test_who_waited_for_a_hash_whose_owner_was_dropped_goes_on() -> None:
+    with hashes_of(2):  # a and c share theirs
+        window = Window(keyed=True, supersedes=False)
+        admit(window, a_span(1, ("b",), ("b", "a"), ("c",)))
+        batch = take(window, 1)
+        assert window.take(9, PLENTY, PLENTY) is None, "the second owns the hash of a, and waits for b"
+        keys, dropped = window.drop_behind(batch)
+        assert (keys, lsns(dropped)) == ({"a", "b"}, [2])
+        last = take(window)
+        assert lsns(last) == [3]
+        for one in (batch, last):
+            window.release(one)
+        empty(window)
+
+
 def test_eviction_keeps_what_is_in_flight_and_its_keys_busy() -> None:
     window = Window(keyed=True, supersedes=False)
     span = a_span(1, ("a",), ("a", "b"), ("b",), ("c",))
