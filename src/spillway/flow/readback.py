@@ -19,7 +19,7 @@ READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enou
 
 
 class Readback(Inflow):
-    _next_bytes = 0  # credit for the first of the next page, if it is known to be above the sink's ceiling
+    _next_bytes = 0  # credit for the first of the next page, if it is known that there is no room for it
     _reading = False
     _lane_mended = False  # the last retry brought back a key that had failed: try all the others
 
@@ -30,12 +30,16 @@ class Readback(Inflow):
             self.stored
             and not (self._reading or self._puts or self._evict_due)
             and self.memory_messages < self.spec.max_messages
-            and self._below_ceiling(self._next_bytes)
+            and self._has_room(self._next_bytes)
         )
 
-    def _below_ceiling(self, size_bytes: int) -> bool:
-        """Whether so much more may be read back. A single span may, whatever its size."""
-        return not self.memory_bytes or self.memory_bytes + size_bytes <= self.spec.max_memory_bytes
+    def _has_room(self, size_bytes: int) -> bool:
+        """Whether so much more may be read back: below the sink's ceiling, but for a single span, whatever its size;
+        and while there is something to send, only if the credit is there. To wait for it would call for what this
+        very sink has read (`_give_way`)."""
+        if self.memory_bytes and self.memory_bytes + size_bytes > self.spec.max_memory_bytes:
+            return False
+        return not self.window.waiting or self._share.available_bytes() >= size_bytes
 
     def _give_way(self) -> None:
         """What could be sent is in flight by now. If anyone waits for delivery credit the rest is only a cache: those
@@ -60,7 +64,7 @@ class Readback(Inflow):
                 return
             head_bytes, head_messages = head
             self._next_bytes = 2 * head_bytes + STORED_OVERHEAD_BYTES * head_messages
-            if not self._below_ceiling(self._next_bytes):
+            if not self._has_room(self._next_bytes):
                 return
             self._next_bytes = 0
             left = grant = await self._grant(head_bytes, head_messages)

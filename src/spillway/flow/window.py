@@ -265,7 +265,9 @@ class Window:
         if self._keyed:
             for batch in self._flying.values():
                 for span, start, stop in batch.pieces:
-                    self._busy.update(key for place in range(start, stop) for key in _hashes(span, place))
+                    self._busy.update(span.hashes[start:stop])
+                    self._busy.update(was for place, was in span.moved.items() if start <= place < stop)
+            self._busy.discard(0)
         self.waiting = self.ready_count = 0
         return dropped
 
