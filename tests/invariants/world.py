@@ -28,7 +28,7 @@ from spillway.errors import Finding
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
-from spillway.flow.inflow import SinkSpec
+from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.route import ROW_ACTIONS, Router, Subscription
 from spillway.metrics import Metrics
 from spillway.pgoutput import Full, Keepalive, Relation, Renew, TableInfo
@@ -426,6 +426,7 @@ class World:
         clock = FastClock()
         store = open_store(self._state, clock)
         budget = Budget(self.limit_bytes, len(self.sinks))
+        process = Process(store, budget, clock, Metrics())
         deliveries: dict[str, Delivery] = {}
         wants = []
         captures: list[Capture] = []
@@ -435,9 +436,12 @@ class World:
                 "max_message_bytes": 1 << 20, "timeout_seconds": 60.0, **self.specs[name],
             })  # type: ignore[arg-type]  # fmt: skip
             delivery = Delivery(
-                spec, sink, store, store.open_sink(name, "slot"), budget, clock, Metrics(),
+                spec,
+                sink,
+                store.open_sink(name, "slot"),
+                process,
                 lambda: [c.moved() for c in captures],  # type: ignore[arg-type, return-value]
-            )  # fmt: skip
+            )
             deliveries[name] = delivery
             wants.append(self._subscription(name, delivery))
         router = Router(wants)

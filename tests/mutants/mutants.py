@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "removal not committed before the key is free",
-        "flow/delivery.py",
+        "flow/settle.py",
         "            await self._commit(Write(self.name, resolved=stored))\n",
         "            self._commit(Write(self.name, resolved=stored))\n",
         (KEPT + "test_a_key_is_free_only_when_the_removal_of_its_row_has_committed",),

@@ -22,6 +22,7 @@ from spillway.engine.pipeline import Pipeline
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Budget
 from spillway.flow.delivery import Delivery
+from spillway.flow.inflow import Process
 from spillway.metrics import Metrics
 from spillway.position import format_lsn
 from spillway.store.base import Select
@@ -41,7 +42,8 @@ class Engine:
         self._started = datetime.now(UTC)
         self._store = open_store(config.state_path)
         self._budget = Budget(config.memory.limit_bytes, len(config.sinks))
-        self.pipelines = [Pipeline(config, d, self._store, self._budget, self.metrics) for d in config.databases]
+        process = Process(self._store, self._budget, SystemClock(), self.metrics)
+        self.pipelines = [Pipeline(config, database, process) for database in config.databases]
 
     # -- life -------------------------------------------------------------------------------------------------------
     async def run(self, stop: asyncio.Event) -> None:

@@ -15,25 +15,22 @@ import structlog
 
 from spillway import sinks
 from spillway.chunk import Message, Span, chunk_of
-from spillway.clock import SystemClock
 from spillway.config import Config, Database, Sink
 from spillway.errors import Finding, SpillwayError
-from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.health import Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
-from spillway.flow.inflow import SinkSpec
+from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.route import Router, Subscription
-from spillway.metrics import Metrics
 from spillway.pgoutput import DatabaseMeta, Decoder
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
-from spillway.store.base import Identity, Store
+from spillway.store.base import Identity
 
 LAG_SECONDS = 1.0
 REPLAYED = b',"replayed":true'  # ends the body of an event that was a dead letter
@@ -46,15 +43,15 @@ _log = structlog.get_logger()
 class Pipeline:
     """One database: a slot and its sinks."""
 
-    def __init__(self, config: Config, database: Database, store: Store, budget: Budget, metrics: Metrics) -> None:
+    def __init__(self, config: Config, database: Database, process: Process) -> None:
         self.database = database
         self._meta = DatabaseMeta(
             database.id, database.name, database.annotations, database.database, database.hostname
         )
-        self._clock = SystemClock()
-        self._store = store
+        self._clock = process.clock
+        self._store = process.store
         self._slot = database.slot.name
-        self.identity = store.identity(self._slot)
+        self.identity = self._store.identity(self._slot)
         self.lag_bytes: int | None = None
         self.confirmed_lsn: int | None = None
         self.sinks = [s for s in config.sinks if s.database == database.name and s.status != "disabled"]
@@ -63,7 +60,7 @@ class Pipeline:
         self.health: dict[str, Health] = {}
         self._wants: list[Subscription] = []
         for sink in self.sinks:
-            self._add(config, sink, budget, metrics)
+            self._add(config, sink, process)
         self.router = Router(self._wants)
         self._max_message_bytes = max((s.max_message_bytes for s in self.sinks), default=1 << 20)
         self.capture = Capture(
@@ -72,7 +69,7 @@ class Pipeline:
             self._new_decoder,
             self.router,
             self.deliveries,
-            budget,
+            process.budget,
             self._reserve_mark,
             self._clock,
             len(config.databases),
@@ -94,7 +91,7 @@ class Pipeline:
         most = self._max_message_bytes
         return Rereader(query, lambda: Decoder(self._meta, lambda _schema, _table: (), 0, most, 0, most, self._warn))
 
-    def _add(self, config: Config, sink: Sink, budget: Budget, metrics: Metrics) -> None:
+    def _add(self, config: Config, sink: Sink, process: Process) -> None:
         suffix = message_suffix(sink.id, sink.name, sink.annotations)
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
@@ -117,7 +114,7 @@ class Pipeline:
                 sink.backlog.on_full,
             ),
         )
-        delivery = Delivery(spec, built, self._store, state, budget, self._clock, metrics, self._moved)
+        delivery = Delivery(spec, built, state, process, self._moved)
         delivery.paused = sink.status == "paused" if state.paused is None else state.paused
         self.deliveries.append(delivery)
         self.suffixes[sink.name] = suffix

@@ -1,12 +1,8 @@
-"""One sink's flow: what is sent when, and what becomes of it.
+"""One sink's flow: what is sent when.
 
-`Delivery` is a sink's `Inflow` and `Readback` and what stands on them: the loop, the breaker, the throttles. One task
-runs it; each batch in flight, each read of the store and each settling is a child task of that one. State changes
-happen on the loop between awaits, never in a thread.
-
-**Settling.** What was resolved in memory alone is released at once. What has a row is released when the removal of
-the row has committed: only then may a later message of its key go out. What failed is parked or buried by a write
-that covers the tail, and leaves "in flight" when that has committed.
+`Delivery` is a sink's `Inflow`, `Readback` and `Settling`, and what stands on them: the loop, what people ask for, and
+the sending of batches and retries. One task runs it; each batch in flight, each read of the store and each settling is
+a child task of that one. State changes happen on the loop between awaits, never in a thread.
 
 Priorities of the loop, in this order: 1. stop, 2. what the sink said (settling runs as it comes), 3. spill, 4. due
 retries, 5. new work, 6. reading ahead.
@@ -19,24 +15,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from spillway.change import ACTIONS
-from spillway.chunk import ACTION, NOT_STORED, PENDING, TIME, Batch, Message, Piece
-from spillway.clock import Clock
+from spillway.chunk import NOT_STORED, Batch, Message
 from spillway.errors import SpillwayError
-from spillway.flow.attempt import BLOCKED, Answer, Attempt, each
-from spillway.flow.budget import Budget
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, SinkSpec
-from spillway.flow.readback import READ_BYTES, Readback
-from spillway.flow.retry import PARKED_ROUNDS, BatchSize, Breaker, Throttle, backoff_seconds
+from spillway.flow.attempt import Answer, Attempt, each
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Process, SinkSpec
+from spillway.flow.readback import READ_BYTES
+from spillway.flow.retry import PARKED_ROUNDS, BatchSize
+from spillway.flow.settle import Settling
 from spillway.flow.window import encoded_cost
-from spillway.metrics import Metrics
-from spillway.position import Position
 from spillway.sinks.base import Result, Sink
-from spillway.store.base import Park, Select, SinkState, Store, Write
+from spillway.store.base import Select, SinkState, Write
 
 SPILL_AGE_SECONDS = 0.25
-PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
-BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
 CLOSE_SECONDS = 5.0
 DISCARD_MESSAGES = 5000  # removed per transaction
 BUSY_SECONDS = 0.1  # heads of lanes that are due, but something of their keys is under way, are looked at so often
@@ -44,33 +34,16 @@ BATCH_TOO_LARGE = ("timeout", "http_429")  # reasons for which a sink may be dow
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
 
-class Delivery(Readback):
+class Delivery(Settling):
     def __init__(
-        self,
-        spec: SinkSpec,
-        sink: Sink,
-        store: Store,
-        state: SinkState,
-        budget: Budget,
-        clock: Clock,
-        metrics: Metrics,
-        moved: Callable[[], None],
+        self, spec: SinkSpec, sink: Sink, state: SinkState, process: Process, moved: Callable[[], None]
     ) -> None:
-        super().__init__(spec, sink, store, state, budget, clock, metrics, moved)
-        self._attempt = Attempt(spec.name, sink, clock, spec.timeout_seconds, spec.toast_fails)
+        super().__init__(spec, sink, state, process, moved)
+        self._attempt = Attempt(spec.name, sink, process.clock, spec.timeout_seconds, spec.toast_fails)
         self.paused = False
-        self.breaker = Breaker()
         self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
-        narrow = 6 if state.counters.parked_keys >= PARKED_AT_START else 0
-        self.queue_throttle = Throttle(narrow)
-        self.lane_throttle = Throttle(narrow)
-        self.last_error: str | None = None
-        self.last_failure_at = 0.0
-        self.last_progress_at = float("-inf")
-        self.delivered = 0
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
-        self._truncates = 0  # that were settled
         self._in_flight = 0  # batches being sent or settled
         self._lane_waits = 0  # retries that wait for a slot
         self._slot_freed = asyncio.Event()
@@ -345,186 +318,3 @@ class Delivery(Readback):
             await self._settle(batch, await self._ask(batch), self.queue_throttle)
         finally:
             self._free_slot()
-
-    # -- settling ---------------------------------------------------------------------------------------------------
-    async def _settle(self, batch: Batch, answer: Answer, throttle: Throttle) -> None:
-        """Make what the sink said durable, then let go of the messages (see the module's text)."""
-        now = self._clock.monotonic()
-        lane = throttle is self.lane_throttle
-        ok, failed, down, why = self._sort(batch, self._blame(answer, batch, now))
-        if why is not None:
-            self.breaker.failed(now, why.reason, why.detail, why.retry_after_seconds)
-            self._note(why.reason, why.detail, now)
-        elif self.breaker.open:
-            self.breaker.succeeded()
-        if ok:
-            throttle.succeeded()
-            self.last_progress_at = now
-        elif failed and not down:
-            throttle.failed(now)
-        if down:
-            if lane:  # they stay the heads of their lanes
-                self._let_go(down)
-            else:
-                self.window.put_back(down)
-            self.drop_cache()
-        truncates: list[Batch] = []
-        if ok:
-            self._count(ok)
-            ok, truncates = self._without_truncates(ok)
-            if ok:
-                await self._settle_ok(ok, lane=lane)
-        if failed:
-            await self._settle_failed(failed, now, lane=lane)
-        for truncate in truncates:  # last, so that what was parked of its own batch is gone with it
-            await self._settle_truncate(truncate, lane=lane)
-        self._moved()
-
-    def _sort(
-        self, batch: Batch, answer: Answer
-    ) -> tuple[Batch | None, list[tuple[Batch, Result]], Batch | None, Result | None]:
-        """What went through, what failed (each alone), what concerns the sink as a whole, and how it said that."""
-        if isinstance(answer, Result):
-            if answer.outcome == "ok":
-                return batch, [], None, None
-            if answer.outcome == "sink_down":
-                return None, [], batch, answer
-        pairs = list(zip(batch, each(answer, batch), strict=True))
-        ok = Batch.of([m for m, r in pairs if r.outcome == "ok"])
-        failed = [(Batch.of([m]), r) for m, r in pairs if r.outcome in ("retry", "reject")]
-        down = Batch.of([m for m, r in pairs if r.outcome == "sink_down"])
-        why = next((r for _, r in pairs if r.outcome == "sink_down"), None)
-        self.window.divide(batch, [part for part in (ok, down, *(one for one, _ in failed)) if part])
-        return ok or None, failed, down or None, why
-
-    def _blame(self, answer: Answer, batch: Batch, now: float) -> Answer:
-        """A time-out concerns the sink; but one message alone that times out while others go through is itself to
-        blame, and must not be the probe for ever: its key is parked. It is never buried for that."""
-        if len(batch) > 1 or now - self.last_progress_at >= BLAME_SECONDS:
-            return answer
-        result = answer if isinstance(answer, Result) else answer[0]
-        blamed = result.outcome == "sink_down" and result.reason == "timeout"
-        return replace(result, outcome="retry") if blamed else answer
-
-    async def _settle_ok(self, ok: Batch, *, lane: bool) -> None:
-        """Resolved. Nothing of it is done, and no key free, before its removal from the store has committed: else the
-        later message of a key could be confirmed while a crash brings the earlier one back. While we wait for that,
-        the others may be put into the store, too, since they are not done: they are removed in the next round."""
-        superseded = ok.superseded
-        if lane:
-            superseded_by = [m for m in ok if m.superseded]
-            await self._commit(Write(self.name, resolved_held=[*superseded, *ok.messages], superseded_by=superseded_by))
-        else:
-            await self._remove([*ok.pieces, *((m.span, m.place, m.place + 1) for m in superseded)])
-        self._let_go(ok)
-
-    async def _remove(self, pieces: Sequence[Piece]) -> None:
-        """Remove from the store what of these is there, and mark them resolved."""
-        left = pieces
-        while left:
-            if any(span.base == PENDING for span, _, _ in left) and self._last_put is not None:
-                await asyncio.shield(self._last_put)
-                continue
-            stored = [piece for piece in left if piece[0].base != NOT_STORED]
-            if not stored:
-                break
-            left = [piece for piece in left if piece[0].base == NOT_STORED]
-            await self._commit(Write(self.name, resolved=stored))
-        for span, start, stop in pieces:
-            span.resolved[start:stop] = b"\1" * (stop - start)
-            span.left -= stop - start
-
-    def _without_truncates(self, ok: Batch) -> tuple[Batch | None, list[Batch]]:
-        """What went through without its TRUNCATEs, and each of these."""
-        if not any(_TRUNCATE in span.chunk.byte_column(ACTION) for span, _, _ in ok.pieces):
-            return ok, []
-        truncates = [m for m in ok if m.change.action == "truncate"]
-        parts = [Batch.of([m]) for m in truncates]
-        rest = Batch.of([m for m in ok if m.change.action != "truncate"])
-        self.window.divide(ok, [*parts, rest] if rest else parts)
-        return rest or None, parts
-
-    async def _settle_truncate(self, truncate: Batch, *, lane: bool) -> None:
-        """What waits of that table from before it is gone with it, what is parked included."""
-        (message,) = truncate
-        change = message.change
-        self._turns += 1
-        self._truncates += 1
-        below = (change.schema, change.table, Position(*message.position))
-        await self._commit(Write(self.name, drop_table_below=below))
-        await self._settle_ok(truncate, lane=lane)
-
-    async def _settle_failed(self, failed: list[tuple[Batch, Result]], now: float, *, lane: bool) -> None:
-        park: list[Park] = []
-        bury: list[Park] = []
-        blocked: list[Batch] = []
-        let_go: list[Batch] = []
-        behind: list[Message] = []  # what is held together with what is parked
-        for one, result in failed:
-            if result is BLOCKED:
-                blocked.append(one)
-                continue
-            (message,) = one
-            let_go.append(one)
-            self._metrics.rejected(self.name, result.reason, 1)
-            self._note(result.reason, result.detail, now)
-            attempts = message.attempts + 1
-            limit = self.spec.max_retry_count
-            if message.superseded and lane:  # by `latest_wins`, in place of the head
-                park.append(Park(message.superseded[0], result.reason, result.detail, backoff_seconds(attempts - 1)))
-            elif message.superseded:
-                # Not sent themselves yet: they go first, one by one, from the lane.
-                park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
-                behind += [*message.superseded[1:], message]
-            elif (limit is not None and attempts > limit and result.reason != "timeout") or (
-                self.spec.on_reject == "dead_letter" and result.outcome == "reject"
-            ):
-                bury.append(Park(message, result.reason, result.detail, 0.0))
-            else:
-                park.append(Park(message, result.reason, result.detail, backoff_seconds(attempts - 1)))
-        stuck = [p.message for p in park]
-        keys = {key for message in stuck for key in message.keys}
-        put_back: list[Batch] = []
-        for one in blocked:  # in order: one that stands behind under one of its keys blocks the other
-            (message,) = one
-            if keys.isdisjoint(message.keys):
-                put_back.append(one)
-            else:
-                keys.update(message.keys)
-                behind.append(message)
-                let_go.append(one)
-        if lane:  # they have rows in their lanes, and their keys are parked already
-            self._turns += 1
-            await self._commit(Write(self.name, park=park, bury=bury))
-            self._turns += 1
-        else:
-            behind.sort(key=lambda message: message.position)
-            await self._write_unwritten(park=park, bury=bury, stuck=[*stuck, *behind], hold=behind)
-        for one in let_go:
-            self._let_go(one)
-        for one in reversed(put_back):
-            self.window.put_back(one)
-
-    def _let_go(self, batch: Batch) -> None:
-        self.window.release(batch)
-        for span, start, stop in batch.pieces:
-            self._forget(span, stop - start)
-        for message in batch.superseded:
-            self._forget(message.span, 1)
-
-    def _count(self, ok: Batch) -> None:
-        resolved = len(ok) + len(ok.superseded)
-        self.delivered += resolved
-        self._metrics.delivered(self.name, resolved)
-        times: list[int] = []
-        for span, start, stop in ok.pieces:
-            column = span.chunk.column(TIME)
-            times += column[start:stop] if span.whole_chunk else [column[i] for i in span.indices[start:stop]]
-        self._metrics.delivery_seconds(self.name, self._clock.wall(), times)
-
-    def _note(self, reason: str, detail: str, now: float) -> None:
-        self.last_error = f"{reason}: {detail}" if detail else reason
-        self.last_failure_at = now
-
-
-_TRUNCATE = ACTIONS.index("truncate")

@@ -70,26 +70,28 @@ class Parked:
         return self.found.union(self.since, being_parked)
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What all sinks of a process share."""
+
+    store: Store
+    budget: Budget
+    clock: Clock
+    metrics: Metrics
+
+
 class Inflow:
     def __init__(
-        self,
-        spec: SinkSpec,
-        sink: Sink,
-        store: Store,
-        state: SinkState,
-        budget: Budget,
-        clock: Clock,
-        metrics: Metrics,
-        moved: Callable[[], None],
+        self, spec: SinkSpec, sink: Sink, state: SinkState, process: Process, moved: Callable[[], None]
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self._sink = sink
-        self._store = store
-        self._budget = budget
-        self._share = budget.share(self.wake)
-        self._clock = clock
-        self._metrics = metrics
+        self._store = process.store
+        self._budget = process.budget
+        self._share = process.budget.share(self.wake)
+        self._clock = process.clock
+        self._metrics = process.metrics
         self._moved = moved  # called when the watermark may have moved or a full backlog has room
         self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
         self.counters = state.counters
@@ -100,7 +102,7 @@ class Inflow:
         self.oldest_seconds = 0.0  # age of the oldest waiting message, as of the last `check_limits`
         self._gap_lsn: int | None = None  # a gap begins here that is not durable yet
         self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
-        self.busy_since = clock.monotonic()
+        self.busy_since = process.clock.monotonic()
         self.last_intake_at = float("-inf")
         self.truncates_ignored = 0
         self.memory_bytes = 0
