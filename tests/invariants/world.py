@@ -233,6 +233,9 @@ class FakeStream:
     def something_is_buffered(self) -> bool:
         return bool(self._kept or self._frames or self._sent < len(self._postgres.transactions))
 
+    async def again(self) -> bool:
+        return self.something_is_buffered
+
     async def more(self) -> None:
         while not self.something_is_buffered:
             await asyncio.sleep(0.001)

@@ -2,8 +2,8 @@
 tells Postgres what may be dropped.
 
 A *chunk* is what one go at the socket gave, up to a number of changes and bytes: the decoder fills it without an await
-between two frames. It is handed over when it is full, or at once when nothing more is buffered: at low load one change
-is one chunk.
+between two frames. It is handed over when it is full, or at once when nothing more has come: at low load one change is
+one chunk. Handing over costs something for each sink, so under load a small chunk takes another bite first.
 
 Credit (I4). Credit for a chunk is taken from the capture pool before its frames are decoded; the decoder counts for
 each frame three times its size (libpq holds it twice while it is received) and what rendering adds, and stops when the
@@ -40,6 +40,7 @@ from spillway.store.base import Written
 
 CHUNK_CHANGES = 4000
 CHUNK_BYTES = 8 << 20  # of credit
+WORTH_CHANGES = 64  # per sink: while more comes at once, a chunk is not handed over for less
 FRAME_OVERHEAD_BYTES = 1536  # what a row's metadata adds to its bytes, while it is built and while it is copied
 RENEW_FRAME_BYTES = 8 << 20
 FEEDBACK_SECONDS = 0.2
@@ -104,6 +105,7 @@ class Capture:
         # So that no sink is stored only for want of room for a single chunk.
         least = min((d.spec.max_messages for d in deliveries), default=CHUNK_CHANGES)
         self._chunk_changes = max(1, min(CHUNK_CHANGES, least // 4))
+        self._worth_changes = min(WORTH_CHANGES * len(deliveries), self._chunk_changes)
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
         self._owing: set[asyncio.Task[None]] = set()
@@ -201,8 +203,9 @@ class Capture:
         while True:
             stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
-                await self._hand_over(decoder)
-                await stream.more()
+                if not 0 < decoder.count < self._worth_changes or not await stream.again():
+                    await self._hand_over(decoder)
+                    await stream.more()
             elif isinstance(stop, Full):
                 await self._hand_over(decoder)
                 await self._take_credit(stop.needed_bytes, decoder.largest_frame_bytes)

@@ -2,7 +2,8 @@
 
 The caller's loop is ``while (stop := stream.fill(decoder, ...)) is None: await stream.more()``. `fill` lets the decoder
 take what is whole in memory; it never waits and never reads the socket. `more` waits until there is something to read,
-reads one bite and may return with nothing whole. So an await is paid per bite, not per row.
+reads one bite and may return with nothing whole; `again` does the same without waiting. So an await is paid per bite,
+not per row.
 
 What it promises:
 
@@ -150,35 +151,40 @@ class Stream:
 
     async def more(self) -> None:
         """Wait until the server has sent something and read one bite of it."""
+        if not await self.again():
+            await self._wait(writing=False)
+            self._read_bite()
+
+    async def again(self) -> bool:
+        """Read one bite of what is there, or is there after a nap (under load). False: there is nothing."""
         assert self._pace is not None, "the stream has started"
         self._pace.took(self._taken_frames, self._taken_bytes)
+        self._taken_frames = self._taken_bytes = 0
         queued_bytes = self._queued_bytes()
         if queued_bytes == 0 and self._pace.naps:
             await self._pace.nap()
             queued_bytes = self._queued_bytes()
         elif queued_bytes:
             await asyncio.sleep(0)  # under full load this is the only turn that other tasks get
-        self._taken_frames = self._taken_bytes = 0
         if queued_bytes:
             self._hidden_reads = TLS_HIDDEN_READS if self._encrypted else 0
         elif self._hidden_reads:
             self._hidden_reads -= 1
         else:
-            await self._wait(writing=False)
-        if self._lost is not None:
-            return
-        try:
-            self._read_bite()
-        except psycopg.Error as error:
-            self._lost = stream_refusal(error, self.slot, self.publications)
+            return False
+        self._read_bite()
+        return True
 
     def _read_bite(self) -> None:
         """Read what fits libpq's buffer. libpq doubles it whenever it is asked to read into a full one, so it is asked
         again only while the buffer is certainly full and still below the size of a bite."""
         room_bytes = self._buffer_bytes
-        while True:
+        while self._lost is None:
             queued_bytes = self._queued_bytes()
-            self._pgconn.consume_input()
+            try:
+                self._pgconn.consume_input()
+            except psycopg.Error as error:
+                self._lost = stream_refusal(error, self.slot, self.publications)
             if queued_bytes < room_bytes or self._buffer_bytes >= READ_BYTES:
                 return
             room_bytes = self._buffer_bytes
