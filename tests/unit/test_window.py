@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from spillway import chunk as the_chunk
 from spillway.chunk import MOVED, WHOLE, Batch, ChunkBuilder, Keying, Message, Span
-from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window, encoded_cost
+from spillway.flow.window import ENCODED_OVERHEAD_BYTES, SUPERSEDED_AT_ONCE, Window, encoded_cost
 
 BODY = b'{"record":{}'
 PLENTY = 1 << 40
@@ -261,6 +261,37 @@ def test_a_state_sends_the_newest_whole_image_and_counts_the_earlier_as_supersed
     assert lsns(batch) == [5]
     assert lsns(batch.superseded) == [1, 2, 3, 4]
     window.release(batch)
+    empty(window)
+
+
+def test_of_a_long_line_so_much_is_looked_at_for_a_newer_image_as_is_sent_in_its_place() -> None:
+    window = Window(keyed=True, supersedes=True)
+    admit(window, a_span(1, *[("k",)] * (SUPERSEDED_AT_ONCE + 3), keying=Keying.STATE))
+    batch = take(window)
+    assert lsns(batch) == [SUPERSEDED_AT_ONCE + 1]
+    assert len(batch.superseded) == SUPERSEDED_AT_ONCE
+    window.release(batch)
+    batch = take(window)
+    assert lsns(batch) == [SUPERSEDED_AT_ONCE + 3]
+    window.release(batch)
+    empty(window)
+
+
+def test_a_park_looks_at_the_texts_of_what_it_may_block_alone() -> None:
+    """However much waits: a message with two keys blocks both, and what stands behind them; the rest is not read."""
+    window = Window(keyed=True, supersedes=False)
+    admit(window, a_span(1, ("a",), ("a", "b"), ("y", "z")), a_span(4, *((f"k{n}",) for n in range(100)), ("b",)))
+    batch = take(window, 1)
+    looked_at: list[tuple[str, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        keys_of = Span.keys
+        patch.setattr(Span, "keys", lambda span, place: looked_at.append(keys_of(span, place)) or looked_at[-1])
+        keys, dropped = window.drop_behind(batch)
+    assert keys == {"a", "b"}
+    assert lsns(dropped) == [2, 104]
+    assert sorted(looked_at) == [("a",), ("a", "b"), ("b",)]
+    window.release(batch)
+    window.release(take(window, 1000))
     empty(window)
 
 

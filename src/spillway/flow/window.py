@@ -27,16 +27,17 @@ nothing later of the key can be sent and confirmed while a crash would bring the
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 from spillway.chunk import FLAGS, NOT_STORED, WHOLE, Batch, Keying, Message, Piece, Span
 
 Place = tuple[Span, int]
 
 ENCODED_OVERHEAD_BYTES = 512
+SUPERSEDED_AT_ONCE = 512  # so far a line is looked at for a newer image, whatever its length
 
 
 class Window:
@@ -277,64 +278,69 @@ class Window:
         keys that stands behind one of them blocks the other, too."""
         keys = {key for message in parked for key in message.keys}
         dropped: list[Message] = []
-        hashes = {key for message in parked for key in _hashes(message.span, message.place)}
-        refs = sorted({(s, place) for s, a, b in self._candidates(hashes) for place in range(a, b)}, key=_position)
-        for span, place in refs:
+        hashes = self._linked({key for message in parked for key in _hashes(message.span, message.place)})
+        for span, place in sorted(self._candidates(hashes), key=_position):
             own = span.keys(place)
             if not keys.isdisjoint(own):
                 keys.update(own)
                 dropped.append(Message(span, place))
         if dropped:
-            self._remove({(m.span, m.place) for m in dropped})
+            self._remove([(m.span, m.place) for m in dropped])
         return keys, dropped
 
-    def _candidates(self, hashes: set[int]) -> Iterator[Piece]:
-        """What waits and may have one of these keys; everything, while there are messages with two keys."""
-        waiting = list(self._waiting())
-        if any(span.moved for span, _, _ in waiting):
-            yield from waiting
-            return
-        for key in hashes:
-            yield from ((span, place, place + 1) for span, place in self._lines.get(key, ()))
+    def _linked(self, hashes: set[int]) -> set[int]:
+        """These, and all that they may block: messages with two keys pass it on from one to the other."""
+        pairs = [_hashes(*ref) for ref in self._waits]
+        for span in {span for span, _, _ in chain(self._claimed, self._fresh)}:
+            pairs += [_hashes(span, place) for place in span.moved]
+        others: dict[int, list[int]] = {}
+        for pair in pairs:
+            for key in pair:
+                others.setdefault(key, []).extend(pair)
+        found = set(hashes)
+        to_follow = list(hashes)
+        while to_follow:
+            new = set(others.get(to_follow.pop(), ())) - found
+            found |= new
+            to_follow += new
+        return found
+
+    def _candidates(self, hashes: set[int]) -> set[Place]:
+        """What waits and has one of these hashes, which are `_linked`."""
+        found = {ref for key in hashes for ref in self._lines.get(key, ())}
         # What is claimed, too: of a sink without lines, what was put back may be behind anything that is parked.
         for span, start, stop in chain(self._claimed, self._fresh):
             if not hashes.isdisjoint(span.hashes[start:stop]):
-                yield from ((span, p, p + 1) for p in range(start, stop) if span.hashes[p] in hashes)
+                found.update((span, place) for place in range(start, stop) if span.hashes[place] in hashes)
+        return found
 
-    def _remove(self, dropped: Collection[Place]) -> None:
-        self.waiting -= len(dropped)
-        for key, line in list(self._lines.items()):
-            left = deque(ref for ref in line if ref not in dropped)
+    def _remove(self, dropped: Sequence[Place]) -> None:
+        """Of what waits; in position order. Who stands behind one of them, and is not dropped, has another key of the
+        same hash: it goes on if that was the owner."""
+        gone = set(dropped)
+        places: dict[Span, list[int]] = {}
+        in_line: dict[Place, set[int]] = {}  # in the lines of which hashes it was
+        hashes: dict[int, None] = {}  # of all, in order
+        for span, place in dropped:
+            places.setdefault(span, []).append(place)
+            hashes.update(dict.fromkeys(_hashes(span, place)))
+        for key in hashes:
+            line = self._lines.pop(key, ())
+            left = deque(ref for ref in line if ref not in gone)
             if left:
                 self._lines[key] = left
-            else:
-                del self._lines[key]
+            if len(left) < len(line):
+                for ref in gone.intersection(line):
+                    in_line.setdefault(ref, set()).add(key)
+        self.waiting -= len(dropped)
+        self.ready_count -= len(dropped) - len(in_line)
+        self._claimed = _without(self._claimed, places)
+        self._fresh = _without(self._fresh, places)
         for ref in dropped:
-            self._waits.pop(ref, None)
-        self._claimed = self._without(self._claimed, dropped)
-        self._fresh = self._without(self._fresh, dropped)
-        self.ready_count = sum(stop - start for pieces in (self._claimed, self._fresh) for _, start, stop in pieces)
-        if self._keyed and any(place in span.moved for span, place in dropped):
-            # One of them may have been the head of a key while it waited at the other. Who stands behind it there, and
-            # is not dropped, has another key of the same hash.
-            owned = {key for s, a, b in self._unlined() for p in range(a, b) for key in _hashes(s, p)}
-            for ref in self._waits:
-                owned.update(key for key in _hashes(*ref) if ref not in self._lines.get(key, ()))
-            for key in self._busy - owned:
-                self._release(key)
-
-    @staticmethod
-    def _without(pieces: deque[Piece], dropped: Collection[Place]) -> deque[Piece]:
-        spans = {span for span, _ in dropped}
-        left: list[Piece] = []
-        for span, start, stop in pieces:
-            if span not in spans:
-                left.append((span, start, stop))
-                continue
-            for place in range(start, stop):
-                if (span, place) not in dropped:
-                    _append(left, span, place)
-        return deque(left)
+            if self._waits.pop(ref, 0):
+                for key in _hashes(*ref):
+                    if key not in in_line[ref]:  # it was the head of that key while it waited at the other
+                        self._release(key)
 
     def _waiting(self) -> Iterator[Piece]:
         """Everything that is not in flight."""
@@ -361,14 +367,13 @@ class Window:
         return batch
 
     def _newest(self, message: Message, key: int, line: deque[Place]) -> Message:
-        later = [Message(span, place) for span, place in line]
-        if any(m.keys != message.keys for m in later):  # two keys share the hash
+        ahead = list(islice(line, SUPERSEDED_AT_ONCE))
+        last = next((at for at in reversed(range(len(ahead))) if _stands_alone(*ahead[at])), -1)
+        text = _key_text(message.span, message.place)
+        if last < 0 or any(_key_text(*ref) != text for ref in ahead[: last + 1]):  # other keys may share the hash
             return message
-        last = next((at for at in reversed(range(len(later))) if _stands_alone(later[at])), -1)
-        if last < 0:
-            return message
-        newest = later[last]
-        newest.superseded = [message, *later[:last]]
+        newest = Message(*ahead[last])
+        newest.superseded = [message, *(Message(*ref) for ref in ahead[:last])]
         for _ in range(last + 1):
             line.popleft()
         if not line:
@@ -450,6 +455,25 @@ def _append(pieces: list[Piece], span: Span, place: int) -> None:
         pieces.append((span, place, place + 1))
 
 
-def _stands_alone(message: Message) -> bool:
+def _without(pieces: deque[Piece], places: Mapping[Span, Sequence[int]]) -> deque[Piece]:
+    """The pieces, cut where these places are, which rise."""
+    left: deque[Piece] = deque()
+    for span, start, stop in pieces:
+        out = places.get(span, ())
+        for place in out[bisect_left(out, start) : bisect_left(out, stop)]:
+            if place > start:
+                left.append((span, start, place))
+            start = place + 1  # noqa: PLW2901 - what is left of the piece
+        if stop > start:
+            left.append((span, start, stop))
+    return left
+
+
+def _key_text(span: Span, place: int) -> bytes:
+    """Of a message of a state, which has no more than one key."""
+    return span.chunk.key_texts(span.indices[place])[0]
+
+
+def _stands_alone(span: Span, place: int) -> bool:
     """A whole image, or a delete, which is always whole."""
-    return bool(message.span.chunk.byte(message.span.indices[message.place], FLAGS) & WHOLE)
+    return bool(span.chunk.byte(span.indices[place], FLAGS) & WHOLE)
