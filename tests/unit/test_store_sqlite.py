@@ -232,6 +232,17 @@ def test_a_head_is_displaced_by_an_earlier_row(store: SqliteStore) -> None:
     assert lsns([h.message for h in store.due(SINK, 10, 1000, END)]) == [3]
 
 
+def test_a_lane_is_discarded_from_its_end(store: SqliteStore) -> None:
+    """Its head goes last: nothing behind it becomes due between two steps of a command."""
+    lane = span(*[(lsn, "a") for lsn in range(1, 6)])
+    store.write(put(lane)).result()
+    store.write(Write(SINK, park=park(*at(lane, 0)).park, hold=at(lane, 1, 2, 3, 4))).result()
+    for left in (3, 1, 0):
+        assert store.discard(SINK, Select(key=key("a")), 2, frozenset()).result() == 2 - (left == 0)
+        assert lsns(store.show(SINK, key("a"), 10)) == list(range(1, left + 1))
+        assert store.due(SINK, 10, 1000, END) == []
+
+
 def test_what_servers_say_cannot_hurt(store: SqliteStore) -> None:
     one = plain(1, 1)
     store.write(put(one)).result()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import cast
 
-from spillway.store.apply import SELECT_KEY_ROWS, Transaction, by_span
+from spillway.store.apply import Transaction, by_span
 from spillway.store.base import Select
 from spillway.store.queue import Taken
 from spillway.store.rows import CHUNK, SinkRow, as_json, rows_of
@@ -26,6 +26,10 @@ SELECT_HELD_FOR = """
         SELECT l.key, l.id FROM parked p INDEXED BY parked_reason CROSS JOIN lane l
         ON l.sink = p.sink AND l.key = p.key AND l.id >= p.head AND l.id < iif(p.key = ?2, ?3, 0x7fffffffffffffff)
         WHERE p.sink = ?1 AND p.reason = ?5 AND p.key >= ?2 ORDER BY p.key, l.id DESC LIMIT ?4)"""
+# One lane, in the same order.
+SELECT_LANE = """
+    SELECT json_group_array(id) FROM (
+        SELECT id FROM lane WHERE sink = ? AND key = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
 SELECT_HEAD = """
     SELECT p.head, l.other FROM parked p CROSS JOIN lane l ON l.sink = p.sink AND l.key = p.key AND l.id = p.head
     WHERE p.sink = ? AND p.key = ?"""
@@ -84,14 +88,14 @@ class Commands(Transaction):
         return count + self._queue.take(sink, list(_at_most(limit - count, queue)))
 
     def _collect_lane(self, sink: SinkRow, key: str, rows: set[int], limit: int, spare: frozenset[int]) -> None:
-        after = 0
+        before = _LAST
         while len(rows) < limit:
-            cursor = self._db.execute(SELECT_KEY_ROWS, (sink.id, key, after, _LAST, CHUNK))
+            cursor = self._db.execute(SELECT_LANE, (sink.id, key, before, CHUNK))
             found = cast("list[int]", rows_of(cursor))
             rows.update([row for row in found if row not in spare][: limit - len(rows)])
             if len(found) < CHUNK:
                 return
-            after = found[-1]
+            before = found[-1]
 
     def _collect_held(
         self, sink: SinkRow, reason: str | None, rows: set[int], limit: int, spare: frozenset[int]

@@ -8,7 +8,7 @@ space that is given back to the disk when it is full (see `spillway.store.sqlite
 
 Settings: pages of 16 KiB: larger ones cost a put a little less and a single park more; WAL with ``synchronous=FULL``;
 ``secure_delete`` off, which some builds turn on and which would write every freed page once more; the cache bounded to
-8 MB for each of the two connections; no mmap, whose pages would count as memory of the process; no automatic
+8 MB for each of the three connections; no mmap, whose pages would count as memory of the process; no automatic
 checkpoints, because they would run before a commit is reported.
 """
 
