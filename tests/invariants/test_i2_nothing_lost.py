@@ -28,8 +28,8 @@ from invariants.world import Engine, Selection, World
 from spillway.chunk import Span
 from spillway.errors import SpillwayError
 from spillway.flow.delivery import Delivery
-from spillway.flow.inflow import Parked
 from spillway.flow.limits import Limits
+from spillway.flow.parking import Parked
 from spillway.sinks.base import OK, reject, retry, sink_down
 from spillway.store.base import Select
 

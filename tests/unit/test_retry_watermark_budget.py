@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from spillway.chunk import CHANGE_OVERHEAD_BYTES, MESSAGE_OVERHEAD_BYTES, ChunkBuilder, Keying, Span
 from spillway.flow.budget import Budget, Pool
+from spillway.flow.parking import HeldBack
 from spillway.flow.retry import PROBE_CAP_SECONDS, BatchSize, Breaker, Throttle, backoff_seconds
 from spillway.flow.watermark import Watermark
 
@@ -190,3 +191,22 @@ def test_a_chunk_for_which_there_is_no_room_is_not_held() -> None:
     span = Span(builder.take(), Keying.EVENTS)
     assert not budget.hold(span)
     assert budget.held_bytes == span.chunk.holders == 0
+
+
+# -- keys that are being parked ----------------------------------------------------------------------------------------
+def test_a_look_up_learns_what_is_done_while_it_is_open_and_nothing_after() -> None:
+    held_back = HeldBack()
+    held_back.hold(["before"])
+    held_back.done(["before"])
+    with held_back.looking_up() as parked:
+        held_back.hold(["a", "b"])
+        held_back.hold(["a"])
+        held_back.done(["a", "b"])
+        assert held_back.union(parked) == {"a", "b"}
+        assert parked.since == {"b"}, "another write of a has not committed"
+        held_back.done(["a"])
+        assert held_back.union(parked) == {"a", "b"}
+    assert not held_back
+    held_back.hold(["later"])
+    held_back.done(["later"])
+    assert held_back.union(parked) == {"a", "b"}, "closed, it does not grow"

@@ -216,14 +216,14 @@ class Delivery(Settling):
         """Dead letters (their rows) become heads of lanes, due at once, as these messages. What is unwritten is
         written first, so that they stand behind everything of their keys."""
         keys = {key for _, letter in letters for key in letter.keys}
-        self._hold_back(keys)
+        self._diverted.hold(keys)
         self._write_unwritten()
         self._turns += 1
         try:
             await self._commit(Write(self.name, revive=letters))
         finally:
             self._turns += 1
-            self._hold_back_no_more(keys)
+            self._diverted.done(keys)
         self.try_now()
 
     # -- sending ----------------------------------------------------------------------------------------------------

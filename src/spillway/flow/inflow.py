@@ -14,8 +14,8 @@ position, and a restart skips exactly what is at or below it.
 
 **Parked keys.** What comes of a parked key is held: newcomers in direct mode, and what is read back in stored mode
 (newcomers of a stored sink go to the queue whatever their key). Which keys are parked is asked of the store by look-up,
-per span and only while there are such keys. A key that is being parked is in ``_diverted`` until that has committed,
-and then in ``since`` of the look-ups that had begun before (`Parked`).
+per span and only while there are such keys; what is being parked meanwhile is known to ``_diverted``
+(spillway.flow.parking).
 
 **The cap.** A backlog at its cap blocks the slot (`blocks`), or takes the sink out with a gap on record: what a growing
 gap swallows is confirmed only after the gap is durable.
@@ -33,6 +33,7 @@ from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Mes
 from spillway.clock import Clock
 from spillway.flow.budget import Budget
 from spillway.flow.limits import Limits
+from spillway.flow.parking import HeldBack, Parked
 from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window
 from spillway.metrics import Metrics
 from spillway.position import ZERO, Position
@@ -57,17 +58,6 @@ class SinkSpec:
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     toast_fails: bool = False
     limits: Limits = field(default_factory=Limits)
-
-
-@dataclass(slots=True)
-class Parked:
-    """The answer of a look-up: keys that were parked when it began, and those whose park has committed since."""
-
-    found: set[str] = field(default_factory=set)
-    since: set[str] = field(default_factory=set)
-
-    def union(self, being_parked: Iterable[str]) -> set[str]:
-        return self.found.union(self.since, being_parked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +100,8 @@ class Inflow:
         self._read_back = 0  # spans in memory that the delivery pool covers
         self._cursor = 0  # rows of the queue up to here are in memory, in `_skip`, or gone
         self._skip: set[int] = set()  # rows beyond the cursor that are in flight: a page must not bring them again
-        self._diverted: dict[str, int] = {}  # keys of parks and diversions that have not committed
-        self._asked_by_capture = Parked()
-        self._asked_by_reader = Parked()
-        self._asked_by_lanes = Parked()
+        self._diverted = HeldBack()
+        self._asked_by_capture: Parked | None = None  # open from `parked_among` to `intake`
         self._puts = 0  # uncommitted puts of messages that are in the window
         self._put_count = 0  # all puts ever, to see whether a page read was overtaken by one
         self._puts_done = 0  # and how many of them have committed
@@ -155,9 +143,15 @@ class Inflow:
 
     async def parked_among(self, span: Span) -> Parked:
         """Which keys of this span are parked. To be called right before `intake`, when `needs_look_up`."""
-        self._asked_by_capture = parked = Parked()
+        self._close_look_up()  # that of a stream which ended before the intake
+        self._asked_by_capture = parked = self._diverted.open()
         await self._look_up(parked, span)
         return parked
+
+    def _close_look_up(self) -> None:
+        if self._asked_by_capture is not None:
+            self._diverted.close(self._asked_by_capture)
+            self._asked_by_capture = None
 
     async def _look_up(self, parked: Parked, span: Span) -> None:
         keys = {key for place in range(len(span)) for key in span.keys(place)}
@@ -167,6 +161,7 @@ class Inflow:
     def intake(self, span: Span, parked: Parked | None) -> asyncio.Future[Written] | None:
         """Take messages in position order. Returns the commit to wait for before their capture credit is given back,
         None if the window covers them. ``parked`` is None when no look-up was made."""
+        self._close_look_up()  # nothing commits before this returns
         if span.position(0) <= self.tail:  # read again after a reconnect or a restart: known already
             known = bisect_right(range(len(span)), tuple(self.tail), key=span.position)
             if known == len(span):
@@ -211,7 +206,7 @@ class Inflow:
         """Into the window; but what has a parked key, or is too large, goes to the store and takes all else along."""
         self.memory_messages += len(span)
         large = self._large_places(span)
-        held = parked.union(self._diverted) if parked is not None else set()
+        held = self._diverted.union(parked) if parked is not None else set()
         if not held and not large:
             self.window.admit(span, 0, len(span))
             return None
@@ -272,7 +267,7 @@ class Inflow:
             blocked, behind = self.window.drop_behind(stuck)
             keys |= blocked
             self._turns += 1
-        self._hold_back(keys)
+        self._diverted.hold(keys)
         large = [self._large(Message(s, p)) for s in put for p in self._large_places(s) if not s.resolved[p]]
         for span in put:
             span.base = PENDING  # see `_put`
@@ -292,7 +287,7 @@ class Inflow:
         def committed(_: asyncio.Future[Written]) -> None:
             self._puts -= 1
             self._mark_durable(put)
-            self._hold_back_no_more(keys)
+            self._diverted.done(keys)
             for message in (*aside, *behind):
                 self._forget(message.span, 1)
             if park:
@@ -303,21 +298,6 @@ class Inflow:
 
         done.add_done_callback(committed)
         return done
-
-    def _hold_back(self, keys: Iterable[str]) -> None:
-        """What comes of these keys is held: the keys are being parked."""
-        for key in keys:
-            self._diverted[key] = self._diverted.get(key, 0) + 1
-
-    def _hold_back_no_more(self, keys: Iterable[str]) -> None:
-        """It has committed: a look-up that begins from now on sees whether they are parked."""
-        for key in keys:
-            if self._diverted[key] == 1:
-                del self._diverted[key]
-                for parked in (self._asked_by_capture, self._asked_by_reader, self._asked_by_lanes):
-                    parked.since.add(key)
-            else:
-                self._diverted[key] -= 1
 
     def _commit(self, write: Write) -> asyncio.Future[Written]:
         """Queue a write. The future is done on the loop, after the commit; the counters are up to date then."""

@@ -12,7 +12,7 @@ import asyncio
 
 from spillway.chunk import Batch, Message, Span
 from spillway.errors import SpillwayError
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, Parked, stored_cost
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, stored_cost
 from spillway.store.base import Write
 
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
@@ -55,7 +55,6 @@ class Readback(Inflow):
         """The next page of the queue into the window; becomes direct when there is none."""
         try:
             turns, puts = self._turns, self._put_count
-            self._asked_by_reader = parked = Parked()
             all_committed = self._puts_done == puts
             head = await asyncio.to_thread(self._store.bytes_at_head, self.name, self._cursor)
             if head is None:
@@ -71,14 +70,15 @@ class Readback(Inflow):
             try:
                 most, most_bytes = _covered(grant, head_bytes, head_messages)
                 most = min(most, max(wanted, head_messages))
-                page = await asyncio.to_thread(self._store.page, self.name, self._cursor, most, most_bytes)
-                if self._has_parked:
-                    for span in page:
-                        await self._look_up(parked, span)
+                with self._diverted.looking_up() as parked:
+                    page = await asyncio.to_thread(self._store.page, self.name, self._cursor, most, most_bytes)
+                    if self._has_parked:
+                        for span in page:
+                            await self._look_up(parked, span)
+                    held = self._diverted.union(parked)
                 if turns != self._turns or self._puts:
                     return  # overtaken by a park or an eviction: read again
                 hold: list[Message] = []
-                held = parked.union(self._diverted)
                 for span in page:
                     if span.left:
                         self._remember(span)
@@ -121,10 +121,10 @@ class Readback(Inflow):
         if not hold:
             return
         keys = {key for message in hold for key in message.keys}
-        self._hold_back(keys)
+        self._diverted.hold(keys)
 
         def committed(_: object) -> None:
-            self._hold_back_no_more(keys)
+            self._diverted.done(keys)
             for message in hold:
                 self._forget(message.span, 1)
             self._lane_at = 0.0
@@ -150,18 +150,18 @@ class Readback(Inflow):
     async def _read_heads(self, most: int) -> list[Batch]:
         """Heads of lanes into flight, with their credit taken; no two of them have a key in common."""
         read_up_to = self._read_up_to
-        self._asked_by_lanes = parked = Parked()
         head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, read_up_to, self._lane_mended)
         if head_bytes is None:
             return []
         left = grant = await self._grant(head_bytes, 1)
         covered, most_bytes = _covered(grant, head_bytes, 1)
         try:
-            heads = await asyncio.to_thread(self._heads, min(most, covered), most_bytes, read_up_to, left)
+            with self._diverted.looking_up() as parked:
+                heads = await asyncio.to_thread(self._heads, min(most, covered), most_bytes, read_up_to, left)
+                # Not those of which an earlier message may have come into a lane since, or is still on its way.
+                stale = self._diverted.union(parked)
             if read_up_to > self._read_up_to:
                 return []  # an eviction has taken back what was read
-            # Not those of which an earlier message may have come into a lane since, or is still on its way.
-            stale = parked.union(self._diverted)
             heads = self.window.free([message for message in heads if stale.isdisjoint(message.keys)])
             for message in heads:
                 for one in (*(message.superseded or ()), message):
