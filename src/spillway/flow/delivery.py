@@ -19,8 +19,8 @@ from spillway.chunk import NOT_STORED, Batch, Message
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import Answer, Attempt, each
 from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Process, SinkSpec
-from spillway.flow.readback import READ_BYTES
-from spillway.flow.retry import PARKED_ROUNDS, BatchSize
+from spillway.flow.readback import READ_BYTES, DoesNotFit
+from spillway.flow.retry import PARKED_ROUNDS
 from spillway.flow.settle import Settling
 from spillway.flow.window import encoded_cost
 from spillway.sinks.base import Result, Sink
@@ -41,7 +41,6 @@ class Delivery(Settling):
         super().__init__(spec, sink, state, process, moved)
         self._attempt = Attempt(spec.name, sink, process.clock, spec.timeout_seconds, spec.toast_fails)
         self.paused = False
-        self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
         self._in_flight = 0  # batches being sent or settled
@@ -130,7 +129,7 @@ class Delivery(Settling):
         wanted = allowance if one_at_a_time else 2 * allowance * self._sink.max_in_flight
         if self._may_read and self.window.ready_count < max(1, wanted // 2):
             self._reading = True
-            tasks.create_task(self._read(wanted))
+            tasks.create_task(self._read_page(wanted))
         return IDLE_SECONDS
 
     @property
@@ -197,11 +196,10 @@ class Delivery(Settling):
             while self._puts and self._last_put is not None:  # what is in memory must have its row, to be spared
                 # It may be done while what follows from that has not run yet: this lets it run, an await would not.
                 await asyncio.wait([self._last_put])
-            self._turns += 1
-            self.drop_cache()
-            spare = frozenset(self.window.rows())
-            count = await asyncio.wrap_future(self._store.discard(self.name, select, DISCARD_MESSAGES, spare))
-            self._turns += 1
+            with self._removing():
+                self.drop_cache()
+                spare = frozenset(self.window.rows())
+                count = await asyncio.wrap_future(self._store.discard(self.name, select, DISCARD_MESSAGES, spare))
             total += count
             if count == 0:
                 break
@@ -258,16 +256,14 @@ class Delivery(Settling):
         """Try the heads of some lanes again."""
         try:
             parked = self.counters.parked_keys
-            most = max(
-                self.lane_throttle.allowance(self.spec.batch_size),
-                min(self.spec.batch_size, -(-parked // PARKED_ROUNDS)),
-            )
+            size = self.batch_size.messages
+            most = max(self.lane_throttle.allowance(size), min(size, -(-parked // PARKED_ROUNDS)))
             if not self.lane_throttle.streak:
                 most *= self._sink.max_in_flight
             # Credit before the slots: what holds the credit may need a slot to give it back.
-            truncates = self._truncates
+            removals = self._removals
             batches = await self._read_heads(1 if self.breaker.open else most)
-            retries = [self._retry_batch(heads, truncates) for heads in batches]
+            retries = [self._retry_batch(heads, removals) for heads in batches]
             mended = [m for ok in await asyncio.gather(*retries) for m in ok]
             self._lane_mended = any(m.attempts for m in mended) or (self._lane_mended and bool(mended))
             due = await asyncio.to_thread(self._store.next_due_seconds, self.name, self._read_up_to)
@@ -277,15 +273,29 @@ class Delivery(Settling):
             self._lane_at = (
                 now if self._lane_mended else now + min(IDLE_SECONDS, due if due is not None else IDLE_SECONDS)
             )
+        except DoesNotFit as error:
+            self._cannot_read(error)
         finally:
             self._retrying = False
             self._lanes_turn = False
             self._wake.set()
 
-    async def _retry_batch(self, heads: Batch, truncates: int) -> list[Message]:
-        """Returns what went through. Nothing is sent if there was a TRUNCATE since it was read: it may be gone."""
+    async def _read_page(self, wanted: int) -> None:
+        try:
+            await self._read(wanted)
+        except DoesNotFit as error:
+            self._cannot_read(error)
+
+    def _cannot_read(self, error: DoesNotFit) -> None:
+        """This sink cannot go on before there is more memory; the others can (I6)."""
+        now = self._clock.monotonic()
+        self.breaker.failed(now, error.code, str(error))
+        self._note(error.code, str(error), now)
+
+    async def _retry_batch(self, heads: Batch, removals: int) -> list[Message]:
+        """Returns what went through. Nothing is sent if anything was removed since it was read: it may be gone."""
         await self._take_slot()
-        if truncates != self._truncates:
+        if removals != self._removals:
             self._let_go(heads)
             self._free_slot()
             return []
@@ -303,9 +313,13 @@ class Delivery(Settling):
                 return
             try:
                 most = (left - STORED_OVERHEAD_BYTES) // 2
-                message = await asyncio.to_thread(self._store.newest, self.name, most)
+                with self._diverted.looking_up() as parked:
+                    message = await asyncio.wrap_future(self._store.ask(self._store.newest, self.name, most))
+                    being_parked = self._diverted.union(parked)
                 if message is None or turns != self._turns or self._puts or not self.window.free([message]):
                     return
+                if not being_parked.isdisjoint(message.keys):
+                    return  # an earlier message of its key was still on its way to the lane while this was looked for
                 if message.row <= self._cursor or message.row in self._skip:
                     return
                 self._remember(message.span)

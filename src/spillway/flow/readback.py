@@ -9,19 +9,45 @@ parked key is not admitted: it goes to the lanes of its keys.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 
 from spillway.chunk import Batch, Message, Span
 from spillway.errors import SpillwayError
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, stored_cost
-from spillway.store.base import Write
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, Process, SinkSpec, stored_cost
+from spillway.flow.retry import BatchSize
+from spillway.sinks.base import Sink
+from spillway.store.base import SinkState, Write
 
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
 
 
+class DoesNotFit(SpillwayError):
+    """What waits in one piece needs more credit than can ever be granted: the limit was lowered since it was stored."""
+
+
 class Readback(Inflow):
-    _next_bytes = 0  # credit for the first of the next page, if it is known that there is no room for it
-    _reading = False
-    _lane_mended = False  # the last retry brought back a key that had failed: try all the others
+    def __init__(
+        self, spec: SinkSpec, sink: Sink, state: SinkState, process: Process, moved: Callable[[], None]
+    ) -> None:
+        super().__init__(spec, sink, state, process, moved)
+        self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
+        self._next_bytes = 0  # credit for the first of the next page, if it is known that there is no room for it
+        self._reading = False
+        self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
+        self._removals = 0  # counts what makes heads of lanes unusable that are read and not sent yet
+
+    @contextlib.contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Around a commit that removes what waits (a TRUNCATE, a discard). It counts before and after: what was read
+        before it is noticed, and so is what was read while it was under way, from the state before it."""
+        self._turns += 1
+        self._removals += 1
+        try:
+            yield
+        finally:
+            self._turns += 1
+            self._removals += 1
 
     @property
     def _may_read(self) -> bool:
@@ -135,7 +161,7 @@ class Readback(Inflow):
         """Credit for a page: what is there now, or what its first span needs when its turn comes."""
         least = 2 * head_bytes + STORED_OVERHEAD_BYTES * head_messages
         if least > self._share.most_bytes:
-            raise SpillwayError(
+            raise DoesNotFit(
                 "memory_limit",
                 f"{head_bytes} bytes wait for sink {self.name} in one piece: memory.limit_mb is too small to send them",
                 f"raise memory.limit_mb to at least {8 * least // (2 << 20) + 1}",
@@ -149,7 +175,7 @@ class Readback(Inflow):
 
     async def _read_heads(self, most: int) -> list[Batch]:
         """Heads of lanes into flight, with their credit taken; no two of them have a key in common."""
-        read_up_to = self._read_up_to
+        read_up_to, removals = self._read_up_to, self._removals
         head_bytes = await asyncio.to_thread(self._store.bytes_due, self.name, read_up_to, self._lane_mended)
         if head_bytes is None:
             return []
@@ -158,17 +184,17 @@ class Readback(Inflow):
         try:
             with self._diverted.looking_up() as parked:
                 heads = await asyncio.to_thread(self._heads, min(most, covered), most_bytes, read_up_to, left)
-                # Not those of which an earlier message may have come into a lane since, or is still on its way.
                 stale = self._diverted.union(parked)
-            if read_up_to > self._read_up_to:
-                return []  # an eviction has taken back what was read
+            if read_up_to > self._read_up_to or removals != self._removals:
+                return []  # an eviction has taken back what was read, or what was read may be gone
+            # Not those of which an earlier message may have come into a lane since, or is still on its way.
             heads = self.window.free([message for message in heads if stale.isdisjoint(message.keys)])
             for message in heads:
                 for one in (*(message.superseded or ()), message):
                     self._remember(one.span)
                     self.memory_messages += 1
                     left -= one.span.credit
-            size = self.spec.batch_size
+            size = self.batch_size.messages
             return [self.window.fly(heads[start : start + size]) for start in range(0, len(heads), size)]
         finally:
             self._share.give(left)

@@ -43,7 +43,6 @@ class Settling(Readback):
         self.last_failure_at = 0.0
         self.last_progress_at = float("-inf")
         self.delivered = 0
-        self._truncates = 0  # that were settled
 
     async def _settle(self, batch: Batch, answer: Answer, throttle: Throttle) -> None:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
@@ -146,10 +145,9 @@ class Settling(Readback):
         """What waits of that table from before it is gone with it, what is parked included."""
         (message,) = truncate
         change = message.change
-        self._turns += 1
-        self._truncates += 1
         below = (change.schema, change.table, Position(*message.position))
-        await self._commit(Write(self.name, drop_table_below=below))
+        with self._removing():
+            await self._commit(Write(self.name, drop_table_below=below))
         await self._settle_ok(truncate, lane=lane)
 
     async def _settle_failed(self, failed: list[tuple[Batch, Result]], now: float, *, lane: bool) -> None:
