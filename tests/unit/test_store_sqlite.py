@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +243,20 @@ def test_a_lane_is_discarded_from_its_end(store: SqliteStore) -> None:
         assert store.discard(SINK, Select(key=key("a")), 2, frozenset()).result() == 2 - (left == 0)
         assert lsns(store.show(SINK, key("a"), 10)) == list(range(1, left + 1))
         assert store.due(SINK, 10, 1000, END) == []
+
+
+async def test_who_asks_occupies_no_thread_of_the_stream(store: SqliteStore) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+    with store._asking:  # somebody's long scan
+        asked = [asyncio.wrap_future(store.ask(store.newest, SINK, 1000)) for _ in range(8)]
+        assert await asyncio.wait_for(asyncio.to_thread(store.parked, SINK, [key("a")]), 10) == set()
+        asked.pop().cancel()
+        assert not any(one.done() for one in asked)
+    assert await asyncio.gather(*asked) == [None] * 7
+    store.close()
+    with pytest.raises(StoreFailed, match="closed"):
+        store.ask(store.newest, SINK, 1000).result()
 
 
 def test_what_servers_say_cannot_hurt(store: SqliteStore) -> None:

@@ -197,12 +197,12 @@ class Engine:
     async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
         """What waits (`waiting_page`)."""
         self._of(sink)
-        return await asyncio.to_thread(waiting_page, self._store, sink, after, limit, reason)
+        return await asyncio.wrap_future(self._store.ask(waiting_page, self._store, sink, after, limit, reason))
 
     async def show(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)
         async with self._budget.lent(_page_bytes(delivery)):
-            messages = await asyncio.to_thread(self._store.show, sink, key, limit)
+            messages = await asyncio.wrap_future(self._store.ask(self._store.show, sink, key, limit))
             return [m.change.body + pipeline.suffixes[sink] for m in messages]
 
     async def retry(self, sink: str, select: Select) -> int:
@@ -214,12 +214,12 @@ class Engine:
     async def dead(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
         """The dead letters (`dead_page`)."""
         self._of(sink)
-        return await asyncio.to_thread(dead_page, self._store, sink, after, limit, reason)
+        return await asyncio.wrap_future(self._store.ask(dead_page, self._store, sink, after, limit, reason))
 
     async def show_dead(self, sink: str, key: str, limit: int) -> list[bytes]:
         pipeline, delivery = self._of(sink)
         async with self._budget.lent(_page_bytes(delivery)):
-            messages = await asyncio.to_thread(self._store.show_dead, sink, key, limit)
+            messages = await asyncio.wrap_future(self._store.ask(self._store.show_dead, sink, key, limit))
             return [m.change.body + pipeline.suffixes[sink] for m in messages]
 
     async def discard_dead(self, sink: str, select: Select) -> int:
@@ -235,7 +235,9 @@ class Engine:
         pipeline, delivery = self._of(sink)
         total, after = 0, 0
         async with self._budget.lent(2 * _page_bytes(delivery)):
-            while letters := await asyncio.to_thread(self._store.read_dead, sink, select, after, PAGE_MESSAGES):
+            while letters := await asyncio.wrap_future(
+                self._store.ask(self._store.read_dead, sink, select, after, PAGE_MESSAGES)
+            ):
                 after = letters[-1].row
                 total += await pipeline.revive(delivery, letters)
         return total
@@ -247,7 +249,7 @@ class Engine:
             # The credit is for the reading alone: who exports slowly must not keep it from the sinks. One letter a
             # request is what stands beside the limit meanwhile.
             async with self._budget.lent(_page_bytes(delivery)):
-                letters = await asyncio.to_thread(self._store.read_dead, sink, select, after, 1)
+                letters = await asyncio.wrap_future(self._store.ask(self._store.read_dead, sink, select, after, 1))
             if not letters:
                 return
             after = letters[-1].row

@@ -45,8 +45,9 @@ reason but a full disk ends the process (`StoreFailed` through ``failed``): afte
 
 **Reads** never see uncommitted rows, run beside writes, and read at most the rows they return plus a constant number
 (I5). No read of the stream loads a body that does not fit ``max_bytes``: the caller asks `bytes_at_head` or `bytes_due`
-first, and takes its credit by that. What people ask for is read on a connection of its own; what they ask by key may
-scan the key texts of the queue, never its bodies.
+first, and takes its credit by that. What people ask for, and `newest`, is read on a connection of its own; what is
+asked by key may scan the key texts of the queue, never its bodies. It may take long, and one such read waits for
+another: a caller on an event loop has it done by `ask`, so that no thread that the stream's reads need stands there.
 
 **Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
 touching them (a row's due time carries the number of the run that wrote it).
@@ -54,13 +55,16 @@ touching them (a row's due time carries the number of the run that wrote it).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from spillway.chunk import Message, Piece, Span
 from spillway.position import Position
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,12 @@ class Store(Protocol):
     disk_full_since: float | None  # wall seconds; writes wait, in order, and are tried again every second
 
     def close(self) -> None:
-        """Commit what is queued, checkpoint, unlock. Idempotent."""
+        """Commit what is queued, checkpoint, unlock; what was asked for by `ask` and has not begun is cancelled.
+        Idempotent."""
+
+    def ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call this, which reads for people or is `newest`, in the one thread that there is for such reads, after what
+        was asked before. Once the store is closed the future fails with StoreFailed."""
 
     # -- start ------------------------------------------------------------------------------------------------------
     def identity(self, slot: str) -> Identity | None: ...

@@ -1,4 +1,4 @@
-"""The reading half of the SQLite store: two connections, each with its lock, any thread.
+"""The reading half of the SQLite store: two connections, each with its lock, any thread; and one of its own for `ask`.
 
 Every method is a few statements by index: they visit the rows that they return and a bounded number of others (a test
 holds every statement's plan against that). Where there are several, they see one state. Bodies are loaded only where
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, cast
@@ -20,7 +21,7 @@ from typing import NamedTuple, cast
 from spillway.chunk import MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
-from spillway.store.base import Identity, LaneHead
+from spillway.store.base import Identity, LaneHead, P, T
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.queue import find_spans, with_key
 from spillway.store.rows import (
@@ -115,9 +116,11 @@ class Reads:
         self._reading = Lock()
         self._people = open_reader(path)  # what people ask for never stands before what the stream asks for
         self._asking = Lock()
+        self._asked_in = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spillway-store-asked")
         self._sink_ids: dict[str, int] = {}
 
     def close_reader(self) -> None:
+        self._asked_in.shutdown(cancel_futures=True)
         with self._reading, self._asking:
             self._reader.close()
             self._people.close()
@@ -140,6 +143,14 @@ class Reads:
     def _asked_for(self) -> Iterator[sqlite3.Connection]:
         with self._asking, _failing():
             yield self._people
+
+    def ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            return self._asked_in.submit(call, *args, **kwargs)
+        except RuntimeError:  # it was shut down
+            refused: Future[T] = Future()
+            refused.set_exception(StoreFailed("store_closed", "the store is closed"))
+            return refused
 
     def _first(self, statement: str, given: Sequence[Value]) -> Row | None:
         rows = self._rows(statement, given)
