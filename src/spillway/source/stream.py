@@ -160,12 +160,10 @@ class Stream:
         assert self._pace is not None, "the stream has started"
         self._pace.took(self._taken_frames, self._taken_bytes)
         self._taken_frames = self._taken_bytes = 0
+        await self._pace.beat()  # under full load this is the only turn that other tasks get
         queued_bytes = self._queued_bytes()
-        if queued_bytes == 0 and self._pace.naps:
-            await self._pace.nap()
+        if queued_bytes == 0 and await self._pace.nap():
             queued_bytes = self._queued_bytes()
-        elif queued_bytes:
-            await asyncio.sleep(0)  # under full load this is the only turn that other tasks get
         if queued_bytes:
             self._hidden_reads = TLS_HIDDEN_READS if self._encrypted else 0
         elif self._hidden_reads:
