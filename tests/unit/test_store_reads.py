@@ -38,7 +38,7 @@ def test_every_statement_goes_by_an_index(name: str) -> None:
 
 COPIES = {
     "span": "id + copy * 1000000, sink, keying, key_groups, messages, bytes, messages_left, bytes_left, first_lsn,"
-    " commit_time, stored, tables, done",
+    " commit_time, stored, tables, truncates, done",
     "span_data": "id + copy * 1000000, keys, meta, data",
     "message": "id + copy * 100000000000, sink, lsn, idx, sub, keying, key_groups, tables, key1 || '/' || copy, key2,"
     " commit_time, stored, size, keys, meta, data",

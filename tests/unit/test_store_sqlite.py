@@ -42,6 +42,7 @@ from spillway.errors import SpillwayError, StoreFailed
 from spillway.position import Position
 from spillway.store import apply, file, queue, reads, sqlite
 from spillway.store.base import Counters, Identity, Park, Select, Write
+from spillway.store.rows import SpanRow
 from spillway.store.sqlite import SqliteStore, open_store, vacuum_step
 
 CLOCK = StillClock()
@@ -278,6 +279,34 @@ def test_newest_jumps_over_a_hot_key(store: SqliteStore) -> None:
     store.write(put(many)).result()
     assert store.write(put(plain(2000, 2000), many_again(many))).result()
     assert lsns([m for m in [store.newest(SINK, 1 << 20)] if m is not None]) == [], "it looks at some, and not for ever"
+
+
+def test_newest_stays_behind_a_truncate(store: SqliteStore) -> None:
+    """It empties its table: neither it nor what follows may be sent before what is before it."""
+    emptied, same = span((2,), action="truncate"), span((3, "3"), (4,))
+    store.write(put(plain(1, 1), emptied, same)).result()
+    assert store.newest(SINK, 1000) is None
+    store.write(put(span((5, "5"), table="others"), span((6, "6")))).result()
+    assert lsns([m for m in [store.newest(SINK, 1000)] if m is not None]) == [5]
+    store.write(Write(SINK, resolved=[whole(emptied)])).result()
+    assert lsns([m for m in [store.newest(SINK, 1000)] if m is not None]) == [6]
+    store.write(put(span((7,)))).result()
+    assert lsns([m for m in [store.newest(SINK, 1000)] if m is not None]) == [7], "without keys: nothing is before it"
+
+
+def test_newest_is_true_of_one_state(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of a key's rows in the queue goes to its lane between the look at what is parked and the scan."""
+    first, last = plain(1, 1), span((2, "1"))
+    store.write(put(first, last)).result()
+    scan = reads.with_key
+
+    def scan_after_park(db: sqlite3.Connection, sink: int, text: str) -> Iterator[tuple[SpanRow, Span, list[int]]]:
+        store.write(park(*at(first))).result()
+        return scan(db, sink, text)
+
+    monkeypatch.setattr(reads, "with_key", scan_after_park)
+    assert store.newest(SINK, 1000) is None
+    assert store.parked(SINK, [key("1")])
 
 
 def many_again(before: Span) -> Span:

@@ -227,8 +227,10 @@ class Store(Protocol):
         """Bytes of bodies and number of messages of the first span that `page` would bring; None: there is none."""
 
     def newest(self, sink: str, max_bytes: int) -> Message | None:
-        """For probes: a message of the queue, alone in its span, that is the first of all its keys' rows; the newest
-        such among the last few of the queue; None: there is none, or it does not fit. May scan the key texts."""
+        """For probes: a message of the queue, alone in its span, that is the first of all its keys' rows, of a table of
+        which no span of the queue has a TRUNCATE (all tables of such a span count); the newest such among the last few
+        of the queue; None: there is none, or it does not fit. True of one committed state, which may be past when the
+        caller gets the answer. May scan the key texts. To be asked through `ask`."""
 
     def due(
         self, sink: str, max_keys: int, max_bytes: int, read_up_to: int, regardless: bool = False

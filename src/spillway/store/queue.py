@@ -18,7 +18,8 @@ from typing import cast
 
 import orjson
 
-from spillway.chunk import LSN, PLACE_BITS, TABLE, TIME, WORDS, Chunk, Keying, Message, Span
+from spillway.change import ACTIONS
+from spillway.chunk import ACTION, LSN, PLACE_BITS, TABLE, TIME, WORDS, Chunk, Keying, Message, Span
 from spillway.impl import gather
 from spillway.position import Position
 from spillway.store.rows import (
@@ -43,7 +44,7 @@ from spillway.store.rows import (
 
 INSERT_SPAN = (
     "span (id, sink, keying, key_groups, messages, bytes, messages_left, bytes_left, first_lsn, commit_time, stored,"
-    " tables, done)"
+    " tables, truncates, done)"
 )
 INSERT_DATA = "span_data (id, keys, meta, data)"
 _QUALIFIED = ", ".join(f"q.{name}" for name in SPAN_COLUMNS.split(", "))
@@ -67,6 +68,7 @@ DELETE_SPANS = "DELETE FROM span WHERE id IN (SELECT value FROM json_each(?))"
 DELETE_DATA = "DELETE FROM span_data WHERE id IN (SELECT value FROM json_each(?))"
 UPDATE_SPAN = "UPDATE span SET messages_left = ?, bytes_left = ?, commit_time = ?, done = ? WHERE id = ?"
 
+TRUNCATE = ACTIONS.index("truncate")
 SCANNED = 512  # spans that are searched at once: no statement keeps the WAL from being emptied for long
 
 
@@ -124,7 +126,10 @@ class Queue:
             keying = min(put.keying, Keying.GROUPED)
             size, commit_time = len(chunk.data), chunk.word(0, TIME) / 1_000_000
             counts = (chunk.count, size, chunk.count, size, chunk.word(0, LSN), commit_time, stored)
-            spans.append((number, sink.id, keying, chunk.groups, *counts, write_tables(chunk.tables), "0"))
+            truncates = TRUNCATE in chunk.byte_column(ACTION)
+            spans.append(
+                (number, sink.id, keying, chunk.groups, *counts, write_tables(chunk.tables), int(truncates), "0")
+            )
             data.append((number, chunk.keys, chunk.meta, chunk.data))
             sink.counters.messages += chunk.count
             sink.counters.queued += chunk.count

@@ -5,7 +5,10 @@ holds every statement's plan against that). Where there are several, they see on
 they fit the caller's bytes: the sizes are read before.
 
 `newest` scans the key texts of the queue: it tries the last `PROBED` keys there. It shares the connection of what
-people ask for (`spillway.store.people`), so that nobody of the stream stands behind it.
+people ask for (`spillway.store.people`), so that nobody of the stream stands behind it. It makes no snapshot of the
+scan, which would keep the WAL from being emptied: the queue only grows at its end, so what the scan did not find before
+a row will never be there. One snapshot at the end is the state that the answer is true of: the message is in the queue
+and its keys are not parked.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from spillway.store.rows import (
     ones,
     read_blobs,
     read_message,
+    read_tables,
     rows_of,
     single,
     span_rows,
@@ -79,6 +83,7 @@ SELECT_PARKED = """
 SELECT_PAGE = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id >= ?2 ORDER BY id LIMIT ?3)"""
+SELECT_TRUNCATED = "SELECT DISTINCT tables FROM span INDEXED BY span_truncates WHERE sink = ? AND truncates"
 SELECT_LAST = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 ORDER BY id DESC LIMIT ?2)"""
@@ -215,14 +220,18 @@ class Reads:
         firsts: dict[str, int] = {}
         with self._asked_for() as db:
             self.reads += 1
-            for row in span_rows(db.execute(SELECT_LAST, (number, PROBED))):
+            last = span_rows(db.execute(SELECT_LAST, (number, PROBED)))
+            truncated = {t for (tables,) in db.execute(SELECT_TRUNCATED, (number,)) for t in read_tables(tables)}
+            for row in last:
+                if truncated.issuperset(read_tables(row.tables)):
+                    continue
                 (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
                 if blobs is None:
                     continue
                 keys, meta = blobs
                 span, done = row.span(keys, meta, b""), row.done
                 for place in range(span.size - 1, -1, -1):
-                    if done >> place & 1:
+                    if done >> place & 1 or (truncated and span.chunk.table(span.indices[place]) in truncated):
                         continue
                     its_keys = span.keys(place)
                     for key in its_keys:
@@ -337,8 +346,10 @@ def _first_of(db: sqlite3.Connection, sink: int, key: str) -> int:
 
 
 def _read_if(db: sqlite3.Connection, sink: int, span: Span, place: int, max_bytes: int) -> Message | None:
-    """The message, if it is still there and fits."""
+    """The message, if it is still there, under no key that is parked by now, and fits."""
     with snapshot(db):
+        if rows_of(db.execute(SELECT_PARKED, (sink, as_json(span.keys(place))))):
+            return None
         for row in find_spans(db, sink, [span.base >> PLACE_BITS]):
             if not row.done >> place & 1 and span.bytes_between(place, place + 1) <= max_bytes:
                 return read_one(db, span, place)

@@ -41,9 +41,11 @@ CREATE TABLE span (
     commit_time REAL NOT NULL,        -- of the first that is left
     stored REAL NOT NULL,             -- wall seconds at which it came here
     tables TEXT NOT NULL,             -- JSON array of [schema, table]
+    truncates INTEGER NOT NULL,       -- whether there was a TRUNCATE in it
     done TEXT NOT NULL                -- what is gone: a bit per number, as one hexadecimal integer
 );
 CREATE INDEX span_sink ON span (sink);
+CREATE INDEX span_truncates ON span (sink, tables) WHERE truncates;
 
 -- Written once. The keys come first and the bodies last: what is before is read without touching what is behind.
 CREATE TABLE span_data (
