@@ -32,11 +32,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
-from spillway.chunk import FLAGS, NOT_STORED, WHOLE, Batch, Keying, Message, Piece, Span
+from spillway.change import ACTIONS
+from spillway.chunk import ACTION, FLAGS, NOT_STORED, WHOLE, Batch, Keying, Message, Piece, Span
 
 Place = tuple[Span, int]
 
 ENCODED_OVERHEAD_BYTES = 512
+
+_TRUNCATE = ACTIONS.index("truncate")
 SUPERSEDED_AT_ONCE = 512  # so far a line is looked at for a newer image, whatever its length
 
 
@@ -96,6 +99,15 @@ class Window:
         yield from self._claimed
         for batch in self._flying.values():
             yield from batch.pieces
+
+    def truncates(self) -> list[Message]:
+        """Those in memory, waiting or in flight, of a sink without lines."""
+        found: list[Message] = []
+        for span, start, stop in chain(self._fresh, self._unlined()):
+            actions = span.chunk.byte_column(ACTION)
+            if _TRUNCATE in actions:
+                found += [Message(span, p) for p in range(start, stop) if actions[span.indices[p]] == _TRUNCATE]
+        return found
 
     def admit(self, span: Span, start: int, stop: int) -> None:
         """Take a piece into memory, behind everything that is here already."""
