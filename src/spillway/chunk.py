@@ -52,9 +52,11 @@ ACTION, N, FLAGS, SUB, TABLE = range(KIND * WORD_BYTES, KIND * WORD_BYTES + 5)
 
 WHOLE, OLD, MOVED, TOO_LARGE = 1, 2, 4, 8  # flags
 
-# The credit that covers a change in memory beyond its body: its record, its key texts, and what is made of them
-# (hashes as Python integers, places in lines), once for the process and once for each further sink.
+# The credit that covers a change in memory beyond its body: at least so much; its record and key texts as they are,
+# which grow with the groups, and what is made of them (hashes and ends as Python integers, a place in a line: some 170
+# bytes). Once for the process; and once for each further sink.
 CHANGE_OVERHEAD_BYTES = 512
+CHANGE_OBJECTS_BYTES = 256
 MESSAGE_OVERHEAD_BYTES = 128
 
 
@@ -132,7 +134,8 @@ class Chunk:
     @property
     def cost(self) -> int:
         """The credit that covers it, in bytes."""
-        return len(self.data) + CHANGE_OVERHEAD_BYTES * self.count
+        columns = len(self.meta) + len(self.keys) + CHANGE_OBJECTS_BYTES * self.count
+        return len(self.data) + max(columns, CHANGE_OVERHEAD_BYTES * self.count)
 
     def word(self, index: int, word: int) -> int:
         return self.words[index * self.stride + word]
@@ -325,10 +328,7 @@ class Span:
     @property
     def plain(self) -> bool:
         """See `Chunk.plain`."""
-        if self.whole_chunk:
-            return self.chunk.plain
-        flags = self.chunk.byte_column(FLAGS)
-        return all(flags[index] == WHOLE for index in self.indices)
+        return self.byte_column(FLAGS, 0, self.size).count(WHOLE) == self.size
 
     @property
     def hashes(self) -> list[int]:
@@ -337,14 +337,15 @@ class Span:
             if self.keying == Keying.UNGROUPED:
                 self._hashes = [0] * self.size
             else:
-                self._hashes = self._column(Keying.hash_word(self.keying))
+                self._hashes = self.column(Keying.hash_word(self.keying), 0, self.size)
         return self._hashes
 
     @property
     def moved(self) -> dict[int, int]:
         """The hash of the other key of those messages that have two, by place."""
         if self._moved is None:
-            column = self._column(Keying.hash_word(self.keying) + 1) if self.keying >= Keying.EVENTS else ()
+            word = Keying.hash_word(self.keying) + 1
+            column = self.column(word, 0, self.size) if self.keying >= Keying.EVENTS else ()
             self._moved = {place: was for place, was in enumerate(column) if was} if any(column) else {}
         return self._moved
 
@@ -357,6 +358,20 @@ class Span:
                 ends = list(accumulate(ends[i] - (ends[i - 1] if i else 0) for i in self.indices))
             self._ends = ends
         return self._ends
+
+    def column(self, word: int, start: int, stop: int) -> list[int]:
+        """A word of the records of these places, without a look at the others."""
+        words, stride = self.chunk.words, self.chunk.stride
+        if self.whole_chunk:
+            return words[start * stride + word : stop * stride : stride].tolist()
+        return [words[index * stride + word] for index in self.indices[start:stop]]
+
+    def byte_column(self, at: int, start: int, stop: int) -> bytes:
+        """One byte of the records of these places: ACTION, N, FLAGS or SUB."""
+        meta, stride = self.chunk.meta, self.chunk.stride * WORD_BYTES
+        if self.whole_chunk:
+            return meta[start * stride + at : stop * stride : stride]
+        return bytes([meta[index * stride + at] for index in self.indices[start:stop]])
 
     def bytes_between(self, start: int, stop: int) -> int:
         if start >= stop:
@@ -394,10 +409,6 @@ class Span:
         self.indices = range(0)
         self._ends = self._hashes = self._moved = None
 
-    def _column(self, word: int) -> list[int]:
-        column = self.chunk.column(word)
-        return column if self.whole_chunk else [column[index] for index in self.indices]
-
 
 _EMPTY = Chunk(0, b"", b"", b"", ())
 
@@ -420,6 +431,14 @@ class Message:
         if self._change is None:
             self._change = self.span.chunk.change(self.span.indices[self.place])
         return self._change
+
+    @property
+    def action(self) -> Action:
+        return self.span.chunk.action(self.span.indices[self.place])
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.span.chunk.byte(self.span.indices[self.place], FLAGS) & WHOLE)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -477,7 +496,9 @@ class Batch(Sequence[Message]):
     @property
     def plain(self) -> bool:
         """Every change is a whole row that has not changed its key and is not too large."""
-        return all(span.plain for span, _, _ in self.pieces)
+        return all(
+            span.byte_column(FLAGS, start, stop).count(WHOLE) == stop - start for span, start, stop in self.pieces
+        )
 
     @property
     def body_bytes(self) -> int:

@@ -194,7 +194,8 @@ class Pipeline:
             async with querying(self.database.conninfo(), self._slot) as query:
                 reread = self._new_rereader(query)
                 rows = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
-            fresh = [Message(Span(chunk_of([row]), m.span.keying), 0) for m, row in zip(letters, rows, strict=True)]
+            # Not the letter's keying: the sink may have kept no rows when it was buried.
+            fresh = [Message(Span(chunk_of([row]), delivery.row_keying), 0) for row in rows]
         else:
             fresh = [m.with_body(m.change.body.removesuffix(REPLAYED) + REPLAYED) for m in letters]
         revived = [(m.row, again) for m, again in zip(letters, fresh, strict=True)]

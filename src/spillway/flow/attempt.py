@@ -91,7 +91,7 @@ def each(answer: Answer, batch: Batch) -> Sequence[Result]:
 
 
 def _lacks_toast(message: Message) -> bool:
-    return not message.change.whole and message.change.action == "update"
+    return not message.whole and message.action == "update"
 
 
 def _stands_behind(blocked: set[str], message: Message) -> bool:

@@ -221,7 +221,7 @@ class Readback(Inflow):
                 newest = self._store.latest(self.name, message.keys[0], room)
             if newest is None or newest.row == message.row:
                 continue
-            if newest.change.whole or newest.change.action == "delete":
+            if newest.whole or newest.action == "delete":
                 newest.attempts, newest.superseded = message.attempts, [message]
                 credit -= stored_cost(newest.span)
                 heads[index] = newest

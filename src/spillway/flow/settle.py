@@ -133,11 +133,11 @@ class Settling(Readback):
 
     def _without_truncates(self, ok: Batch) -> tuple[Batch | None, list[Batch]]:
         """What went through without its TRUNCATEs, and each of these."""
-        if not any(_TRUNCATE in span.chunk.byte_column(ACTION) for span, _, _ in ok.pieces):
+        if not any(_TRUNCATE in span.byte_column(ACTION, start, stop) for span, start, stop in ok.pieces):
             return ok, []
-        truncates = [m for m in ok if m.change.action == "truncate"]
+        truncates = [m for m in ok if m.action == "truncate"]
         parts = [Batch.of([m]) for m in truncates]
-        rest = Batch.of([m for m in ok if m.change.action != "truncate"])
+        rest = Batch.of([m for m in ok if m.action != "truncate"])
         self.window.divide(ok, [*parts, rest] if rest else parts)
         return rest or None, parts
 
@@ -214,8 +214,7 @@ class Settling(Readback):
         self._metrics.delivered(self.name, resolved)
         times: list[int] = []
         for span, start, stop in ok.pieces:
-            column = span.chunk.column(TIME)
-            times += column[start:stop] if span.whole_chunk else [column[i] for i in span.indices[start:stop]]
+            times += span.column(TIME, start, stop)
         self._metrics.delivery_seconds(self.name, self._clock.wall(), times)
 
     def _note(self, reason: str, detail: str, now: float) -> None:
