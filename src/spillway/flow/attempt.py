@@ -2,12 +2,16 @@
 
 A rejection of a whole batch is halved until the culprit is alone. For sinks that apply a batch in order, what follows
 a culprit under one of its keys is not sent: its result is `BLOCKED`, and it shares the culprit's fate to wait.
+
+A TRUNCATE has no key, and everything of its table stands behind it: one that is refused concerns the sink as a whole.
+It is never parked, it and all that follows it go back, and it is the probe.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -43,8 +47,10 @@ class Attempt:
         if self._toast_fails and not batch.plain and any(_lacks_toast(m) for m in batch):
             return await self._around([_lacks_toast(m) for m in batch], batch)
         answer = await self._ask(batch)
-        if not isinstance(answer, Result) or answer.outcome != "reject" or len(batch) == 1:
+        if not isinstance(answer, Result) or answer.outcome not in ("retry", "reject"):
             return answer
+        if answer.outcome == "retry" or len(batch) == 1:
+            return replace(answer, outcome="sink_down") if any(is_truncate(m) for m in batch) else answer
         half = len(batch) // 2
         results = list(each(await self(batch[:half]), batch[:half]))
         rest = batch[half:]
@@ -58,8 +64,12 @@ class Attempt:
     async def _around(self, left_out: Sequence[bool], batch: Batch, answer: Result = UNCHANGED_TOAST) -> list[Result]:
         """Send the batch without those left out, which get the answer."""
         sent = Batch.of([m for m, out in zip(batch, left_out, strict=True) if not out])
-        results = iter(each(await self(sent), sent) if sent else ())
-        return [answer if out else next(results) for out in left_out]
+        sent_results = iter(each(await self(sent), sent) if sent else ())
+        results = [answer if out else next(sent_results) for out in left_out]
+        if self._applies_in_order:
+            down = next((at for at, result in enumerate(results) if result.outcome == "sink_down"), len(results))
+            results[down:] = results[down : down + 1] * (len(results) - down)
+        return results
 
     async def _ask(self, batch: Batch) -> Answer:
         try:
@@ -88,6 +98,10 @@ class Attempt:
 def each(answer: Answer, batch: Batch) -> Sequence[Result]:
     """One result per message."""
     return [answer] * len(batch) if isinstance(answer, Result) else answer
+
+
+def is_truncate(message: Message) -> bool:
+    return message.change.action == "truncate"
 
 
 def _lacks_toast(message: Message) -> bool:

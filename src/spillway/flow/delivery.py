@@ -114,7 +114,9 @@ class Delivery(Settling):
             return at - now
         allowance = 1 if self.breaker.open else self.queue_throttle.allowance(self.batch_size.messages)
         one_at_a_time = self.breaker.open or self.queue_throttle.narrow
-        if one_at_a_time and self._probe_newest and self.stored and not self._in_flight:
+        # Not of a sink that applies TRUNCATEs: the newest may be one, or may stand behind one.
+        may_overtake = self._sink.semantics != "atomic"
+        if one_at_a_time and self._probe_newest and may_overtake and self.stored and not self._in_flight:
             self._probe_newest = False
             self._in_flight += 1
             tasks.create_task(self._try_newest())

@@ -188,7 +188,10 @@ class Readback(Inflow):
             if read_up_to > self._read_up_to or removals != self._removals:
                 return []  # an eviction has taken back what was read, or what was read may be gone
             # Not those of which an earlier message may have come into a lane since, or is still on its way.
-            heads = self.window.free([message for message in heads if stale.isdisjoint(message.keys)])
+            heads = [message for message in heads if stale.isdisjoint(message.keys)]
+            if self._sink.semantics == "atomic":
+                heads = self._before_truncates(heads, read_up_to)
+            heads = self.window.free(heads)
             for message in heads:
                 for one in (*(message.superseded or ()), message):
                     self._remember(one.span)
@@ -198,6 +201,17 @@ class Readback(Inflow):
             return [self.window.fly(heads[start : start + size]) for start in range(0, len(heads), size)]
         finally:
             self._share.give(left)
+
+    def _before_truncates(self, heads: list[Message], read_up_to: int) -> list[Message]:
+        """Without those that may stand behind a TRUNCATE of their table that was not applied yet: it would remove
+        them. What is unread may hold one, so they wait for their turn in the queue."""
+        before: list[Message] = []
+        truncates = [(t.change.schema, t.change.table, t.position) for t in self.window.truncates()]
+        for head in heads:
+            table = (head.change.schema, head.change.table)
+            if head.row <= read_up_to and not any(t[:2] == table and t[2] < head.position for t in truncates):
+                before.append(head)
+        return before
 
     @property
     def _read_up_to(self) -> int:

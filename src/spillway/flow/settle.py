@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from spillway.change import ACTIONS
 from spillway.chunk import ACTION, NOT_STORED, PENDING, TIME, Batch, Message, Piece
-from spillway.flow.attempt import BLOCKED, Answer, each
+from spillway.flow.attempt import BLOCKED, Answer, each, is_truncate
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.readback import Readback
 from spillway.flow.retry import Breaker, Throttle, backoff_seconds
@@ -71,8 +71,12 @@ class Settling(Readback):
             ok, truncates = self._without_truncates(ok)
             if ok:
                 await self._settle_ok(ok, lane=lane)
+        covered = [one for one, result in failed if result is BLOCKED and _is_covered(one, truncates)]
+        failed = [(one, result) for one, result in failed if one not in covered]
         if failed:
             await self._settle_failed(failed, now, lane=lane)
+        for one in covered:  # not sent, and not to be sent any more
+            await self._settle_ok(one, lane=lane)
         for truncate in truncates:  # last, so that what was parked of its own batch is gone with it
             await self._settle_truncate(truncate, lane=lane)
         self._moved()
@@ -96,8 +100,9 @@ class Settling(Readback):
 
     def _blame(self, answer: Answer, batch: Batch, now: float) -> Answer:
         """A time-out concerns the sink; but one message alone that times out while others go through is itself to
-        blame, and must not be the probe for ever: its key is parked. It is never buried for that."""
-        if len(batch) > 1 or now - self.last_progress_at >= BLAME_SECONDS:
+        blame, and must not be the probe for ever: its key is parked. It is never buried for that. A TRUNCATE is the
+        probe until it goes through: what follows must not overtake it."""
+        if len(batch) > 1 or now - self.last_progress_at >= BLAME_SECONDS or is_truncate(batch[0]):
             return answer
         result = answer if isinstance(answer, Result) else answer[0]
         blamed = result.outcome == "sink_down" and result.reason == "timeout"
@@ -135,9 +140,8 @@ class Settling(Readback):
         """What went through without its TRUNCATEs, and each of these."""
         if not any(_TRUNCATE in span.byte_column(ACTION, start, stop) for span, start, stop in ok.pieces):
             return ok, []
-        truncates = [m for m in ok if m.action == "truncate"]
-        parts = [Batch.of([m]) for m in truncates]
-        rest = Batch.of([m for m in ok if m.action != "truncate"])
+        parts = [Batch.of([m]) for m in ok if is_truncate(m)]
+        rest = Batch.of([m for m in ok if not is_truncate(m)])
         self.window.divide(ok, [*parts, rest] if rest else parts)
         return rest or None, parts
 
@@ -220,3 +224,10 @@ class Settling(Readback):
     def _note(self, reason: str, detail: str, now: float) -> None:
         self.last_error = f"{reason}: {detail}" if detail else reason
         self.last_failure_at = now
+
+
+def _is_covered(blocked: Batch, truncates: Sequence[Batch]) -> bool:
+    """Whether a message stands before one of these TRUNCATEs of its table."""
+    (message,) = blocked
+    table = (message.change.schema, message.change.table)
+    return any((t.change.schema, t.change.table) == table and message.position < t.position for (t,) in truncates)
