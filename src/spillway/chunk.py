@@ -120,11 +120,6 @@ class Chunk:
         return self.meta[at :: self.stride * WORD_BYTES]
 
     @property
-    def plain(self) -> bool:
-        """Every change is a whole row that has not changed its key and is not too large."""
-        return self.byte_column(FLAGS).count(WHOLE) == self.count
-
-    @property
     def ends(self) -> list[int]:
         """Where each body ends in data."""
         if self._ends is None:
@@ -327,7 +322,7 @@ class Span:
 
     @property
     def plain(self) -> bool:
-        """See `Chunk.plain`."""
+        """Every change is a whole row that has not changed its key and is not too large."""
         return self.byte_column(FLAGS, 0, self.size).count(WHOLE) == self.size
 
     @property

@@ -104,9 +104,9 @@ class Window:
         """Those in memory, waiting or in flight, of a sink without lines."""
         found: list[Message] = []
         for span, start, stop in chain(self._fresh, self._unlined()):
-            actions = span.chunk.byte_column(ACTION)
+            actions = span.byte_column(ACTION, start, stop)
             if _TRUNCATE in actions:
-                found += [Message(span, p) for p in range(start, stop) if actions[span.indices[p]] == _TRUNCATE]
+                found += [Message(span, place) for place, action in enumerate(actions, start) if action == _TRUNCATE]
         return found
 
     def admit(self, span: Span, start: int, stop: int) -> None:
