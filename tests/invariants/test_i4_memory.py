@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from spillway.chunk import MESSAGE_OVERHEAD_BYTES, Span
 from spillway.flow import budget as the_budget
 from spillway.flow.budget import Budget, Pool, Share
 from spillway.flow.delivery import Delivery
+from spillway.flow.inflow import Process
 from spillway.sinks.base import OK, reject, sink_down
 
 
@@ -245,10 +247,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     plain = Delivery.__init__
 
-    def init(self: Delivery, spec: Any, sink: Any, store: Any, *rest: Any) -> None:
-        checked = CreditBeforeReading(store, names)
+    def init(self: Delivery, spec: Any, sink: Any, state: Any, process: Process, moved: Any) -> None:
+        checked = CreditBeforeReading(process.store, names)
         checked.deliveries[spec.name] = self
-        plain(self, spec, sink, checked, *rest)  # type: ignore[arg-type]
+        plain(self, spec, sink, state, replace(process, store=checked), moved)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Delivery, "__init__", init)
     return names

@@ -234,7 +234,8 @@ class FakeStream:
         return bool(self._kept or self._frames or self._sent < len(self._postgres.transactions))
 
     async def again(self) -> bool:
-        return self.something_is_buffered
+        await asyncio.sleep(0)
+        return self.something_is_buffered and self._postgres.dice.random() < 0.5
 
     async def more(self) -> None:
         while not self.something_is_buffered:
