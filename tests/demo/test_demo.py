@@ -19,14 +19,27 @@ COMMAND = [sys.executable, "-m", "spillway", "demo"]
 def _demo(temporary: Path) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(
-        COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        COMMAND,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_interruptible,
     )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # it ends what it started
-            process.wait(30)
+    assert process.stdout is not None
+    with process.stdout:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # it ends what it started
+                process.wait(30)
+
+
+def _interruptible() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
