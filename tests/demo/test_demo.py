@@ -25,7 +25,7 @@ def _demo(temporary: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=_interruptible,
+        preexec_fn=_interruptible,  # noqa: PLW1509 - it does nothing but this one call
     )
     assert process.stdout is not None
     with process.stdout:
