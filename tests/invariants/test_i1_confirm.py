@@ -259,3 +259,17 @@ async def test_after_a_failed_fsync_nothing_is_confirmed_and_the_store_says_that
     engine.task.cancel()
     await asyncio.gather(engine.task, return_exceptions=True)
     await asyncio.to_thread(real.close)
+
+
+async def test_the_last_feedback_is_sent_though_changes_are_on_their_way(world: World) -> None:
+    """What comes before the server's answer is passed over: a stop under load confirms what was delivered."""
+    script(world, "s", lambda _: OK)
+    async with world.running() as engine:
+        world.postgres.commit(("insert", "a"))
+        await engine.settled()
+        delivered = world.postgres.transactions[-1][1]
+        for n in range(50):
+            world.postgres.commit(*(("insert", f"b{n}-{i}") for i in range(20)))
+        async with asyncio.timeout(20):
+            await engine.capture.last_feedback()
+        assert world.postgres.confirmed_lsn >= delivered

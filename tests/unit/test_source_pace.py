@@ -25,16 +25,17 @@ def tcp() -> Iterator[socket.socket]:
 def test_an_alarm_rings_again_and_again_and_after_a_cancelled_wait(new_loop: object) -> None:
     async def rings() -> None:
         alarm = Alarm()
-        try:
+        waiting = asyncio.create_task(alarm.ring_after(60))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                await alarm.ring_after(0.0001)
             waiting = asyncio.create_task(alarm.ring_after(60))
             await asyncio.sleep(0)
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-            async with asyncio.timeout(10):
-                for _ in range(3):
-                    await alarm.ring_after(0.0001)
-        finally:
-            alarm.close()
+            alarm.close()  # rings, too: nobody waits for what is gone
+            await waiting
 
     with asyncio.Runner(loop_factory=new_loop) as runner:  # type: ignore[arg-type]
         runner.run(rings())

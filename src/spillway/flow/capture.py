@@ -46,6 +46,7 @@ RENEW_FRAME_BYTES = 8 << 20
 FEEDBACK_SECONDS = 0.2
 STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
 RECONNECT_CAP_SECONDS = 15.0
+_NOT_KEPT_BYTES = 1 << 62  # of credit, where nothing is rendered
 GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
 
 _log = structlog.get_logger()
@@ -184,13 +185,16 @@ class Capture:
             await connection.close()
 
     async def _next_keepalive(self, stream: Stream, decoder: Decoder) -> int:
+        """Changes that come before it are passed over: nobody wants them any more."""
         while True:
-            stop = stream.fill(decoder, CHUNK_BYTES, CHUNK_CHANGES)
+            stop = stream.fill(decoder, _NOT_KEPT_BYTES, CHUNK_CHANGES)
             if isinstance(stop, Keepalive):
                 return stop.wal_end
-            if stop is not None:
-                raise SourceUnavailable("changes", f"{self.database}: what was confirmed is sent again")
-            await stream.more()
+            if isinstance(stop, Relation):
+                decoder.learn(stop, TableInfo(stop.oid, (), {}), frozenset())
+            decoder.take()
+            if stop is None:
+                await stream.more()
 
     # -- reading ----------------------------------------------------------------------------------------------------
     def _decoder(self) -> Decoder:

@@ -112,6 +112,7 @@ class Alarm:
     def close(self) -> None:
         self._loop.remove_reader(self._descriptor)
         os.close(self._descriptor)
+        self._wake()
 
     async def ring_after(self, seconds: float) -> None:
         self._waiter = self._loop.create_future()
@@ -124,5 +125,8 @@ class Alarm:
 
     def _rung(self) -> None:
         os.read(self._descriptor, 8)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
