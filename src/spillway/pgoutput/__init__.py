@@ -8,7 +8,7 @@ transaction, decoder, identity.
 from typing import TYPE_CHECKING
 
 from spillway import impl
-from spillway.pgoutput.frames import Copy, Ended, Full, Keepalive, Renew, Stop
+from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.identity import unkeyable
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.plan import DatabaseMeta, primary_key
@@ -21,6 +21,7 @@ else:
 
 __all__ = [
     "Column",
+    "Committed",
     "Copy",
     "DatabaseMeta",
     "Decoder",

@@ -43,5 +43,9 @@ class Renew(NamedTuple):
     """A transaction has ended, and since the connection was made there was a frame above ``renew_frame_bytes``."""
 
 
+class Committed(NamedTuple):
+    """A transaction has ended, and the caller had set ``break_at_commit``."""
+
+
 # None: everything that is buffered was taken. A Relation must be learned before the next `fill`.
-Stop = Keepalive | Relation | Full | Ended | Renew | None
+Stop = Keepalive | Relation | Full | Ended | Renew | Committed | None

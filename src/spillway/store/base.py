@@ -49,6 +49,10 @@ first, and takes its credit by that. What people ask for, and `newest`, is read 
 asked by key may scan the key texts of the queue, never its bodies. It may take long, and one such read waits for
 another: a caller on an event loop has it done by `ask`, so that no thread that the stream's reads need stands there.
 
+**Backfills.** What is to be known of a backfill (where it stands, among others) is a document of a few kilobytes that
+the store does not look into, by sink and id; a `Write` replaces it. Of those that have ended the last hundred of a sink
+stay.
+
 **Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
 touching them (a row's due time carries the number of the run that wrote it).
 """
@@ -149,6 +153,18 @@ class Write:
     paused: bool | None = None
     gap: Gap | None = None
     clear_gap: bool = False
+    backfill: BackfillDocument | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackfillDocument:
+    """What is to be known of a backfill from this commit on. ``forgotten``: it leaves no trace (``document`` counts for
+    nothing)."""
+
+    id: str
+    document: bytes
+    ended: bool
+    forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +263,10 @@ class Store(Protocol):
     def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent, unless
         more of the queue is read."""
+
+    def backfills(self, sink: str, *, ended: bool) -> list[tuple[str, bytes]]:
+        """Ids and documents, in the order in which they were first written; without ``ended`` those alone that have not
+        ended."""
 
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""

@@ -1,0 +1,42 @@
+"""What the transaction of a page sees, and where in the WAL it stands.
+
+A page of existing rows and the stream meet by two questions. *When* may the page be placed: once the stream has carried
+everything that the page sees, which is the case when the reader has passed ``lsn``, the insert position read after the
+snapshot was taken. *Which rows* of it are stale: those whose key the stream has carried a change of that the page does
+not see. That is judged by transaction (`Snapshot.sees`), not by LSN: a commit record precedes its visibility, by as
+long as a synchronous standby takes.
+
+On a standby the list of running transactions in a snapshot is always empty, but visibility follows replay: what was
+replayed before the snapshot was taken is seen, and everything else counts as unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_HALF = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``xmin``, ``xmax`` and ``running`` are transaction ids of 64 bits (``txid_current_snapshot``)."""
+
+    lsn: int  # everything it sees was committed below
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+    microseconds: int  # when it was taken, by the server's clock, since the Unix epoch
+    replayed_lsn: int | None = None  # of a standby: what was committed below is seen, nothing else is relied upon
+
+    def sees(self, xid: int, commit_lsn: int) -> bool:
+        """Whether the transaction with these 32 bits of an id, whose commit record begins there, is seen for sure."""
+        if self.replayed_lsn is not None:
+            return commit_lsn < self.replayed_lsn
+        whole = widened(xid, self.xmax)
+        return whole < self.xmin or (whole < self.xmax and whole not in self.running)
+
+
+def widened(xid: int, near: int) -> int:
+    """The transaction id of 64 bits that ends in these 32 and is nearest to another."""
+    difference = (xid - near) & 0xFFFFFFFF
+    return near + (difference - (1 << 32) if difference >= _HALF else difference)
