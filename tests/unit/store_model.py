@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, field
 
 from spillway.chunk import Chunk, Message, Span
-from spillway.store.base import Counters, Gap, Park, Select, Write
+from spillway.store.base import BackfillDocument, Counters, Gap, Park, Select, Write
 
 _FOREVER = float("-inf")
 
@@ -56,6 +56,7 @@ class Model:
     """One sink."""
 
     next_span: int = 1
+    ended_kept: int = 100
     last_span: int = 0  # of which anything was stored
     position: tuple[int, int, int] | None = None
     paused: bool | None = None
@@ -63,6 +64,8 @@ class Model:
     rows: dict[int, Record] = field(default_factory=dict)
     dead: dict[int, Letter] = field(default_factory=dict)
     said: dict[str, Said] = field(default_factory=dict)
+    backfills: dict[str, bytes] = field(default_factory=dict)  # in the order of first writing
+    ended: list[str] = field(default_factory=list)  # of these, in the order in which they ended
     due_at: dict[int, float] = field(default_factory=dict)  # row of a head of all its lanes -> when
 
     def copy(self) -> Model:
@@ -142,7 +145,24 @@ class Model:
             self._remove({r.row for r in dropped}, now)
         self.paused = self.paused if write.paused is None else write.paused
         self.gap = None if write.clear_gap else write.gap or self.gap
+        if write.backfill is not None:
+            self._backfill(write.backfill)
         return [placed[id(span)] for span in write.put]
+
+    def running(self) -> dict[str, bytes]:
+        return {its_id: document for its_id, document in self.backfills.items() if its_id not in self.ended}
+
+    def _backfill(self, written: BackfillDocument) -> None:
+        if written.id in self.ended and (written.forgotten or not written.ended):
+            self.ended.remove(written.id)
+        if written.forgotten:
+            self.backfills.pop(written.id, None)
+            return
+        self.backfills[written.id] = written.document
+        if written.ended and written.id not in self.ended:
+            self.ended.append(written.id)
+        if len(self.ended) > self.ended_kept:
+            del self.backfills[self.ended.pop(0)]
 
     def retry(self, select: Select, now: float) -> None:
         for row in self.due_at:

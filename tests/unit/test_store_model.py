@@ -20,14 +20,15 @@ from store_support import ALL, END, SINK, SLOT, StillClock, add, everything, fas
 
 from spillway.chunk import ChunkBuilder, Keying, Message, Piece, Span
 from spillway.position import Position
-from spillway.store import apply, commands, file, lanes, queue, reads, rows, sqlite
-from spillway.store.base import Gap, Park, Select, Write
+from spillway.store import apply, backfills, commands, file, lanes, queue, reads, rows, sqlite
+from spillway.store.base import BackfillDocument, Gap, Park, Select, Write
 from spillway.store.sqlite import SqliteStore, open_store
 
 VALUES = ["a", "b", "c", "d"]
 TABLES = ["jobs", "users"]
 KEYS = [key(value, table) for table in TABLES for value in VALUES]
 REASONS = ["mapping", "timeout"]
+ENDED_KEPT = 2
 
 _values = st.one_of(
     st.lists(st.sampled_from(VALUES), min_size=1, max_size=1),
@@ -39,6 +40,13 @@ _keying = st.sampled_from(
     [Keying.EVENTS, Keying.EVENTS, Keying.STATE, Keying.UNGROUPED, Keying.GROUPED, Keying.GROUPED + 1]
 )
 _newcomers = st.lists(st.tuples(_keying, st.booleans(), st.lists(_change, min_size=1, max_size=5)), max_size=3)
+_documents = st.none() | st.builds(
+    BackfillDocument,
+    st.sampled_from("12345"),
+    st.binary(max_size=3),
+    st.booleans(),
+    st.sampled_from([False] * 4 + [True]),
+)
 _selects = st.one_of(
     st.sampled_from(KEYS).map(lambda k: Select(key=k)),
     st.sampled_from(REASONS).map(lambda r: Select(reason=r)),
@@ -53,7 +61,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = self.stack.enter_context(fast_folder())
         self.path = self.folder / "0" / "state.db"
         self.clock = StillClock()
-        self.model = Model()
+        self.model = Model(ended_kept=ENDED_KEPT)
         self.lsn = 100
         self.store = self.open()
 
@@ -96,6 +104,7 @@ class StoreMachine(RuleBasedStateMachine):
             hold=[message for use, message in uses if use == "hold"],
             bury=[park(message) for use, message in uses if use == "bury"],
             revive=[(row, self.named(self.model.dead[row].record)) for row in dead],
+            backfill=data.draw(_documents),
         )
 
     def some(self, data, among, most):  # type: ignore[no-untyped-def]
@@ -260,6 +269,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.queue_is_right()
                 self.lanes_are_right()
                 self.letters_are_right()
+                self.backfills_are_right()
             except AssertionError as difference:
                 differences.append(difference)
         assert len(differences) < len(candidates), differences
@@ -377,6 +387,11 @@ class StoreMachine(RuleBasedStateMachine):
             (k, dead[row].reason, dead[row].attempts) for k, row in sorted(oldest.items())
         ]
 
+    @invariant()
+    def backfills_are_right(self) -> None:
+        assert self.store.backfills(SINK, ended=False) == list(self.model.running().items())
+        assert self.store.backfills(SINK, ended=True) == list(self.model.backfills.items())
+
 
 def _matches(select: Select, record: Record, reason: str) -> bool:
     return select.all or select.key == record.keys[0] or select.reason == reason
@@ -419,6 +434,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rows, "WIDTH", 3)
     monkeypatch.setattr(reads, "PAGE_SPANS", 3)
     monkeypatch.setattr(reads, "PROBED", 10_000)
+    monkeypatch.setattr(backfills, "ENDED_KEPT", ENDED_KEPT)
     monkeypatch.setattr(sqlite, "IDLE_SECONDS", 3600.0)
     monkeypatch.setattr(file, "RESERVE_BYTES", 4096)
     yield

@@ -375,15 +375,16 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
     assert refused.value.code == "state_foreign"
 
 
-def test_a_newer_schema_is_left_alone(path: Path) -> None:
+@pytest.mark.parametrize(("version", "code"), [(99, "state_newer"), (1, "state_older")])
+def test_another_schema_is_left_alone(path: Path, version: int, code: str) -> None:
     with opened(path):
         pass
-    with sqlite3.connect(path) as newer:
-        newer.execute("PRAGMA user_version = 99")
-    newer.close()
+    with sqlite3.connect(path) as other:
+        other.execute(f"PRAGMA user_version = {version}")
+    other.close()
     with pytest.raises(SpillwayError) as refused:
         open_store(path)
-    assert refused.value.code == "state_newer"
+    assert refused.value.code == code
 
 
 def test_a_folder_that_cannot_be_written(path: Path) -> None:

@@ -20,6 +20,7 @@ from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.impl import gather
 from spillway.position import Position
+from spillway.store.backfills import write_backfill
 from spillway.store.base import Counters, Gap, Identity, Park, SinkState, Write, Written
 from spillway.store.lanes import Failure, Lanes
 from spillway.store.queue import Put, Queue, Taken
@@ -164,6 +165,8 @@ class Transaction:
                 "UPDATE sink SET gap_first = ?, gap_last = ?, gap_since = ?, gap_reason = ? WHERE id = ?",
                 (*values, sink.id),
             )
+        if write.backfill is not None:
+            write_backfill(self._db, sink.id, write.backfill)
         return Written(replace(sink.counters))
 
     def _append(self, sink: SinkRow, puts: Sequence[Put]) -> None:

@@ -24,7 +24,7 @@ from typing import IO
 from spillway.errors import SpillwayError
 
 APPLICATION_ID = 0x53504C57  # "SPLW"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PAGE_BYTES = 16384
 CACHE_KIB = 8192
 RESERVE_BYTES = 32 << 20
@@ -118,6 +118,12 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             "state_newer",
             f"the state file {path} is of schema {version}, written by a newer Spillway (this one: {SCHEMA_VERSION})",
             "run that version, or give this one a state.url of its own",
+        )
+    if objects and version < SCHEMA_VERSION:
+        raise SpillwayError(
+            "state_older",
+            f"the state file {path} is of schema {version}, written by an older Spillway (this one: {SCHEMA_VERSION})",
+            "let that version deliver what waits in it, or remove the file to start anew",
         )
     if not objects:
         db.execute("PRAGMA auto_vacuum = incremental")

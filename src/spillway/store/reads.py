@@ -24,6 +24,7 @@ from typing import NamedTuple, cast
 from spillway.chunk import MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
+from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
 from spillway.store.base import Identity, LaneHead, P, T
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.queue import find_spans, with_key
@@ -287,6 +288,11 @@ class Reads:
         if not heads:
             return None
         return 0.0 if heads[0].run < found[0] else heads[0].due - self._clock.monotonic()
+
+    def backfills(self, sink: str, *, ended: bool) -> list[tuple[str, bytes]]:
+        given = (self._id(sink),)
+        rows = self._asked(SELECT_BACKFILLS, given) if ended else self._rows(SELECT_RUNNING, given)
+        return cast("list[tuple[str, bytes]]", rows)
 
     def oldest(self, sink: str) -> float | None:
         found = self._first(SELECT_OLDEST, (self._id(sink),))

@@ -108,3 +108,16 @@ CREATE INDEX dead_sink ON dead (sink);
 CREATE INDEX dead_key ON dead (sink, key1);
 CREATE INDEX dead_reason ON dead (sink, reason);
 CREATE INDEX dead_reason_key ON dead (sink, reason, key1);
+
+-- What is to be known of backfills, see backfills.py. ``number``: the order in which they were first written.
+-- ``ended``: the order in which those of a sink have ended; null: not yet.
+CREATE TABLE backfill (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    sink INTEGER NOT NULL, id TEXT NOT NULL,
+    document BLOB NOT NULL,
+    ended INTEGER,
+    UNIQUE (sink, id)
+);
+CREATE INDEX backfill_sink ON backfill (sink);
+CREATE INDEX backfill_running ON backfill (sink) WHERE ended IS NULL;
+CREATE INDEX backfill_ended ON backfill (sink, ended) WHERE ended IS NOT NULL;

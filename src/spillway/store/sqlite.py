@@ -55,7 +55,8 @@ VACUUM_PAGES = 1024
 FULL_RETRY_SECONDS = 1.0
 MAX_LSN = (1 << 63) - 1
 SELECT_LAST_SPAN = f"""
-    SELECT coalesce(max(iif(name = 'span', seq, seq >> {PLACE_BITS})), 0) FROM sqlite_sequence"""
+    SELECT coalesce(max(iif(name = 'span', seq, seq >> {PLACE_BITS})), 0) FROM sqlite_sequence
+    WHERE name IN ('span', 'message')"""
 
 # Beside SQLITE_FULL: the WAL's index could not be extended.
 _FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
@@ -64,7 +65,8 @@ _T = TypeVar("_T")
 
 
 def open_store(path: Path, clock: Clock | None = None) -> SqliteStore:
-    """Open or create the state file. Raises SpillwayError: state_locked, _unwritable, _unreadable, _foreign, _newer."""
+    """Open or create the state file. Raises SpillwayError: state_locked, _unwritable, _unreadable, _foreign, _newer,
+    _older."""
     return SqliteStore(path, clock or SystemClock())
 
 
