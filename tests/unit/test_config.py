@@ -13,7 +13,15 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import BaseModel, ValidationError
 
-from spillway.config import Config, TableName, default_limit_mb, load, parse_table
+from spillway.config import (
+    BackfillLimits,
+    Config,
+    InitialBackfill,
+    TableName,
+    default_limit_mb,
+    load,
+    parse_table,
+)
 from spillway.config.load import _Whole
 from spillway.config.section import Section
 
@@ -151,6 +159,55 @@ def test_the_largest_message_follows_from_the_memory(tmp_path: Path, limit_mb: i
     config = read(tmp_path, text)
     assert config.sink("a").max_message_bytes == expected_mb << 20
     assert config.sink("b").max_message_bytes == 1 << 20
+
+
+EVERY_TABLE = (InitialBackfill(table=None),)
+JOBS = TableName("public", "jobs")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("false", ()),
+        ("[]", ()),
+        ("true", EVERY_TABLE),
+        ("${YES}", EVERY_TABLE),
+        ("[{table: public.jobs}]", (InitialBackfill(table=JOBS, type="full"),)),
+        (
+            "[{table: jobs, type: partial, sort_column: updated_at, start_position: 2024-01-01}, {table: users}]",
+            (
+                InitialBackfill(table=JOBS, type="partial", sort_column="updated_at", start_position="2024-01-01"),
+                InitialBackfill(table=TableName("public", "users"), type="full"),
+            ),
+        ),
+        (
+            "[{table: jobs, sort_column: id, start_position: -5}]",
+            (InitialBackfill(table=JOBS, type="partial", sort_column="id", start_position="-5"),),
+        ),
+    ],
+)
+def test_initial_backfill(tmp_path: Path, text: str, expected: tuple[InitialBackfill, ...]) -> None:
+    assert sink(tmp_path, f"initial_backfill: {text}", YES="true").initial_backfill == expected
+    assert sink(tmp_path).initial_backfill == ()
+
+
+def test_a_time_limit_of_sequin_in_a_backfill_loads(tmp_path: Path) -> None:
+    text = DATABASES + "sinks:\n- name: x\n  database: app\n  destination: {type: stdout}\n"
+    config = read(tmp_path, text + "  initial_backfill: [{table: jobs, max_timeout_ms: 5000}]\n")
+    assert config.sinks[0].initial_backfill == (InitialBackfill(table=JOBS),)
+    assert [warning.partition("sinks")[2] for warning in config.warnings] == [
+        "[0].initial_backfill[0].max_timeout_ms: has no effect here; see backfill.timeout_ms of the sink"
+    ]
+
+
+def test_how_rows_are_read(tmp_path: Path) -> None:
+    assert sink(tmp_path).backfill == BackfillLimits(
+        parallel=1, max_rows_per_second=None, run_ahead=10_000, timeout_ms=5_000
+    )
+    told = "backfill: {parallel: 16, max_rows_per_second: 5000, run_ahead: 100, timeout_ms: '${T}'}"
+    assert sink(tmp_path, told, T="600000").backfill == BackfillLimits(
+        parallel=16, max_rows_per_second=5000, run_ahead=100, timeout_ms=600_000
+    )
 
 
 def test_search_destinations(tmp_path: Path) -> None:
@@ -305,6 +362,36 @@ def test_urls(tmp_path: Path, url: str, expected: dict[str, str]) -> None:
     assert conninfo_to_dict(one.conninfo()) == expected
     assert one.database == expected.get("dbname", "")
     assert one.hostname == expected["host"]
+
+
+@pytest.mark.parametrize(
+    ("replica", "expected"),
+    [
+        ("postgresql://r:5433", {"host": "r", "port": "5433", "dbname": "d", "user": "u", "password": "p"}),
+        ("postgresql://v@r/d", {"host": "r", "dbname": "d", "user": "v"}),
+        ("postgresql://u:q@r", {"host": "r", "dbname": "d", "user": "u", "password": "q"}),
+        (
+            "postgresql://r?sslmode=require",
+            {"host": "r", "dbname": "d", "user": "u", "password": "p", "sslmode": "require"},
+        ),
+    ],
+)
+def test_pages_are_read_from_the_replica(tmp_path: Path, replica: str, expected: dict[str, str]) -> None:
+    one = database(tmp_path, "url: 'postgresql://u:p@h:1/d?application_name=x'\n  replica_url: ${R}", R=replica)
+    assert conninfo_to_dict(one.page_conninfo()) == expected
+    assert conninfo_to_dict(one.conninfo())["host"] == "h"
+
+
+def test_pages_are_read_from_the_database_itself(tmp_path: Path) -> None:
+    one = database(tmp_path, "url: postgresql://u:p@h/d")
+    assert one.page_conninfo() == one.conninfo()
+
+
+def test_the_replica_is_verified_like_the_database(tmp_path: Path) -> None:
+    body = "url: postgresql://u@h/d\n  ssl: {mode: require}\n  replica_url: "
+    assert conninfo_to_dict(database(tmp_path, body + "postgresql://r").page_conninfo())["sslmode"] == "require"
+    own = database(tmp_path, body + "postgresql://r?sslmode=verify-ca")
+    assert conninfo_to_dict(own.page_conninfo())["sslmode"] == "verify-ca"
 
 
 @pytest.mark.parametrize("body", ["url: postgresql://u@h/d\n  ssl: ", "hostname: h\n  database: d\n  ssl: "])
@@ -522,6 +609,9 @@ sinks:
     for shown in (repr(config), str(config), *map(str, (*config.databases, *config.sinks, *config.http_endpoints))):
         assert SECRET not in shown
     assert SECRET in config.databases[0].conninfo()
+    replica = database(tmp_path, "url: postgresql://h/d\n  replica_url: postgresql://u:${S}@r/d", S=SECRET)
+    assert SECRET not in repr(replica) + str(replica)
+    assert SECRET in replica.page_conninfo()
     assert config.http_endpoints[0].all_headers() == {"A": SECRET, "B": SECRET}
     key_of_tls = "postgresql://u@h/d?sslpassword=" + SECRET
     assert SECRET not in repr(database(tmp_path, "url: ${U}", U=key_of_tls))

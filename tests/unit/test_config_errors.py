@@ -130,6 +130,7 @@ ONE_OF_TWO = "url says it already; give one of the two"
 REST = "\n  slot: {name: s}\n  publication: {name: p}"
 HOST = "hostname: h\n  database: d" + REST
 BY_URL = "url: postgresql://u:p@h/d"
+REPLICA = BY_URL + "\n  slot_name: s\n  publication_name: p\n  replica_url: {}"
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,19 @@ BY_URL = "url: postgresql://u:p@h/d"
         (
             BY_URL + REST + "\n  publication_name: t",
             "6: publication_name: is the old spelling of publication.name; give one of the two",
+        ),
+        (
+            REPLICA.format("localhost:5432"),
+            "6: replica_url: must be a URL: postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+        ),
+        (REPLICA.format("postgresql:///d"), "6: replica_url: must name the host of the replica"),
+        (
+            REPLICA.format("postgresql://u:p@@${SECRET}@h/d"),
+            "6: replica_url: has an @ in its host; write special characters in a password as %XX, @ as %40",
+        ),
+        (
+            REPLICA.format("postgresql://h/other_${SECRET}"),
+            "6: replica_url: must be a replica of the same database: leave its name out, or give the same",
         ),
         (BY_URL + "\n  slot_name: BAD\n  publication_name: p", f"4: {SLOT}"),
         (
@@ -349,8 +363,52 @@ TABLE = 'must be a table: schema.table, with "..." around a part that holds a do
         ("routing: f", "", f"routing: 'routing' {LATER}; leave it out"),
         ("enrichment: f", "", f"enrichment: 'enrichment' {LATER}; leave it out"),
         ("legacy_transform: record_only", "", f"legacy_transform: 'legacy_transform' {LATER}; leave it out"),
-        ("initial_backfill: true", "", f"initial_backfill: 'initial_backfill' {LATER}; leave it out"),
-        ("initial_backfill: [{table: t}]", "", f"initial_backfill: 'initial_backfill' {LATER}; leave it out"),
+        (
+            "initial_backfill: yes",
+            "",
+            "initial_backfill: must be true, false or a list of {table, type, sort_column, start_position}",
+        ),
+        ("initial_backfill: [t]", "", "initial_backfill[0]: must be a mapping"),
+        ("initial_backfill: [{type: full}]", "", "initial_backfill[0].table: is required"),
+        ("initial_backfill: [{table: a.b.c}]", "", f"initial_backfill[0].table: {TABLE}"),
+        ("initial_backfill: [{table: t}, {table: public.t}]", "", "initial_backfill[1].table: is in the list already"),
+        (
+            "initial_backfill: [{table: t, type: partial}]",
+            "",
+            "initial_backfill[0].sort_column: is required with type: partial",
+        ),
+        (
+            "initial_backfill: [{table: t, type: parts}]",
+            "",
+            "initial_backfill[0].type: must be full or partial; did you mean partial?",
+        ),
+        (
+            "initial_backfill: [{table: t, start_position: 5}]",
+            "",
+            "initial_backfill[0].start_position: needs a sort_column",
+        ),
+        (
+            "initial_backfill: [{table: t, type: full, sort_column: a, start_position: 5}]",
+            "",
+            "initial_backfill[0].start_position: has no meaning with type: full; say type: partial",
+        ),
+        (
+            "initial_backfill: [{table: t, sort_colum: a}]",
+            "",
+            "initial_backfill[0].sort_colum: unknown key; did you mean sort_column?",
+        ),
+        (
+            "source: {include_tables: [jobs]}\n  initial_backfill: [{table: public.job}]",
+            "",
+            "initial_backfill[0].table: is not a table of this sink: its source leaves it out; "
+            "did you mean public.jobs?",
+        ),
+        ("backfill: {parallel: 17}", "", "backfill.parallel: must be at most 16"),
+        ("backfill: {parallel: 0}", "", "backfill.parallel: must be at least 1"),
+        ("backfill: {max_rows_per_second: 0}", "", "backfill.max_rows_per_second: must be at least 1"),
+        ("backfill: {run_ahead: 0}", "", "backfill.run_ahead: must be at least 1"),
+        ("backfill: {timeout_ms: 600001}", "", "backfill.timeout_ms: must be at most 600000"),
+        ("backfill: {paralel: 2}", "", "backfill.paralel: unknown key; did you mean parallel?"),
         ("annotations: x", "", "annotations: must be a mapping"),
     ],
 )
@@ -366,7 +424,7 @@ sinks:
   {extra}
 """
     )
-    line = 12 if extra.startswith(("message_grouping: false", "table: a")) and "tables:" in extra else 11
+    line = 12 if "\n" in extra and not extra.startswith("table: a") else 11
     assert errors(tmp_path, text) == [f"{line}: sinks[0].{expected}"]
 
 

@@ -1,10 +1,12 @@
 """The configuration file: `load(path, env)` -> a frozen, complete `Config`, or `ConfigErrors`.
 
 In reading order: `document` (YAML with lines), `interpolate`, `values` (kinds of values), `section` (what all parts of
-the file share), the parts themselves (`process`, `database`, `endpoint`, `destination`, `sink`), and `load`.
+the file share), the parts themselves (`process`, `database`, `endpoint`, `destination`, `backfill`, `sink`), `wording`
+and `load`. Beside the file, `orders` is what is asked of a running engine by command; it has the same kinds of values.
 Every key is described in docs/configuration.md.
 """
 
+from spillway.config.backfill import BackfillLimits, InitialBackfill
 from spillway.config.database import Database, Publication, Slot, Ssl, stable_id
 from spillway.config.destination import (
     Blackhole,
@@ -20,11 +22,14 @@ from spillway.config.destination import (
 from spillway.config.endpoint import HttpEndpoint
 from spillway.config.load import Config, ConfigErrors, load
 from spillway.config.memory import default_limit_mb
+from spillway.config.orders import BackfillOrder, ReindexOrder, read_order
 from spillway.config.process import Memory, Server, State
 from spillway.config.sink import Backlog, GroupedTable, Sink, Source
 from spillway.config.values import TableName, parse_table
 
 __all__ = [
+    "BackfillLimits",
+    "BackfillOrder",
     "Backlog",
     "Blackhole",
     "Config",
@@ -35,9 +40,11 @@ __all__ = [
     "File",
     "GroupedTable",
     "HttpEndpoint",
+    "InitialBackfill",
     "Memory",
     "OpenSearch",
     "Publication",
+    "ReindexOrder",
     "Search",
     "Server",
     "Sink",
@@ -52,5 +59,6 @@ __all__ = [
     "default_limit_mb",
     "load",
     "parse_table",
+    "read_order",
     "stable_id",
 ]

@@ -4,6 +4,9 @@
 own parser, so a `Database` looks the same whichever was written, and only the password and `options` hold secrets.
 Whatever else libpq understands (`?sslmode=require&application_name=x`) stays in `options`.
 
+`replica_url` is a standby of the same system, on which the pages of backfills are read instead. Role, password and TLS
+are the same on both unless it says otherwise; the database always is.
+
 TLS. Without `ssl` libpq decides (`prefer`, or what the URL says). `ssl: false` is no TLS. `ssl: true` verifies the
 server's certificate and name against the system's roots: Sequin does not verify, but who asks for TLS means it.
 """
@@ -132,6 +135,14 @@ class Publication(Section):
         return self
 
 
+def _replica_url(value: SecretStr) -> SecretStr:
+    parameters = _parse_url(value.get_secret_value())
+    if "host" not in parameters and "hostaddr" not in parameters:
+        raise ValueError("must name the host of the replica")
+    _no_part_of_a_password(parameters)
+    return value
+
+
 class AwaitDatabase(Section):
     """How long the start waits for a database that cannot be reached, and how often it looks."""
 
@@ -160,6 +171,7 @@ class Database(Section):
     database: str
     username: str  # "": libpq's default
     password: SecretStr | None = None
+    replica_url: Annotated[SecretStr, AfterValidator(_replica_url)] | None = None
     options: dict[str, str] = Field(default_factory=dict, repr=False)  # other parameters for libpq, from the URL
     ssl: Annotated[Ssl | None, BeforeValidator(_ssl)] = None
     slot: Slot
@@ -187,15 +199,39 @@ class Database(Section):
 
     def conninfo(self) -> str:
         """The connection string for libpq, with the password: never print it."""
-        parameters = {"host": self.hostname, "dbname": self.database, "user": self.username}
+        parameters = {"host": self.hostname} | self._who()
         if self.port is not None:
             parameters["port"] = str(self.port)
-        if self.password is not None:
-            parameters["password"] = self.password.get_secret_value()
         parameters |= self.options
         if self.ssl is not None:
             parameters |= self.ssl.parameters()
-        return " ".join(f"{key}={_quoted(value)}" for key, value in parameters.items() if value != "")
+        return _conninfo(parameters)
+
+    def page_conninfo(self) -> str:
+        """Where the pages of backfills are read: the replica, if there is one. Never print it."""
+        if self.replica_url is None:
+            return self.conninfo()
+        said = _parse_url(self.replica_url.get_secret_value())
+        parameters = self._who()
+        if said.get("user", self.username) != self.username:
+            parameters.pop("password", None)  # another role's
+        if self.ssl is not None and "sslmode" not in said:
+            parameters |= self.ssl.parameters()
+        return _conninfo(parameters | said)
+
+    def _who(self) -> dict[str, str]:
+        who = {"dbname": self.database, "user": self.username}
+        return who if self.password is None else who | {"password": self.password.get_secret_value()}
+
+    @model_validator(mode="after")
+    def _same_database(self) -> Database:
+        if self.replica_url is not None:
+            name = _parse_url(self.replica_url.get_secret_value()).get("dbname", self.database)
+            if self.database and name != self.database:
+                raise Wrong(
+                    "replica_url", "must be a replica of the same database: leave its name out, or give the same"
+                )
+        return self
 
 
 def _nest(block: Block, kind: str, reading: Reading) -> None:
@@ -233,8 +269,10 @@ def _one_spelling(block: Block, reading: Reading) -> None:
         reading.problem(block.line_of("ssl"), block.key_path("ssl"), "url has an sslmode already; give one of the two")
     ports = {"port": parameters.pop("port")} if "," in parameters.get("port", "") else {}  # of a list of hosts
     parameters.setdefault("dbname", parameters.get("user", ""))  # libpq's rule
-    if "@" in parameters.get("host", ""):  # a part of the password, most likely: it must not be shown
-        reading.problem(line, path, "has an @ in its host; write special characters in a password as %XX, @ as %40")
+    try:
+        _no_part_of_a_password(parameters)
+    except ValueError as error:
+        reading.problem(line, path, str(error))
         parameters["host"] = ""
     for key, parameter in _DISCRETE.items():
         block[key], block.lines[key] = parameters.pop(parameter, _UNSAID.get(key)), line
@@ -250,6 +288,16 @@ def _parse_url(url: object) -> dict[str, str]:
     except psycopg.ProgrammingError:
         raise ValueError("PostgreSQL cannot read this URL; write special characters in a password as %XX") from None
     return {key: str(value) for key, value in parameters.items() if value is not None}
+
+
+def _no_part_of_a_password(parameters: dict[str, str]) -> None:
+    """The host is shown, and what is left of an unescaped password often ends up in it."""
+    if "@" in parameters.get("host", ""):
+        raise ValueError("has an @ in its host; write special characters in a password as %XX, @ as %40")
+
+
+def _conninfo(parameters: dict[str, str]) -> str:
+    return " ".join(f"{key}={_quoted(value)}" for key, value in parameters.items() if value != "")
 
 
 def _quoted(value: str) -> str:

@@ -61,13 +61,16 @@ def _index_name(name: str) -> str:
     return name
 
 
+IndexName = Annotated[str, AfterValidator(_index_name)]
+
+
 class Search(_Destination):
     default_batch_size: ClassVar[int] = 100
     state: ClassVar[bool] = True
     default_toast: ClassVar[Toast] = "fail"
 
     endpoint_url: Annotated[str, AfterValidator(_endpoint_url)]
-    index_name: Annotated[str, AfterValidator(_index_name)]
+    index_name: IndexName
     auth_type: Literal["none", "api_key", "basic", "bearer"] = "none"
     auth_value: Annotated[Secret | None, Field(validate_default=True)] = None  # basic: user:password
     batch_size: Annotated[Whole, Field(ge=1, le=10_000)] | None = None

@@ -24,6 +24,7 @@ from spillway.config.process import Memory, Server, State
 from spillway.config.section import Reading, Section, nearest
 from spillway.config.sink import MAX_MESSAGE_BYTES, Sink
 from spillway.config.values import Wrong
+from spillway.config.wording import wording
 from spillway.errors import ConfigError
 
 
@@ -228,7 +229,8 @@ def _translate(details: ErrorDetails, root: Block, reading: Reading) -> None:
     elif details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         location.append("type")
     line, key = _place(location, root)
-    reading.problem(line, key, _text(details))
+    tag = details.get("ctx", {}).get("tag")
+    reading.problem(line, key, _unknown_type(str(tag)) if details["type"] == "union_tag_invalid" else wording(details))
 
 
 def _place(location: Sequence[int | str], root: Block) -> tuple[int, str]:
@@ -247,47 +249,7 @@ def _place(location: Sequence[int | str], root: Block) -> tuple[int, str]:
     return line, key or "file"
 
 
-def _text(details: ErrorDetails) -> str:
-    kind, context = details["type"], details.get("ctx", {})
-    given = details["input"]
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        values = [value.strip("'") for value in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        near = nearest(given, values) if isinstance(given, str) else ""
-        return f"must be {context['expected']}".replace("'", "") + near
-    if kind == "union_tag_invalid":
-        return _unknown_type(str(context["tag"]))
-    if kind in _TEXTS:
-        return _TEXTS[kind].format_map(context)
-    return details["msg"][:1].lower() + details["msg"][1:]
-
-
 def _unknown_type(tag: str) -> str:
     if tag in NOT_YET:
         return f"'{tag}' is not there yet in this version"
     return "unknown type" + (nearest(tag, [*TYPES, *NOT_YET]) or f"; there are {', '.join(TYPES)}")
-
-
-_NUMBER = "must be a whole number"
-_TEXTS = {
-    "missing": "is required",
-    "union_tag_not_found": "is required",
-    "string_type": "must be text; put it in quotes",
-    "int_type": _NUMBER,
-    "int_parsing": _NUMBER,
-    "int_from_float": _NUMBER,
-    "int_parsing_size": _NUMBER,
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "too_short": "may not be empty",
-    "tuple_type": "must be a list",
-    "list_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "model_attributes_type": "must be a mapping",
-    "path_type": "must be a path",
-}

@@ -11,11 +11,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from spillway.config.backfill import BackfillLimits, InitialBackfill, InitialBackfills
 from spillway.config.database import stable_id
 from spillway.config.destination import OLD_SPELLINGS, Destination, OnTruncate, Search, Toast, Webhook
 from spillway.config.document import Block
 from spillway.config.memory import MB
-from spillway.config.section import Reading, Section
+from spillway.config.section import Reading, Section, nearest
 from spillway.config.values import (
     Annotations,
     DurationSeconds,
@@ -102,7 +103,6 @@ class Sink(Section):
         "routing": _FUNCTION,
         "enrichment": _FUNCTION,
         "legacy_transform": _FUNCTION,
-        "initial_backfill": (False, "false"),
     }
 
     name: Name
@@ -128,6 +128,8 @@ class Sink(Section):
     on_truncate: OnTruncate = Field(default_factory=lambda data: data["destination"].default_on_truncate)
     timestamp_format: Annotated[Literal["iso8601"], later("unix_microsecond")] = "iso8601"
     annotations: Annotations = Field(default_factory=dict)
+    initial_backfill: InitialBackfills = ()
+    backfill: BackfillLimits = Field(default_factory=BackfillLimits)
 
     @classmethod
     def rename(cls, block: Block, reading: Reading) -> None:
@@ -172,6 +174,20 @@ class Sink(Section):
         if value == "apply" and destination is not None and destination.default_on_truncate != "apply":
             raise ValueError(f"'apply' is not there yet in this version for {destination.type}")
         return value
+
+    @field_validator("initial_backfill")
+    @classmethod
+    def _tables_of_its_own(
+        cls, entries: tuple[InitialBackfill, ...], info: ValidationInfo
+    ) -> tuple[InitialBackfill, ...]:
+        source = info.data.get("source")
+        for index, entry in enumerate(entries):
+            if entry.table in [earlier.table for earlier in entries[:index]]:
+                raise Wrong(f"{index}.table", "is in the list already")
+            if entry.table is not None and source is not None and not source.selects(*entry.table):
+                near = nearest(str(entry.table), map(str, source.include_tables or ()))
+                raise Wrong(f"{index}.table", f"is not a table of this sink: its source leaves it out{near}")
+        return entries
 
     @property
     def id(self) -> str:

@@ -72,6 +72,11 @@ def _secret(value: SecretStr) -> SecretStr:
     return value
 
 
+def _text(value: object) -> object:
+    """Text, or a number as it would be written."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def plain(value: object) -> object:
     """The same without lines and paths."""
     if isinstance(value, Block):
@@ -139,6 +144,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 SizeBytes = Annotated[int, BeforeValidator(_size)]
 DurationSeconds = Annotated[float, BeforeValidator(_duration)]
 Name = Annotated[str, AfterValidator(_name)]
+Text = Annotated[str, BeforeValidator(_text)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Table = Annotated[TableName, BeforeValidator(_table)]
 Annotations = Annotated[dict[str, object], BeforeValidator(plain)]
