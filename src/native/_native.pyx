@@ -9,6 +9,7 @@ is made fast, in this order:
 - scalars: one renderer per frequent type; all others are the reference's functions, called with the value
 - reference: what is taken from it
 - plan: what is compiled once per relation
+- lines: rows of COPY taken apart
 - keys: the texts of a row's keys
 - transaction: what the changes of a transaction share
 - libpq: ``PQgetCopyData`` of the very libpq that psycopg has loaded, called without psycopg
@@ -16,9 +17,9 @@ is made fast, in this order:
 - columns: gather, join, by_kind, bulk
 
 Rules that keep it safe: a read of a frame is checked against the frame's end before it happens (in `Plan.split`,
-`Plan.split_key`, `after_new`, `Decoder._frame`, `_keepalive`, `_other`, and `begin` and `logical_message` of the
-transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
-their bounds checks. Values are slices of the frame and do not outlive it. A row that turns out to be too large leaves
+`Plan.split_key`, `after_new`, `split_line`, `unescape`, `Decoder._frame`, `_keepalive`, `_other`, and `begin` and
+`logical_message` of the transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
+their bounds checks. Values are slices of the frame, or of the scratch buffer of its escapes, and do not outlive it. A row that turns out to be too large leaves
 nothing behind; after an error the decoder is of no use.
 """
 
@@ -46,6 +47,7 @@ include "text.pxi"
 include "scalars.pxi"
 include "reference.pxi"
 include "plan.pxi"
+include "lines.pxi"
 include "keys.pxi"
 include "transaction.pxi"
 include "libpq.pxi"

@@ -36,6 +36,7 @@ cdef class Decoder:
     cdef public uint64_t taken_frames
     cdef public uint64_t taken_bytes
     cdef readonly uint64_t used_bytes
+    cdef public bint break_at_commit
     # What it was made with.
     cdef Transaction _transaction
     cdef object _group_columns
@@ -53,6 +54,7 @@ cdef class Decoder:
     cdef bytes _kept_bytes
     cdef object _stop
     cdef uint8_t _kind  # of the frame that is being decoded
+    cdef Plan _page_plan  # of the relation whose lines are taken; None: frames are
     # The chunk that is being filled.
     cdef readonly uint64_t count
     cdef Buffer _data
@@ -74,6 +76,8 @@ cdef class Decoder:
     cdef Keys _old_keys
     cdef Buffer _old_body
     cdef size_t _old_record_bytes
+    cdef Buffer _scratch  # values of a line that had escapes
+
     def __cinit__(
         self,
         database,
@@ -98,6 +102,7 @@ cdef class Decoder:
         buffer_open(&self._meta, SMALLEST_CAPACITY)
         buffer_open(&self._texts, SMALLEST_CAPACITY)
         buffer_open(&self._old_body, SMALLEST_CAPACITY)
+        buffer_open(&self._scratch, SMALLEST_CAPACITY)
         keys_open(&self._keys, 1 + self._groups)
         keys_open(&self._old_keys, 1 + self._groups)
 
@@ -106,6 +111,7 @@ cdef class Decoder:
         buffer_close(&self._meta)
         buffer_close(&self._texts)
         buffer_close(&self._old_body)
+        buffer_close(&self._scratch)
         keys_close(&self._keys)
         keys_close(&self._old_keys)
         PyMem_Free(self._rows)
@@ -114,17 +120,32 @@ cdef class Decoder:
 
     @property
     def in_transaction(self):
-        return self._transaction.final_lsn != 0
+        return self._transaction.is_open()
 
     def fill(self, copy, object credit_bytes, object max_changes):
         cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
-        cdef object pointer = getattr(copy, "pgconn_ptr", None) if get_copy_data != NULL else None
+        self._page_plan = None
         try:
-            if pointer is not None:
-                return self._fill_from_libpq(<void*> <uintptr_t> pointer, credit, most)
-            return self._fill_from_python(copy, credit, most)
+            return self._fill(copy, credit, most)
         except (StructError, IndexError, OverflowError, ValueError) as error:
             raise ProtocolError(f"a frame of kind {chr(self._kind)!r} ends too early or is garbled") from error
+
+    def begin_page(self, bytes page_id, uint64_t lsn, int64_t microseconds):
+        self._transaction.begin_page(page_id, lsn, microseconds)
+        self._kept_bytes = None
+        if self._kept != NULL:
+            free_memory(self._kept)
+            self._kept = NULL
+
+    def fill_page(self, copy, uint32_t oid, object credit_bytes, object max_changes):
+        cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
+        self._page_plan = self._plan(oid)
+        if not self._transaction.in_page:
+            raise ProtocolError("a line outside of a page")
+        try:
+            return self._fill(copy, credit, most)
+        except (StructError, IndexError, OverflowError, ValueError) as error:
+            raise ProtocolError("a line of a page is garbled") from error
 
     def take(self):
         if self._transaction.idx > 0xFFFFFFFF:
@@ -171,6 +192,12 @@ cdef class Decoder:
         return 0
 
     # Frames.
+
+    cdef object _fill(self, object copy, uint64_t credit, uint64_t most):
+        cdef object pointer = getattr(copy, "pgconn_ptr", None) if get_copy_data != NULL else None
+        if pointer is not None:
+            return self._fill_from_libpq(<void*> <uintptr_t> pointer, credit, most)
+        return self._fill_from_python(copy, credit, most)
 
     cdef object _fill_from_libpq(self, void* connection, uint64_t credit, uint64_t most):
         cdef char* frame
@@ -246,6 +273,8 @@ cdef class Decoder:
         cdef uint8_t kind
         cdef int action
         cdef Plan plan = None
+        if self._page_plan is not None:
+            return self._line(self._page_plan, frame, size, credit, most)
         if size == 0:
             raise IndexError
         if frame[0] != c"w":
@@ -262,23 +291,39 @@ cdef class Decoder:
                 raise IndexError
             plan = self._plan(big32(payload + 1))
             needed += plan.overhead_bytes + self._transaction.annotation_bytes
-        if self.used_bytes + needed > credit or self.count >= most:
-            self._stop = Full(needed)
+        if not self._covered(size, needed, credit, most):
             return KEEP
-        self.used_bytes += needed
-        if size > self.largest_frame_bytes:
-            self.largest_frame_bytes = size
         if action >= 0:
             self._any_row(plan, action, payload, size)
             return DONE
         return self._other(kind, payload, size)
+
+    cdef inline bint _covered(self, size_t size, uint64_t needed, uint64_t credit, uint64_t most) except -1:
+        """Takes the frame's credit; if it is not there, says so in `_stop`."""
+        if self.used_bytes + needed > credit or self.count >= most:
+            self._stop = Full(needed)
+            return False
+        self.used_bytes += needed
+        if size > self.largest_frame_bytes:
+            self.largest_frame_bytes = size
+        return True
+
+    cdef Outcome _line(self, Plan plan, const uint8_t* line, size_t size, uint64_t credit, uint64_t most) except? DONE:
+        cdef uint64_t needed = 3 * size + self._frame_overhead_bytes + plan.overhead_bytes
+        if not self._covered(size, needed, credit, most):
+            return KEEP
+        self._existing_row(plan, line, size)
+        self._transaction.idx += 1
+        if self._scratch.capacity > KEPT_BYTES:
+            buffer_close(&self._scratch)
+        return DONE
 
     cdef Outcome _keepalive(self, const uint8_t* frame, size_t size) except? DONE:
         if frame[0] != c"k":
             raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
         if size < KEEPALIVE_BYTES:
             raise IndexError
-        if self._transaction.final_lsn and not frame[17]:
+        if self._transaction.is_open() and not frame[17]:
             return DONE
         self._stop = Keepalive(big64(frame + 1), frame[17] != 0)
         return STOP
@@ -313,6 +358,9 @@ cdef class Decoder:
             if self.largest_frame_bytes > self._renew_frame_bytes:
                 self._stop = Renew()
                 return STOP
+            if self.break_at_commit:
+                self._stop = Committed()
+                return STOP
         elif kind == c"R":
             relation = read_relation(PyBytes_FromStringAndSize(<const char*> payload, <Py_ssize_t> size))
             self._forget(relation.oid)
@@ -333,12 +381,13 @@ cdef class Decoder:
         for oid in read_truncate(payload):
             plan = self._plan(oid)
             began = self._data.size
-            append(&self._data, b'{"record":null,"changes":null', 29)
-            self._transaction.append_tail(&self._data, plan, TRUNCATED, b"[]", 2)
             for i in range(1 + self._groups):
                 self._keys.ends[i] = 0
                 self._keys.hashes[i] = 0
-            self._keys.texts.size = 0
+            self._keys.texts.size = self._keys.values.size = 0
+            append(&self._keys.values, b"[]", 2)
+            append(&self._data, b'{"record":null,"changes":null', 29)
+            self._transaction.append_tail(&self._data, plan, TRUNCATED, &self._keys)
             self._record(
                 self._table_number(plan.own_name), TRUNCATED, &self._keys, NULL, self._data.size, 4, WHOLE, sub, 0
             )
@@ -351,7 +400,7 @@ cdef class Decoder:
 
     cdef int _any_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
         cdef size_t too_large = size
-        if not self._transaction.final_lsn:
+        if not self._transaction.is_open():
             raise ProtocolError("a row outside of a transaction")
         if plan.wanted >> action & 1:
             if size <= self._max_message_bytes:
@@ -365,7 +414,7 @@ cdef class Decoder:
         """0, or what the row's size is if it is too large; then nothing has happened."""
         cdef bint unchanged = False, ignored = False
         cdef bint has_old = False
-        cdef size_t at, began = self._data.size, record_end, too_large
+        cdef size_t at, too_large
         cdef Value* key_row = self._row
         cdef Changes changes = NO_OLD_ROW
         if size <= ROW_START:
@@ -389,6 +438,13 @@ cdef class Decoder:
             key_row = self._known
         if action == UPDATED:
             changes = DIFFERING if has_old and payload[ROW_START - 1] == c"O" else NOTHING
+        return self._whole(plan, action, key_row, changes, has_old, unchanged)
+
+    cdef size_t _whole(
+        self, Plan plan, int action, Value* key_row, Changes changes, bint has_old, bint unchanged
+    ) except? 1:
+        """As `_whole_row`, of what has been taken apart."""
+        cdef size_t began = self._data.size, record_end, too_large
         read_keys(&self._keys, plan, key_row)
         if unchanged:
             append(&self._data, b'{"record":', 10)
@@ -397,7 +453,7 @@ cdef class Decoder:
             plan.append_record(&self._data, self._row)
         record_end = self._data.size
         self._append_changes(plan, changes)
-        self._transaction.append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        self._transaction.append_tail(&self._data, plan, action, &self._keys)
         too_large = self._data.size - began
         if too_large > self._max_message_bytes:
             self._data.size = began
@@ -433,18 +489,40 @@ cdef class Decoder:
 
     cdef int _large_row(self, Plan plan, int action, const uint8_t* payload, size_t size, size_t too_large) except -1:
         cdef bint has_old = action == UPDATED and size > ROW_START and payload[ROW_START - 1] != c"N"
-        cdef size_t at, began = self._data.size, record_end
+        cdef size_t at
         at = plan.split_key(payload, size, ROW_START, self._row)
         if has_old:
             self._row, self._old = self._old, self._row
             plan.split_key(payload, size, after_new(payload, size, at), self._row)
+        return self._key_alone(plan, action, too_large, has_old, has_old and payload[ROW_START - 1] == c"O")
+
+    cdef int _existing_row(self, Plan plan, const uint8_t* line, size_t size) except -1:
+        cdef size_t too_large, most = self._max_message_bytes
+        if size > most:
+            too_large = split_line(plan, line, size, self._row, &self._scratch, True)
+            if too_large > most:
+                return self._key_alone(plan, READ, too_large, False, False)
+        size = split_line(plan, line, size, self._row, &self._scratch, False)
+        too_large = size if size > most else 0
+        if not too_large and size * LARGEST_GROWTH > most:
+            size += growth_bytes(self._row, plan.column_count)
+            too_large = size if size > most else 0
+        if not too_large:
+            too_large = self._whole(plan, READ, self._row, NO_OLD_ROW, False, False)
+        if too_large:
+            return self._key_alone(plan, READ, too_large, False, False)
+        return 0
+
+    cdef int _key_alone(self, Plan plan, int action, size_t too_large, bint has_old, bint full) except -1:
+        """Adds a row that is too large. ``full``: all of the old row is there, not only its key."""
+        cdef size_t began = self._data.size, record_end
         self._fill_and_know(plan, has_old)
         read_keys(&self._keys, plan, self._known)
         append(&self._data, b'{"record":', 10)
         plan.append_columns(&self._data, self._row, NULL, True)
         record_end = self._data.size
         self._append_changes(plan, NOTHING if action == UPDATED else NO_OLD_ROW)
-        self._transaction.append_tail(&self._data, plan, action, self._keys.values.data, self._keys.values.size)
+        self._transaction.append_tail(&self._data, plan, action, &self._keys)
         return self._add(
             plan,
             action,
@@ -454,7 +532,7 @@ cdef class Decoder:
             too_large,
             self._old if has_old else NULL,
             self._known,
-            has_old and payload[ROW_START - 1] == c"O",
+            full,
         )
 
     cdef int _append_changes(self, Plan plan, Changes changes) except -1:
@@ -518,7 +596,7 @@ cdef class Decoder:
         plan.append_record(body, old)
         self._old_record_bytes = body.size - 10
         append(body, b',"changes":null', 15)
-        self._transaction.append_tail(body, plan, DELETED, self._old_keys.values.data, self._old_keys.values.size)
+        self._transaction.append_tail(body, plan, DELETED, &self._old_keys)
         reserve(&self._data, body.size)
         memmove(self._data.data + began + body.size, self._data.data + began, size)
         memcpy(self._data.data + began, body.data, body.size)
@@ -560,7 +638,7 @@ cdef class Decoder:
         kind[2] = <uint8_t> flags
         kind[3] = <uint8_t> sub
         memcpy(kind + 4, &table, 2)
-        words[5] = too_large
+        words[5] = min(too_large, <size_t> 0xFFFFFFFF) | <uint64_t> self._transaction.xid << 32
         for i in range(key_count):
             words[6 + 2 * i] = keys.hashes[i]
             self._append_text(keys, i)

@@ -4,6 +4,7 @@ cdef enum:
     INSERTED = 0  # codes of actions, as a chunk has them
     UPDATED = 1
     DELETED = 2
+    READ = 3
     TRUNCATED = 4
     GROUP_VALUE_BYTES = 1024  # above this a value of a group's key is a digest
 

@@ -3,13 +3,14 @@
 
 cdef object scalars, renderer_for, primary_key, plain_oids
 cdef object ProtocolError, read_relation, read_truncate
-cdef object Ended, Full, Keepalive, Renew
+cdef object Committed, Ended, Full, Keepalive, Renew
 cdef dict KINDS = None
 
 
 cdef int bind_reference() except -1:
     global scalars, renderer_for, primary_key, plain_oids, KINDS
-    global ProtocolError, read_relation, read_truncate, Ended, Full, Keepalive, Renew
+    global ProtocolError, read_relation, read_truncate
+    global Committed, Ended, Full, Keepalive, Renew
     if KINDS is not None:
         return 0
     from spillway.pgoutput import frames, messages, plan, types
@@ -19,7 +20,8 @@ cdef int bind_reference() except -1:
     renderer_for, plain_oids = types.renderer_for, types.PLAIN_OIDS
     primary_key = plan.primary_key
     ProtocolError, read_relation, read_truncate = messages.ProtocolError, messages.read_relation, messages.read_truncate
-    Ended, Full, Keepalive, Renew = frames.Ended, frames.Full, frames.Keepalive, frames.Renew
+    Committed, Ended, Full = frames.Committed, frames.Ended, frames.Full
+    Keepalive, Renew = frames.Keepalive, frames.Renew
     KINDS = {
         None: AS_IT_IS,
         scalars.text: TEXT,

@@ -1,4 +1,5 @@
-# The open transaction: what all of its changes share, and what is counted in it; after spillway.pgoutput.transaction.
+# The open transaction, or page of existing rows: what all of its changes share, and what is counted in it; after
+# spillway.pgoutput.transaction.
 
 cdef enum:
     BEGIN_BYTES = 21
@@ -48,17 +49,20 @@ cdef void write_digits(uint8_t* out, int64_t number, int count) noexcept nogil:
 
 @cython.final
 cdef class Transaction:
-    """One after another. Without an open one ``final_lsn`` is 0."""
+    """One after another. Without an open one ``final_lsn`` is 0. A page has the place of one."""
 
     cdef uint64_t final_lsn
+    cdef uint32_t xid
+    cdef bint in_page
     cdef int64_t microseconds
     cdef uint64_t idx
     cdef uint8_t* _counts
     cdef uint16_t _noted[NOTED_BUCKETS]  # which counts are not 0, if they are few
     cdef size_t _noted_count
-    cdef Buffer _head  # base64 of what of "lsn:" fills its groups
-    cdef uint8_t _rest[24]  # what of it does not, and room for the digits of commit_idx
-    cdef size_t _rest_size
+    # The idempotency key: "lsn:idx", or in a page "id:key" or "id:lsn:idx".
+    cdef Buffer _head  # base64 of what of it is the same for all and fills groups of three
+    cdef Buffer _rest  # what of that does not fill them, and what comes behind it
+    cdef size_t _rest_size  # without what comes behind it
     cdef Buffer _moment  # from the idempotency key's end to commit_idx
     cdef size_t annotation_bytes  # what annotations add to each change, while it is built and while it is copied
     cdef bytes _database_part  # from there to the primary key
@@ -73,23 +77,24 @@ cdef class Transaction:
         self._max_annotation_bytes = max_annotation_bytes
         self._on_warning = on_warning
         buffer_open(&self._head, 64)
+        buffer_open(&self._rest, 64)
         buffer_open(&self._moment, 128)
         self._counts = <uint8_t*> PyMem_Malloc(BUCKETS)
         if self._counts == NULL:
             raise MemoryError
         memset(self._counts, 0, BUCKETS)
-        self.start_key()
+        self.start_key(b"0:")
         append_bytes(&self._moment, b'","commit_timestamp":,"commit_idx":')
         self._database_part = b',"database_name":,"record_pks":'
 
     def __dealloc__(self):
         buffer_close(&self._head)
+        buffer_close(&self._rest)
         buffer_close(&self._moment)
         PyMem_Free(self._counts)
 
     cdef int begin(self, const uint8_t* payload, size_t size) except -1:
         cdef int64_t time
-        cdef uint8_t digits[20]
         if size < BEGIN_BYTES:
             raise IndexError
         time = <int64_t> big64(payload + 9)
@@ -97,11 +102,33 @@ cdef class Transaction:
             raise ProtocolError("a transaction from before 1970")
         if time > LAST_MICROSECOND - POSTGRES_EPOCH_MICROSECONDS:
             raise OverflowError
-        self.final_lsn = big64(payload + 1)
-        self.microseconds = time + POSTGRES_EPOCH_MICROSECONDS
-        self.idx = 0
+        self.xid = big32(payload + 17)
+        self.in_page = False
         self.forget_counts()
-        self.start_key()
+        self.start(big64(payload + 1), time + POSTGRES_EPOCH_MICROSECONDS)
+        return self.start_key(b"%d:" % self.final_lsn)
+
+    cdef int begin_page(self, bytes page_id, uint64_t lsn, int64_t microseconds) except -1:
+        if self.is_open():
+            raise ProtocolError("a page inside of a transaction")
+        if microseconds < 0:
+            raise ProtocolError("a page from before 1970")
+        if microseconds > LAST_MICROSECOND:
+            raise OverflowError
+        self.xid = 0
+        self.in_page = True
+        self.start(lsn, microseconds)
+        return self.start_key(page_id + b":")
+
+    cdef inline bint is_open(self) noexcept:
+        """A transaction is, and no page."""
+        return self.final_lsn != 0 and not self.in_page
+
+    cdef int start(self, uint64_t final_lsn, int64_t microseconds) except -1:
+        cdef uint8_t digits[20]
+        self.final_lsn = final_lsn
+        self.microseconds = microseconds
+        self.idx = 0
         self._moment.size = 0
         append_bytes(&self._moment, b'","commit_timestamp":"')
         reserve(&self._moment, 27)
@@ -114,19 +141,19 @@ cdef class Transaction:
 
     cdef int end(self) except -1:
         self.final_lsn = 0
-        return self.start_key()
+        self.in_page = False
+        return self.start_key(b"0:")
 
-    cdef int start_key(self) except -1:
-        """What of the idempotency key is the same for all of the transaction."""
-        cdef uint8_t text[24]
-        cdef size_t size = write_number(text, self.final_lsn), whole
-        text[size] = c":"
-        size += 1
-        whole = size - size % 3
-        reserve(&self._head, 32)
+    cdef int start_key(self, bytes common) except -1:
+        """What of the idempotency key is the same for all."""
+        cdef const uint8_t* text = <const uint8_t*> PyBytes_AS_STRING(common)
+        cdef size_t size = <size_t> PyBytes_GET_SIZE(common)
+        cdef size_t whole = size - size % 3
+        self._head.size = self._rest.size = 0
+        reserve(&self._head, size * 2)
         self._head.size = write_base64(self._head.data, text, whole)
-        self._rest_size = size - whole
-        memcpy(self._rest, text + whole, self._rest_size)
+        append(&self._rest, text + whole, size - whole)
+        self._rest_size = self._rest.size
         return 0
 
     cdef void forget_counts(self) noexcept:
@@ -139,9 +166,11 @@ cdef class Transaction:
         self._noted_count = 0
 
     cdef uint8_t number(self, uint64_t hashed) noexcept:
-        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
+        """1 + the number of earlier changes of the key's bucket in this transaction, saturating; 0 in a page."""
         cdef uint16_t bucket = hashed & 0xFFFF
         cdef uint8_t count = self._counts[bucket]
+        if self.in_page:
+            return 0
         if not hashed:
             return 1
         if count < MOST:
@@ -206,29 +235,39 @@ cdef class Transaction:
             )
         return self.annotate(b"null")
 
-    cdef int append_tail(
-        self, Buffer* out, Plan plan, int action, const uint8_t* values, size_t values_size
-    ) except -1:
-        """What stands behind the changes."""
-        cdef size_t database_size = <size_t> PyBytes_GET_SIZE(self._database_part), digits
+    cdef int append_tail(self, Buffer* out, Plan plan, int action, Keys* keys) except -1:
+        """What stands behind the changes. Of the keys the primary one is looked at."""
+        cdef size_t database_size = <size_t> PyBytes_GET_SIZE(self._database_part), digits_size
         cdef Slice* tail = &plan.tails[action]
+        cdef uint8_t digits[20]
         cdef uint8_t* to
-        reserve(out, tail.size + 64 + self._moment.size + 20 + database_size + values_size)
+        digits_size = write_number(digits, self.idx)
+        self._rest.size = self._rest_size
+        if not self.in_page:
+            append(&self._rest, digits, digits_size)
+        elif keys.ends[0]:
+            append(&self._rest, keys.texts.data + plan.prefix.size, keys.ends[0] - plan.prefix.size)
+        else:
+            append_bytes(&self._rest, b"%d:%d" % (self.final_lsn, self.idx))
+        reserve(
+            out,
+            tail.size + self._head.size + 2 * self._rest.size + 4 + self._moment.size + digits_size + database_size
+            + keys.values.size,
+        )
         to = out.data + out.size
         memcpy(to, tail.data, tail.size)
         to += tail.size
         memcpy(to, self._head.data, self._head.size)
         to += self._head.size
-        digits = write_number(self._rest + self._rest_size, self.idx)
-        to += write_base64(to, self._rest, self._rest_size + digits)
+        to += write_base64(to, self._rest.data, self._rest.size)
         memcpy(to, self._moment.data, self._moment.size)
         to += self._moment.size
-        memcpy(to, self._rest + self._rest_size, digits)
-        to += digits
+        memcpy(to, digits, digits_size)
+        to += digits_size
         memcpy(to, PyBytes_AS_STRING(self._database_part), database_size)
         to += database_size
-        memcpy(to, values, values_size)
-        out.size = <size_t> (to - out.data) + values_size
+        memcpy(to, keys.values.data, keys.values.size)
+        out.size = <size_t> (to - out.data) + keys.values.size
         return 0
 
 

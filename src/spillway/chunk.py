@@ -18,7 +18,7 @@ state file stays on one architecture)::
     TIME   commit time, microseconds since the Unix epoch
     ENDS   where the body ends in data | where its key texts end in keys << 32
     KIND   bytes: action, n, flags, sub, table (16 bits), 0, 0
-    LARGE  too_large_bytes
+    LARGE  too_large_bytes | xid << 32             the transaction's 32 bits of an id; 0 for a backfilled row
     HASH   of the primary key's text, 0 without one
     WAS    of the primary key's text before, if the change has moved the row, else 0
     ...    HASH and WAS of every configured set of group columns (`Keying`)
@@ -34,6 +34,7 @@ and the change itself (flag MOVED, WAS set).
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final, overload
@@ -171,14 +172,27 @@ class Chunk:
             whole=bool(flags & WHOLE),
             commit_time=self.word(index, TIME) / 1_000_000,
             was=texts[1].decode() or None,
-            too_large_bytes=self.word(index, LARGE),
+            too_large_bytes=self.word(index, LARGE) & LOW,
         )
 
     def action(self, index: int) -> Action:
         return ACTIONS[self.byte(index, ACTION)]
 
+    def placed(self, commit_lsn: int, first_idx: int) -> Chunk:
+        """The same changes at another position: one commit LSN for all, and commit_idx from ``first_idx`` on. What the
+        bodies say of their position stays."""
+        meta = bytearray(self.meta)
+        with memoryview(meta) as view, view.cast("Q") as words, view.cast("I") as halves:
+            words[LSN :: self.stride] = array("Q", [commit_lsn]) * self.count
+            halves[2 * INDEX + _LOW_HALF :: 2 * self.stride] = array("I", range(first_idx, first_idx + self.count))
+        return Chunk(
+            self.count, self.data, bytes(meta), self.keys, self.tables, self.groups, self.commit_lsn, self.end_lsn,
+            self.truncates,
+        )  # fmt: skip
+
 
 _BYTE_ORDER: Final = "little" if memoryview(b"\1\0").cast("H")[0] == 1 else "big"
+_LOW_HALF: Final = 0 if _BYTE_ORDER == "little" else 1  # of a word, in halves
 
 
 class ChunkBuilder:
@@ -213,6 +227,7 @@ class ChunkBuilder:
         flags: int = WHOLE,
         sub: int = 0,
         too_large_bytes: int = 0,
+        xid: int = 0,
     ) -> None:
         """``keys``: the texts as `Chunk.key_texts` gives them, ``2 + 2 * groups`` of them."""
         self.count += 1
@@ -233,7 +248,7 @@ class ChunkBuilder:
                 flags,
                 sub,
                 number,
-                too_large_bytes,
+                min(too_large_bytes, LOW) | xid << 32,
                 *[crc32(key) | HASHED if key else 0 for key in keys],
             )
         )

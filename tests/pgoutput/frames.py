@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from spillway.change import ACTIONS, Action, Change
 from spillway.chunk import Chunk
-from spillway.pgoutput import DatabaseMeta, Relation, Stop, TableInfo, TypeInfo
+from spillway.pgoutput import DatabaseMeta, Ended, Full, Relation, Stop, TableInfo, TypeInfo
 from spillway.pgoutput.decoder import Decoder
 
 INT8, TEXT, JSON, NUMERIC, TIMESTAMPTZ = 20, 25, 114, 1700, 1184
@@ -98,6 +98,16 @@ def xlog(payload: bytes) -> memoryview:
     return memoryview(b"w" + struct.pack(">QQq", 1, 2, 3) + payload)
 
 
+_ESCAPES = {"\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v", "\\": "\\\\"}
+
+
+def copy_line(*values: bytes | None) -> memoryview:
+    """A line of COPY TO STDOUT in text format."""
+    table = {ord(char): escape for char, escape in _ESCAPES.items()}
+    texts = ["\\N" if v is None else v.decode("latin-1").translate(table) for v in values]
+    return memoryview(("\t".join(texts) + "\n").encode("latin-1"))
+
+
 def keepalive(wal_end: int, *, reply_requested: bool = False) -> memoryview:
     return memoryview(b"k" + struct.pack(">QqB", wal_end, 3, reply_requested))
 
@@ -174,6 +184,12 @@ class Stream:
     def fill(self, *frames: memoryview, credit_bytes: int = PLENTY_BYTES, max_changes: int = 1000) -> Stop:
         self.connection.frames.extend(frames)
         return self.decoder.fill(self.connection, credit_bytes, max_changes)
+
+    def fill_page(
+        self, *lines: memoryview, credit_bytes: int = PLENTY_BYTES, max_changes: int = 1000
+    ) -> Full | Ended | None:
+        self.connection.frames.extend(lines)
+        return self.decoder.fill_page(self.connection, self.relation.oid, credit_bytes, max_changes)
 
     def feed(self, *payloads: bytes) -> Stop:
         return self.fill(*map(xlog, payloads))

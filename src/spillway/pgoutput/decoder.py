@@ -4,11 +4,18 @@ frames that have arrived, no more (`frames`).
 One `Decoder` per replication connection: the server names every relation anew on a new one. `Decoder.fill` takes frames
 and adds to the chunk that is being filled, until there is a reason to stop; `Decoder.take` hands the chunk out. After
 a `Relation` the caller asks the catalogue and calls `learn` before it goes on; a row of a relation that was not learned
-is an error of ours. After an error the decoder is of no use any more.
+is an error of ours. After an error the decoder is of no use any more. With ``break_at_commit`` every commit is a reason
+to stop.
 
-**Credit.** Every frame costs three times its payload (libpq holds it twice while it is received), a fixed sum, and, if
-it is a row, what the names of its columns come to in JSON. What the frames of a chunk cost never exceeds the credit
-that `fill` was given for the chunk: a frame that would is kept undecoded.
+**Pages.** A decoder may also be fed with existing rows: `Decoder.begin_page`, then `Decoder.fill_page`, which takes
+lines of COPY (`lines`) off the connection as `fill` takes frames. What comes out is an insert of the same row but for
+what is said of where it comes from: the action is read (whatever is wanted), the position is the page's LSN and the
+number of the row in the page, n is 0, the idempotency key is made of the page's id and the primary key. Of a row without
+one it is made of the id and the position; so every page of a table without primary key needs an id of its own.
+
+**Credit.** Every frame or line costs three times its payload (libpq holds it twice while it is received), a fixed sum,
+and, if it is a row, what the names of its columns come to in JSON. What the frames of a chunk cost never exceeds the
+credit that `fill` was given for the chunk: a frame that would is kept undecoded.
 
 Promises:
 
@@ -24,7 +31,8 @@ Promises:
   it is never null. A delete is always whole: under replica identity default or index it has the key's columns,
   and null in the others.
 - A row that is too large (its frame or its body above ``max_message_bytes``) becomes a change that holds its key's
-  columns alone. Of a frame that is too large only those values are copied.
+  columns alone. Of a frame that is too large only those values are copied. An existing row is too large if its insert
+  would be: what COPY adds by escapes does not count.
 - The values of a key that the old row does not carry, because they are not part of the replica identity, are taken as
   unchanged on update; a delete without its primary key has no key. `unkeyable` finds such tables beforehand.
 - A partition published by its root (``publish_via_partition_root``) is logged with its own replica identity while the
@@ -44,7 +52,7 @@ from typing import Final
 from spillway.change import ACTIONS, BODY_START, RECORD_START, Action
 from spillway.chunk import LOW, MOVED, OLD, TOO_LARGE, WHOLE, Chunk, ChunkBuilder
 from spillway.errors import Finding
-from spillway.pgoutput.frames import Copy, Ended, Full, Keepalive, Renew, Stop
+from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.messages import (
     ProtocolError,
     read_commit,
@@ -76,7 +84,7 @@ _IGNORED = b"OYA"  # origin, type; stream abort, which PostgreSQL 18 may send th
 _NEW, _OLD = b"NO"  # the third, K, is an old row of which only the replica identity is there
 
 # Codes of actions, as a chunk has them.
-_INSERTED, _UPDATED, _DELETED, _, _TRUNCATED = range(len(ACTIONS))
+_INSERTED, _UPDATED, _DELETED, _READ, _TRUNCATED = range(len(ACTIONS))
 _ROWS: Final = {ord("I"): _INSERTED, ord("U"): _UPDATED, ord("D"): _DELETED}
 
 _row_head = struct.Struct(">xIB").unpack_from
@@ -113,6 +121,7 @@ class Decoder:
         self.taken_frames = 0  # since the caller last set it to 0
         self.taken_bytes = 0  # the same
         self.used_bytes = 0  # credit used by the chunk that is being filled
+        self.break_at_commit = False
         self._group_columns = group_columns
         self._groups = groups
         self._max_message_bytes = max_message_bytes
@@ -129,7 +138,7 @@ class Decoder:
 
     @property
     def in_transaction(self) -> bool:
-        return self._transaction.final_lsn != 0
+        return self._transaction.open
 
     @property
     def count(self) -> int:
@@ -140,13 +149,9 @@ class Decoder:
         """Take frames until there is a reason to stop. ``credit_bytes`` and ``max_changes`` are for the chunk as a
         whole, over all calls since the last `take`."""
         while True:
-            frame, self._kept = self._kept, None
-            if frame is None:
-                size, frame = copy.get_copy_data(1)
-                if size <= 0:
-                    return Ended(size) if size else None
-                self.taken_frames += 1
-                self.taken_bytes += size
+            frame = self._next(copy)
+            if isinstance(frame, int):
+                return Ended(frame) if frame else None
             try:
                 stop = self._frame(frame, credit_bytes, max_changes)
             except (struct.error, IndexError, OverflowError, ValueError) as error:
@@ -154,6 +159,28 @@ class Decoder:
                 raise ProtocolError(f"a frame of kind {kind!r} ends too early or is garbled") from error
             if stop is not None:
                 return stop
+
+    def begin_page(self, page_id: bytes, lsn: int, microseconds: int) -> None:
+        """What follows are rows of a page, read at this LSN and this time since the Unix epoch; not inside of a
+        transaction. A line that was kept is forgotten; what was filled and not taken stays."""
+        self._transaction.begin_page(page_id, lsn, microseconds)
+        self._kept = None
+
+    def fill_page(self, copy: Copy, oid: int, credit_bytes: int, max_changes: int) -> Full | Ended | None:
+        """As `fill`, of lines of COPY of the learned relation with this OID, its columns in their order."""
+        plan = self._plan(oid)
+        if self._transaction.page_id is None:
+            raise ProtocolError("a line outside of a page")
+        while True:
+            line = self._next(copy)
+            if isinstance(line, int):
+                return Ended(line) if line else None
+            try:
+                full = self._line(plan, line, credit_bytes, max_changes)
+            except (struct.error, IndexError, OverflowError, ValueError) as error:
+                raise ProtocolError("a line of a page is garbled") from error
+            if full is not None:
+                return full
 
     def take(self) -> Chunk:
         """What was filled, and the last commit that was read meanwhile. The next chunk begins."""
@@ -176,6 +203,36 @@ class Decoder:
 
     # Frames.
 
+    def _next(self, copy: Copy) -> memoryview | int:
+        """The frame that was kept, or the next; what libpq said in place of a size if there is none."""
+        frame, self._kept = self._kept, None
+        if frame is None:
+            size, frame = copy.get_copy_data(1)
+            if size <= 0:
+                return size
+            self.taken_frames += 1
+            self.taken_bytes += size
+        return frame
+
+    def _covered(
+        self, frame: memoryview, payload_bytes: int, needed_bytes: int, credit_bytes: int, max_changes: int
+    ) -> Full | None:
+        """Takes the frame's credit, or keeps it for lack of that."""
+        if self.used_bytes + needed_bytes > credit_bytes or self._builder.count >= max_changes:
+            self._kept = memoryview(bytes(frame))
+            return Full(needed_bytes)
+        self.used_bytes += needed_bytes
+        self.largest_frame_bytes = max(self.largest_frame_bytes, payload_bytes)
+        return None
+
+    def _line(self, plan: TablePlan, line: memoryview, credit_bytes: int, max_changes: int) -> Full | None:
+        needed_bytes = 3 * len(line) + self._frame_overhead_bytes + plan.overhead_bytes
+        full = self._covered(line, len(line), needed_bytes, credit_bytes, max_changes)
+        if full is None:
+            self._existing_row(plan, line)
+            self._transaction.idx += 1
+        return full
+
     def _frame(self, frame: memoryview, credit_bytes: int, max_changes: int) -> Stop:
         if frame[0] != _XLOG_DATA:
             return self._keepalive(frame)
@@ -188,11 +245,9 @@ class Decoder:
             (oid,) = _oid_at(payload)
             plan = self._plan(oid)
             needed_bytes += plan.overhead_bytes + self._transaction.annotation_bytes
-        if self.used_bytes + needed_bytes > credit_bytes or self._builder.count >= max_changes:
-            self._kept = memoryview(bytes(frame))
-            return Full(needed_bytes)
-        self.used_bytes += needed_bytes
-        self.largest_frame_bytes = max(self.largest_frame_bytes, payload_bytes)
+        full = self._covered(frame, payload_bytes, needed_bytes, credit_bytes, max_changes)
+        if full is not None:
+            return full
         if action is not None:
             self._row(plan, action, payload)
             return None
@@ -202,13 +257,13 @@ class Decoder:
         if frame[0] != _KEEPALIVE:
             raise ProtocolError(f"a replication message of kind {frame[0]:#04x}")
         wal_end, _, reply_requested = _keepalive(frame)
-        if self._transaction.final_lsn and not reply_requested:
+        if self._transaction.open and not reply_requested:
             return None
         return Keepalive(wal_end, reply_requested != 0)
 
     # Transactions, and what is not a row.
 
-    def _other(self, kind: int, payload: memoryview) -> Relation | Renew | None:
+    def _other(self, kind: int, payload: memoryview) -> Relation | Renew | Committed | None:
         if kind == _BEGIN:
             self._transaction.begin(bytes(payload))
         elif kind == _COMMIT:
@@ -225,16 +280,18 @@ class Decoder:
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return None
 
-    def _commit(self, payload: bytes) -> Renew | None:
+    def _commit(self, payload: bytes) -> Renew | Committed | None:
         commit = read_commit(payload)
         self._commit_lsn, self._end_lsn = commit.commit_lsn, commit.end_lsn
-        self._transaction.final_lsn = 0
-        return Renew() if self.largest_frame_bytes > self._renew_frame_bytes else None
+        self._transaction.end()
+        if self.largest_frame_bytes > self._renew_frame_bytes:
+            return Renew()
+        return Committed() if self.break_at_commit else None
 
     def _truncate(self, payload: bytes) -> None:
         for sub, oid in enumerate(read_truncate(payload)):
             plan = self._plan(oid)
-            tail = self._transaction.tail(plan.tails[_TRUNCATED], b"null", b"[]")
+            tail = self._transaction.tail(plan.tails[_TRUNCATED], b"null", b"[]", None)
             body = BODY_START + b"null" + tail
             self._add(plan.own_name, _TRUNCATED, body, tail, self._no_texts, sub=min(sub, _LAST_SUB))
         self._truncates += 1
@@ -243,7 +300,7 @@ class Decoder:
     # Rows.
 
     def _row(self, plan: TablePlan, action: int, payload: memoryview) -> None:
-        if not self._transaction.final_lsn:
+        if not self._transaction.open:
             raise ProtocolError("a row outside of a transaction")
         if action in plan.wanted:
             if len(payload) > self._max_message_bytes:
@@ -292,13 +349,38 @@ class Decoder:
             old = row
             row, _ = plan.split_key(payload, _after_new(payload, position))
             row = filled(row, old)
+        self._key_alone(plan, action, row, size_bytes, old, mark == _OLD)
+
+    def _existing_row(self, plan: TablePlan, line: memoryview) -> None:
+        most = self._max_message_bytes
+        if len(line) > most:
+            row, size_bytes = plan.split_line_key(line)
+            if size_bytes > most:
+                self._key_alone(plan, _READ, row, size_bytes)
+                return
+        row, size_bytes = plan.split_line(bytes(line))
+        try:
+            if size_bytes > most:
+                raise _TooLargeError(size_bytes)
+            self._limit(size_bytes, row)
+            body, tail, texts = self._render(plan, _READ, row, b"null", False)
+        except _TooLargeError as too_large:
+            self._key_alone(plan, _READ, row, too_large.size_bytes)
+        else:
+            self._add(plan.name, _READ, body, tail, texts)
+
+    def _key_alone(
+        self, plan: TablePlan, action: int, row: Row, size_bytes: int, old: Row | None = None, full: bool = False
+    ) -> None:
+        """Adds a row that is too large. ``full``: all of the old row is there, not only its key."""
         key_row = known(row)
         primary, pks = plan.primary(key_row)
         texts = plan.texts(primary, key_row)
-        tail = self._transaction.tail(plan.tails[action], b"{}" if action == _UPDATED else b"null", pks)
+        changes = b"{}" if action == _UPDATED else b"null"
+        tail = self._transaction.tail(plan.tails[action], changes, pks, plan.key_of(primary))
         moved = 0
         if old is not None:
-            moved, texts = self._move(plan, old, row, mark == _OLD, texts)
+            moved, texts = self._move(plan, old, row, full, texts)
         body = plan.key_body(row, tail)
         self._add(plan.name, action, body, tail, texts, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
 
@@ -307,6 +389,9 @@ class Decoder:
         size_bytes = len(payload)
         if end != size_bytes:
             raise ProtocolError(f"a row ends at byte {end} of a frame of {size_bytes}")
+        self._limit(size_bytes, *rows)
+
+    def _limit(self, size_bytes: int, *rows: Row) -> None:
         if size_bytes * _LARGEST_GROWTH > self._max_message_bytes:
             size_bytes += sum(growth_bytes(row) for row in rows)
             if size_bytes > self._max_message_bytes:
@@ -318,7 +403,7 @@ class Decoder:
         """Body, its tail, and the texts of the keys. Nothing is counted yet: the row may turn out to be too large."""
         key_row = known(row) if unchanged else row
         primary, pks = plan.primary(key_row)
-        tail = self._transaction.tail(plan.tails[action], changes, pks)
+        tail = self._transaction.tail(plan.tails[action], changes, pks, plan.key_of(primary))
         body = plan.partial_body(row, tail) if unchanged else plan.body(row, tail)
         if len(body) > self._max_message_bytes:
             raise _TooLargeError(len(body))
@@ -337,7 +422,7 @@ class Decoder:
         moved = 0
         if primary not in (b"", texts[0]):
             moved = MOVED
-            tail = self._transaction.tail(plan.tails[_DELETED], b"null", pks)
+            tail = self._transaction.tail(plan.tails[_DELETED], b"null", pks, plan.key_of(primary))
             self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_texts, flags=WHOLE | OLD)
         pairs = [(now, b"" if then == now else then) for now, then in zip(texts[::2], old_texts[::2], strict=True)]
         return moved, tuple(chain.from_iterable(pairs))
@@ -369,6 +454,7 @@ class Decoder:
             flags=flags,
             sub=sub,
             too_large_bytes=too_large_bytes,
+            xid=transaction.xid,
         )
 
     def _plan(self, oid: int) -> TablePlan:

@@ -33,6 +33,7 @@ class ProtocolError(Exception):
 class Begin:
     final_lsn: int  # position of the commit record: the commit_lsn of everything in the transaction
     commit_microseconds: int  # since the Unix epoch
+    xid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,11 @@ class LogicalMessage:
 
 
 def read_begin(payload: bytes) -> Begin:
-    final_lsn, time, _xid = _BEGIN.unpack_from(payload)
+    final_lsn, time, xid = _BEGIN.unpack_from(payload)
     microseconds = time + POSTGRES_EPOCH_MICROSECONDS
     if microseconds < 0:
         raise ProtocolError("a transaction from before 1970")
-    return Begin(final_lsn, microseconds)
+    return Begin(final_lsn, microseconds, xid)
 
 
 def read_commit(payload: bytes) -> Commit:

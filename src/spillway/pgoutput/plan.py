@@ -19,6 +19,7 @@ from hashlib import sha256
 import orjson
 
 from spillway.change import ACTIONS, BODY_START, Action, make_key, table_prefix
+from spillway.pgoutput import lines
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.pgoutput.scalars import to_text
@@ -33,6 +34,7 @@ Row = list[bytes | None]
 GROUP_VALUE_BYTES = 1024
 
 _NULL, _UNCHANGED, _TEXT = b"nut"
+_INSERT_BYTES = 8  # of the frame of an insert, before its columns: each has a byte for its kind, and a value its length
 _count_at = struct.Struct(">H").unpack_from
 _length_at = struct.Struct(">I").unpack_from
 
@@ -152,6 +154,23 @@ class TablePlan:
             raise ProtocolError(f"a row of {count} columns where {self.own_name} has {self._column_count}")
         return position + 2
 
+    # The same of a line of COPY.
+
+    def split_line(self, line: bytes) -> tuple[Row, int]:
+        """The row, and the size of the frame that its insert would have."""
+        row = lines.split(line, self._column_count)
+        return row, _INSERT_BYTES + sum([1 if value is None else 5 + len(value) for value in row])
+
+    def split_line_key(self, line: memoryview) -> tuple[Row, int]:
+        """As `split_line` for a row that may be too large: of other columns than the key's nothing is copied (None)."""
+        row: Row = [None] * self._column_count
+        size_bytes = _INSERT_BYTES
+        for index, (start, end, length) in enumerate(lines.fields(line, self._column_count)):
+            size_bytes += 1 if length is None else 5 + length
+            if length is not None and index in self._key_indexes:
+                row[index] = lines.unescaped(bytes(line[start:end]))
+        return row, size_bytes
+
     # What the row says of its key.
 
     def primary(self, row: Row) -> tuple[bytes, bytes]:
@@ -163,6 +182,10 @@ class TablePlan:
             return self._prefix + values[0], b'["%b"]' % values[0]
         pks = [to_text(value) for value in values]
         return make_key(self.schema, self.table, tuple(pks)).encode(), orjson.dumps(pks)
+
+    def key_of(self, primary: bytes) -> bytes | None:
+        """The text of a primary key without the table's prefix; None for none."""
+        return primary[len(self._prefix) :] if primary else None
 
     def texts(self, primary: bytes, row: Row) -> tuple[bytes, ...]:
         """The keys' texts as a record has them (spillway.chunk), each with none before it: the primary key's, then

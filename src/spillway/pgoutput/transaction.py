@@ -1,4 +1,4 @@
-"""The open transaction: what all of its changes share, and what is counted in it.
+"""The open transaction, or page of existing rows: what all of its changes share, and what is counted in it.
 
 Annotations: ``pg_logical_emit_message(true, 'sequin:transaction_annotations.set', '{...}')`` counts for what follows
 in its transaction, ``...clear`` takes it back. What is not JSON gives null and a warning.
@@ -15,7 +15,7 @@ from zlib import crc32
 import orjson
 
 from spillway.errors import Finding
-from spillway.pgoutput.messages import read_begin, read_logical_message
+from spillway.pgoutput.messages import ProtocolError, read_begin, read_logical_message
 from spillway.pgoutput.plan import DatabaseMeta
 from spillway.pgoutput.scalars import json as embed_json
 from spillway.position import format_lsn
@@ -31,7 +31,7 @@ _MOST: Final = 255
 
 
 class Transaction:
-    """One after another. Without an open one ``final_lsn`` is 0."""
+    """One after another. Without an open one ``final_lsn`` is 0. A page has the place of one."""
 
     def __init__(
         self, database: DatabaseMeta, max_annotation_bytes: int, on_warning: Callable[[Finding], None]
@@ -39,6 +39,8 @@ class Transaction:
         self.final_lsn = 0
         self.commit_microseconds = 0
         self.idx = 0  # commit_idx of the next operation
+        self.xid = 0
+        self.page_id: bytes | None = None  # of a page
         self._database_name = database.name
         self._database_json = database.as_json()
         self._max_annotation_bytes = max_annotation_bytes
@@ -50,19 +52,41 @@ class Transaction:
 
     def begin(self, payload: bytes) -> None:
         begin = read_begin(payload)
-        self.final_lsn, self.commit_microseconds = begin.final_lsn, begin.commit_microseconds
-        self.idx = 0
         self._counts = bytearray(_BUCKETS)
-        time = _EPOCH + timedelta(microseconds=begin.commit_microseconds)
+        self._start(begin.final_lsn, begin.commit_microseconds, begin.xid, None)
+
+    def begin_page(self, page_id: bytes, lsn: int, microseconds: int) -> None:
+        if self.open:
+            raise ProtocolError("a page inside of a transaction")
+        if microseconds < 0:
+            raise ProtocolError("a page from before 1970")
+        self._start(lsn, microseconds, 0, page_id)
+
+    def _start(self, final_lsn: int, microseconds: int, xid: int, page_id: bytes | None) -> None:
+        time = _EPOCH + timedelta(microseconds=microseconds)
         timestamp = time.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
-        self._commit_json = b'"%b","commit_lsn":%d' % (timestamp, begin.final_lsn)
+        self._commit_json = b'"%b","commit_lsn":%d' % (timestamp, final_lsn)
+        self.final_lsn, self.commit_microseconds, self.xid, self.page_id = final_lsn, microseconds, xid, page_id
+        self.idx = 0
         self._annotate(b"null")
 
-    def tail(self, template: bytes, changes: bytes, pks: bytes) -> bytes:
-        """What stands behind the record of the next operation. ``template``: see `TablePlan.tails`."""
+    def end(self) -> None:
+        self.final_lsn, self.page_id = 0, None
+
+    @property
+    def open(self) -> bool:
+        """A transaction is, and no page."""
+        return self.final_lsn != 0 and self.page_id is None
+
+    def tail(self, template: bytes, changes: bytes, pks: bytes, key: bytes | None) -> bytes:
+        """What stands behind the record of the next operation. ``template``: see `TablePlan.tails`. ``key``: the text
+        of the primary key without the table's prefix; None for none."""
+        identity = b"%d:%d" % (self.final_lsn, self.idx)
+        if self.page_id is not None:
+            identity = self.page_id + b":" + (identity if key is None else key)
         return template % (
             changes,
-            b2a_base64(b"%d:%d" % (self.final_lsn, self.idx), newline=False),
+            b2a_base64(identity, newline=False),
             self._commit_json,
             self.idx,
             self._database_part,
@@ -70,7 +94,9 @@ class Transaction:
         )
 
     def number(self, key: bytes) -> int:
-        """1 + the number of earlier changes of the key's bucket in this transaction, saturating."""
+        """1 + the number of earlier changes of the key's bucket in this transaction, saturating; 0 in a page."""
+        if self.page_id is not None:
+            return 0
         if not key:
             return 1
         bucket = crc32(key) & 0xFFFF

@@ -181,7 +181,7 @@ def message_rows(message: Message, row: int, sink: int, stored: float, *, waits:
     if other is not None:
         lanes.append((sink, other, row, names[0], 1, size))
     its = (*message.position, span.keying, chunk.groups, write_tables(chunk.tables), names[0], other)
-    told = max(size, chunk.word(0, LARGE))
+    told = max(size, chunk.word(0, LARGE) & LOW)
     at = chunk.word(0, TIME) / 1_000_000
     return (row, sink, *its, at, stored, told, chunk.keys, chunk.meta, chunk.data), lanes
 
