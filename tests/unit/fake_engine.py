@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import orjson
 
+from spillway.config import BackfillOrder, ReindexOrder
 from spillway.engine.listing import Page
 from spillway.errors import SpillwayError
 from spillway.metrics import Metrics
@@ -15,6 +16,42 @@ from spillway.store.base import Select, Waiting
 SINK = "jobs_sink"
 EMPTY = "empty_sink"
 FIRST_SEEN = 1_760_000_000.25
+STARTED = "2025-10-09T08:00:00+00:00"
+
+
+def backfill(
+    id_: str, *, table: str = "public.jobs", origin: str = "command", state: str = "active", rows: int = 2500
+) -> dict[str, object]:
+    ended = STARTED if state == "completed" else None
+    return {
+        "id": id_,
+        "sink": SINK,
+        "table": table,
+        "origin": origin,
+        "state": state,
+        "waiting": "the sink is 10000 messages behind" if state == "active" else "",
+        "rows_initial_count": 10_000,
+        "rows_processed_count": rows,
+        "rows_ingested_count": rows - 100,
+        "superseded": 100,
+        "swept": 0,
+        "pages": 25,
+        "rows_per_second": 500.0,
+        "seconds_left": 15.0 if ended is None else None,
+        "parallel": 1,
+        "where": None,
+        "sort_column": None,
+        "start_position": None,
+        "error": None,
+        "inserted_at": STARTED,
+        "updated_at": STARTED,
+        "completed_at": ended,
+        "canceled_at": None,
+    }
+
+
+def under_way(item: dict[str, object]) -> bool:
+    return item["state"] in ("active", "paused")
 
 
 class FakeEngine:
@@ -26,6 +63,11 @@ class FakeEngine:
         self.pages = 0
         self.piles = {name: {SINK: _pile(name, keys), EMPTY: {}} for name in ("backlog", "dead")}
         self.export_fails = False
+        self.orders: list[tuple[str, BackfillOrder | ReindexOrder]] = []
+        self.changes: list[tuple[str, str, str]] = []
+        self.started: list[dict[str, object]] = [backfill("b1", state="completed", rows=10_000)]
+        self.reindexed: list[dict[str, object]] = []
+        self.progress: list[dict[str, object]] = []  # what the backfills under way become, one step at each look
 
     async def run(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -35,6 +77,7 @@ class FakeEngine:
             "memory": {"held_bytes": 1024, "limit_bytes": 512 * 1024 * 1024},
             "databases": [{"name": "app", "slot": "spillway", "slot_lag_bytes": 4096, "confirmed_lsn": "16/B374D848"}],
             "sinks": [self._sink(SINK, "parked"), self._sink(EMPTY, "idle")],
+            "backfills": list(filter(under_way, self.started)),
             "version": "0.1.0",
             "impl": "python",
             "started": "2025-10-09T08:00:00+00:00",
@@ -103,6 +146,67 @@ class FakeEngine:
                 yield self._show("dead", sink, key)[0]
             if self.export_fails:
                 raise RuntimeError("the disk went away")
+
+    async def backfills(self, sink: str | None, *, ended: bool) -> list[dict[str, object]]:
+        if sink is not None:
+            self._pile("backlog", sink)
+        if self.progress:
+            step = self.progress.pop(0)
+            self.started = [item | step if under_way(item) else item for item in self.started]
+        items = [item for item in self.started if sink in (None, item["sink"])]
+        return items if ended else list(filter(under_way, items))
+
+    async def start_backfill(self, sink: str, order: BackfillOrder) -> list[dict[str, object]]:
+        self._pile("backlog", sink)
+        self.orders.append((sink, order))
+        if any(str(table) == "public.nothing" for table in order.tables):
+            raise SpillwayError("unknown_table", "there is no table public.nothing", "see spillway check")
+        tables = [str(table) for table in order.tables] or ["public.jobs"]
+        new = [
+            backfill(f"b{number}", table=table, origin="replay" if order.replay else "command")
+            for number, table in enumerate(tables, len(self.started) + 1)
+        ]
+        self.started += new
+        return new
+
+    async def change_backfill(self, sink: str, id_or_table: str, verb: str) -> dict[str, object]:
+        self._pile("backlog", sink)
+        self.changes.append((sink, id_or_table, verb))
+        for item in self.started:
+            if id_or_table in (item["id"], item["table"]):
+                return item | {"state": {"pause": "paused", "resume": "active", "cancel": "cancelled"}[verb]}
+        raise SpillwayError("unknown_backfill", f"there is no backfill {id_or_table}", "see the list")
+
+    async def reindex(self, sink: str, order: ReindexOrder) -> dict[str, object]:
+        self._pile("backlog", sink)
+        self.orders.append((sink, order))
+        started = await self.start_backfill(sink, BackfillOrder())
+        self.reindexed.append(
+            {
+                "sink": sink,
+                "alias": "jobs",
+                "into": order.into,
+                "old": ["jobs_v1"],
+                "state": "backfilling",
+                "reason": "",
+                "backfills": started,
+                "documents": None,
+                "differing": None,
+                "started_at": STARTED,
+                "ended_at": None,
+            }
+        )
+        return self.reindexed[-1]
+
+    async def change_reindex(self, sink: str, verb: str) -> dict[str, object]:
+        self._pile("backlog", sink)
+        self.changes.append((sink, "reindex", verb))
+        return self.reindexed[-1] | ({"state": "cancelled"} if verb == "cancel" else {"old": []})
+
+    async def reindexes(self) -> list[dict[str, object]]:
+        if self.reindexed and self.progress:
+            self.reindexed[-1] |= self.progress.pop(0)
+        return self.reindexed
 
     def _pile(self, pile: str, sink: str) -> dict[str, Waiting]:
         try:

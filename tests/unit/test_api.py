@@ -11,6 +11,7 @@ from fake_engine import EMPTY, SINK, FakeEngine
 
 from spillway.api.app import create_app
 from spillway.api.serve import bind, serve
+from spillway.config import BackfillOrder, ReindexOrder, TableName
 from spillway.errors import SpillwayError
 from spillway.store.base import Select
 
@@ -259,6 +260,117 @@ async def test_export_streams_lines(client: httpx.AsyncClient, engine: FakeEngin
     assert len(one.text.splitlines()) == 1
     assert (await client.get(f"/api/sinks/{EMPTY}/dead-letters/export")).content == b""
     assert [call[2] for call in engine.calls] == [Select(all=True), Select(key="public.jobs:00002"), Select(all=True)]
+
+
+# -- backfills -----------------------------------------------------------------------------------------------------
+
+BACKFILLS = f"/api/sinks/{SINK}/backfills"
+
+
+@pytest.mark.parametrize(
+    ("body", "tables"), [(b"", ()), (b"{}", ()), (b'{"table": "jobs"}', (TableName("public", "jobs"),))]
+)
+async def test_a_backfill_of_one_table_is_answered_as_sequin_does(
+    client: httpx.AsyncClient, engine: FakeEngine, body: bytes, tables: tuple[TableName, ...]
+) -> None:
+    answer = await client.post(BACKFILLS, content=body)
+    assert answer.status_code == 201
+    assert answer.json() == {**engine.started[-1], "sink_consumer": SINK}
+    assert {
+        *("id", "state", "table", "sink_consumer", "rows_initial_count", "rows_processed_count", "rows_ingested_count"),
+        *("sort_column", "inserted_at", "updated_at", "canceled_at", "completed_at"),
+    } <= answer.json().keys(), "the fields of Sequin"
+    assert engine.orders == [(SINK, BackfillOrder(tables=tables))]
+
+
+async def test_a_backfill_of_several_tables(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = await client.post(BACKFILLS, json={"tables": ["jobs", "users"], "parallel": 4})
+    assert [item["table"] for item in answer.json()["data"]] == ["public.jobs", "public.users"]
+    assert (await client.post(BACKFILLS, json={"tables": ["jobs"]})).json()["data"][0]["table"] == "public.jobs"
+    jobs, users = TableName("public", "jobs"), TableName("public", "users")
+    assert engine.orders[0] == (SINK, BackfillOrder(tables=(jobs, users), parallel=4))
+
+
+async def test_replay(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    path = f"/api/sinks/{SINK}/replay"
+    answer = await client.post(path, json={"table": "jobs", "keys": ["public.jobs:1", 2]})
+    assert (answer.status_code, answer.json()["origin"]) == (201, "replay")
+    ((_, order),) = engine.orders
+    assert order == BackfillOrder(tables=(TableName("public", "jobs"),), keys=(("1",), ("2",)), replay=True)
+    refused = await client.post(path, json={"table": "jobs"})
+    assert (refused.status_code, refused.json()["code"]) == (400, "bad_request")
+    assert refused.json()["error"].startswith("replay: say which rows")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"5", b"{", b'{"tabel": "jobs"}', b'{"table": "a.b.c"}', b" " * 1_100_000])
+@pytest.mark.parametrize("path", ["backfills", "replay", "reindex"])
+async def test_a_wrong_order_starts_nothing(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: bytes
+) -> None:
+    answer = await client.post(f"/api/sinks/{SINK}/{path}", content=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert not engine.orders
+
+
+async def test_what_the_engine_refuses(client: httpx.AsyncClient) -> None:
+    answer = await client.post(BACKFILLS, json={"table": "nothing"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_table")
+
+
+async def test_lists_of_backfills(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post(BACKFILLS)
+    for path in (BACKFILLS, "/api/backfills"):
+        assert [item["id"] for item in (await client.get(path)).json()["data"]] == ["b1", "b2"]
+        assert [item["id"] for item in (await client.get(path, params={"ended": "false"})).json()["data"]] == ["b2"]
+        assert (await client.get(path, params={"ended": "no"})).status_code == 400
+    assert (await client.get(f"/api/sinks/{EMPTY}/backfills")).json() == {"data": []}
+    assert (await client.get("/api/sinks/nobody/backfills")).status_code == 404
+
+
+async def test_one_backfill(client: httpx.AsyncClient) -> None:
+    await client.post(BACKFILLS)
+    assert (await client.get(f"{BACKFILLS}/b1")).json()["state"] == "completed"
+    assert (await client.get(f"{BACKFILLS}/public.jobs")).json()["id"] == "b2", "the latest of the table"
+    answer = await client.get(f"{BACKFILLS}/b9")
+    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_backfill")
+
+
+@pytest.mark.parametrize(("state", "verb"), [("paused", "pause"), ("active", "resume"), ("cancelled", "cancel")])
+async def test_a_backfill_is_changed_by_its_state(
+    client: httpx.AsyncClient, engine: FakeEngine, state: str, verb: str
+) -> None:
+    answer = await client.patch(f"{BACKFILLS}/public.jobs", json={"state": state})
+    assert (answer.status_code, answer.json()["state"]) == (200, state)
+    assert engine.changes == [(SINK, "public.jobs", verb)]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"state":"done"}', b'{"state":1}', b'{"state":"paused","x":1}'])
+async def test_an_unclear_state_changes_nothing(client: httpx.AsyncClient, engine: FakeEngine, body: bytes) -> None:
+    answer = await client.patch(f"{BACKFILLS}/b1", content=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert not engine.changes
+
+
+async def test_a_page_of_another_origin_patches_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    headers = {"Origin": "https://evil.example"}
+    answer = await client.patch(f"{BACKFILLS}/b1", json={"state": "cancelled"}, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (403, "foreign_origin")
+    assert not engine.changes
+
+
+async def test_reindex(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    path = f"/api/sinks/{SINK}/reindex"
+    mapping = {"mappings": {"properties": {}}}
+    started = await client.post(path, json={"into": "jobs_v2", "mapping": mapping})
+    assert (started.status_code, started.json()["into"]) == (201, "jobs_v2")
+    assert engine.orders[0] == (SINK, ReindexOrder(into="jobs_v2", mapping=mapping))
+    for listing in (path, "/api/reindexes"):
+        assert [item["into"] for item in (await client.get(listing)).json()["data"]] == ["jobs_v2"]
+    assert (await client.get(f"/api/sinks/{EMPTY}/reindex")).json() == {"data": []}
+    assert (await client.get("/api/sinks/nobody/reindex")).status_code == 404
+    assert (await client.post(f"{path}/cancel")).json()["state"] == "cancelled"
+    assert (await client.post(f"{path}/drop-old")).json()["old"] == []
+    assert engine.changes == [(SINK, "reindex", "cancel"), (SINK, "reindex", "drop_old")]
 
 
 # -- uvicorn -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
     GET  /api/sinks/{sink}/dead-letters/export      NDJSON, streamed; ?key or ?reason, else all
 
 where PILE is ``backlog`` or ``dead-letters``. Lists come in pages, never whole: memory is bounded here too. An export
-that fails midway cuts the connection, so that a short file is never taken for a whole one.
+that fails midway cuts the connection, so that a short file is never taken for a whole one. The routes of backfills are
+in `spillway.api.backfills`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -33,7 +33,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from spillway import __version__
-from spillway.api.errors import JSON, BadRequest, on_defect, on_http_error, on_spillway_error
+from spillway.api.backfills import BackfillRoutes
+from spillway.api.errors import BadRequest, on_defect, on_http_error, on_spillway_error
+from spillway.api.exchange import answer, json_body, sink_of
 from spillway.api.guard import Guard
 from spillway.errors import SpillwayError
 from spillway.metrics import CONTENT_TYPE, Metrics
@@ -54,33 +56,34 @@ BODY_MAX_BYTES = 64 * 1024
 def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette:
     """The application; ``token`` None: none is configured (see `spillway.api.guard`)."""
     backlog = _Pile(engine.waiting, engine.show, engine.retry, engine.discard)
+    backfills = BackfillRoutes(engine)
     dead = _Pile(engine.dead, engine.show_dead, engine.retry_dead, engine.discard_dead)
 
     async def health(_request: Request) -> Response:
-        return _json({"status": "alive", "version": __version__})
+        return answer({"status": "alive", "version": __version__})
 
     async def ready(_request: Request) -> Response:
         is_ready, reason = engine.ready()
-        return _json({"ready": is_ready, "reason": reason}, 200 if is_ready else 503)
+        return answer({"ready": is_ready, "reason": reason}, 200 if is_ready else 503)
 
     async def scrape(_request: Request) -> Response:
         return Response(metrics.render(engine.status()), media_type=CONTENT_TYPE)
 
     async def status(_request: Request) -> Response:
-        return _json(engine.status())
+        return answer(engine.status())
 
     async def pause(request: Request) -> Response:
-        sink = _sink(request)
+        sink = sink_of(request)
         await engine.pause(sink)
-        return _json({"sink": sink, "paused": True})
+        return answer({"sink": sink, "paused": True})
 
     async def resume(request: Request) -> Response:
-        sink = _sink(request)
+        sink = sink_of(request)
         await engine.resume(sink)
-        return _json({"sink": sink, "paused": False})
+        return answer({"sink": sink, "paused": False})
 
     async def export(request: Request) -> Response:
-        lines = engine.export_dead(_sink(request), _select_of_query(request))
+        lines = engine.export_dead(sink_of(request), _select_of_query(request))
         first = await anext(lines, None)  # an unknown sink shows here, while there is a status to send
         return StreamingResponse(_ndjson(first, lines), media_type=NDJSON)
 
@@ -90,6 +93,7 @@ def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette
             Route("/ready", ready),
             Route("/metrics", scrape),
             Route("/api/status", status),
+            *backfills.of_all(),
             Mount(
                 "/api/sinks/{sink}",
                 routes=[
@@ -98,6 +102,7 @@ def create_app(engine: Engine, metrics: Metrics, token: str | None) -> Starlette
                     *backlog.routes("/backlog"),
                     *dead.routes("/dead-letters"),
                     Route("/dead-letters/export", export),
+                    *backfills.of_sink(),
                 ],
             ),
         ],
@@ -124,23 +129,23 @@ class _Pile:
         ]
 
     async def _list(self, request: Request) -> Response:
-        sink, limit = _sink(request), _limit(request, PAGE_DEFAULT, PAGE_MAX)
+        sink, limit = sink_of(request), _limit(request, PAGE_DEFAULT, PAGE_MAX)
         query = request.query_params
         page, after = await self.waiting(sink, query.get("after"), limit, query.get("reason"))
-        return _json({"items": [_item(sink, waiting) for waiting in page], "after": after})
+        return answer({"items": [_item(sink, waiting) for waiting in page], "after": after})
 
     async def _messages(self, request: Request) -> Response:
         key = request.query_params.get("key")
         if key is None:
             raise BadRequest("key is missing", "add ?key=KEY")
-        messages = await self.show(_sink(request), key, _limit(request, SHOW_DEFAULT, SHOW_MAX))
+        messages = await self.show(sink_of(request), key, _limit(request, SHOW_DEFAULT, SHOW_MAX))
         return Response(b"".join(map(_line, messages)), media_type=NDJSON)
 
     async def _retry(self, request: Request) -> Response:
-        return _json({"count": await self.retry(_sink(request), await _select_of_body(request))})
+        return answer({"count": await self.retry(sink_of(request), await _select_of_body(request))})
 
     async def _discard(self, request: Request) -> Response:
-        return _json({"count": await self.discard(_sink(request), await _select_of_body(request))})
+        return answer({"count": await self.discard(sink_of(request), await _select_of_body(request))})
 
 
 def _item(sink: str, waiting: Waiting) -> dict[str, object]:
@@ -167,14 +172,6 @@ def _line(message: bytes) -> bytes:
     return message if message.endswith(b"\n") else message + b"\n"
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type=JSON)
-
-
-def _sink(request: Request) -> str:
-    return str(request.path_params["sink"])
-
-
 def _limit(request: Request, default: int, most: int) -> int:
     text = request.query_params.get("limit", str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
@@ -190,15 +187,7 @@ def _select_of_query(request: Request) -> Select:
 
 
 async def _select_of_body(request: Request) -> Select:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_MAX_BYTES:
-            raise BadRequest(f"the body is above {BODY_MAX_BYTES} bytes")
-    try:
-        return _select(orjson.loads(body))
-    except orjson.JSONDecodeError:
-        raise BadRequest("the body is not JSON", _SELECT_REMEDY) from None
+    return _select(await json_body(request, BODY_MAX_BYTES, _SELECT_REMEDY))
 
 
 _SELECT_REMEDY = 'send exactly one of {"key": KEY}, {"reason": REASON}, {"all": true}'

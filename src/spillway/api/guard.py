@@ -6,8 +6,8 @@
 - ``/health``, ``/ready`` and ``/metrics`` are open: they hold names and numbers, never a row.
 - A connection that arrives on a loopback address must name one in ``Host``: else a web page whose name was rebound to
   127.0.0.1 could read through its visitor's browser.
-- What changes state is POST and carries no foreign ``Origin``: else a page could post a form to 127.0.0.1. There is no
-  CORS answer anywhere, so no page of another origin reads an answer.
+- What changes state is POST or PATCH and carries no foreign ``Origin``: else a page could post a form to 127.0.0.1.
+  There is no CORS answer anywhere, so no page of another origin reads an answer.
 
 The address is that of the accepted connection, not of the configuration: a process that listens on all addresses is
 held to the same rules where it is reached through loopback.
