@@ -11,13 +11,16 @@ import asyncio
 import importlib.metadata
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 import structlog
 
 from spillway import impl
 from spillway.clock import SystemClock
 from spillway.config import Config, Sink
+from spillway.config.orders import BackfillOrder
 from spillway.engine.listing import Page, dead_page, waiting_page
+from spillway.engine.ordered import requests
 from spillway.engine.pipeline import Pipeline
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Budget
@@ -62,8 +65,12 @@ class Engine:
                 ]
                 background = [tasks.create_task(self._tick()), tasks.create_task(self._store_failure())]
                 background += [tasks.create_task(p.watch_lag()) for p in self.pipelines]
+                backfills = [tasks.create_task(p.backfills.run(), name="backfills") for p in self.pipelines]
                 await stop.wait()
                 _log.info("stopping")
+                for task in backfills:  # a page that is under way is read again
+                    task.cancel()
+                await asyncio.gather(*backfills, return_exceptions=True)
                 reading_ends.set()
                 _, connecting = await asyncio.wait(captures, timeout=STOP_SECONDS / 2)
                 for task in connecting:
@@ -126,6 +133,7 @@ class Engine:
                 for p in self.pipelines
                 for sink, d in zip(p.sinks, p.deliveries, strict=True)
             ],
+            "backfills": [item for p in self.pipelines for item in p.backfills.active()],
         }
 
     def _database_status(self, pipeline: Pipeline) -> dict[str, object]:
@@ -193,6 +201,34 @@ class Engine:
     async def resume(self, sink: str) -> None:
         pipeline, delivery = self._of(sink)
         await delivery.resume(pipeline.capture.received_lsn)
+
+    # -- backfills ---------------------------------------------------------------------------------------------------
+    async def backfills(self, sink: str | None, *, ended: bool) -> list[dict[str, object]]:
+        """Items as `spillway.engine.backfills.item` makes them, the newest last."""
+        if sink is not None:
+            self._of(sink)
+        if not ended:
+            return [item for p in self.pipelines for item in p.backfills.active(sink)]
+        names = [sink] if sink is not None else [s.name for p in self.pipelines for s in p.sinks]
+        return [item for name in names for item in self._of(name)[0].backfills.all(name)]
+
+    async def start_backfill(self, sink: str, order: BackfillOrder) -> list[dict[str, object]]:
+        """One for each table of the order; with ``gap`` for those that missed changes."""
+        pipeline, delivery = self._of(sink)
+        if order.gap:
+            started = await pipeline.backfills.refill(sink)
+        else:
+            configured = next(s for s in pipeline.sinks if s.name == sink)
+            tables = [] if order.tables else await pipeline.backfills.tables(sink)
+            wanted = await requests(pipeline.database, configured, order, tables)
+            started = [await pipeline.backfills.start(sink, request) for request in wanted]
+        ids = {state.id for state in started}
+        return [item for item in pipeline.backfills.all(delivery.name) if item["id"] in ids]
+
+    async def change_backfill(
+        self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
+    ) -> dict[str, object]:
+        return await self._of(sink)[0].backfills.change(sink, id_or_table, verb)
 
     async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
         """What waits (`waiting_page`)."""

@@ -16,6 +16,7 @@ import structlog
 from spillway import sinks
 from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
+from spillway.engine.backfills import Backfills
 from spillway.errors import Finding, SpillwayError
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
@@ -27,6 +28,7 @@ from spillway.flow.route import Router, Subscription
 from spillway.pgoutput import DatabaseMeta, Decoder
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
+from spillway.source.page import PageReader
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
@@ -59,8 +61,10 @@ class Pipeline:
         self.suffixes: dict[str, bytes] = {}
         self.health: dict[str, Health] = {}
         self._wants: list[Subscription] = []
+        self._config = config
+        self._process = process
         for sink in self.sinks:
-            self._add(config, sink, process)
+            self._add(sink)
         self.router = Router(self._wants)
         self._max_message_bytes = max((s.max_message_bytes for s in self.sinks), default=1 << 20)
         self.capture = Capture(
@@ -73,6 +77,26 @@ class Pipeline:
             self._reserve_mark,
             self._clock,
             len(config.databases),
+        )
+        self.backfills = Backfills(
+            database,
+            self.capture,
+            lambda: self.router,
+            process.budget.pages,
+            self._store,
+            self._open_reader,
+            self._clock,
+        )
+        for sink, subscription in zip(self.sinks, self._wants, strict=True):
+            self.backfills.add_sink(sink, subscription)
+
+    async def _open_reader(self, backfill_id: str) -> PageReader:
+        overhead_bytes = self.capture.frame_overhead_bytes
+        return await PageReader.open(
+            self.database.page_conninfo(),
+            self._slot,
+            lambda: self._new_decoder(overhead_bytes, 1 << 62),
+            backfill_id.encode(),
         )
 
     def _new_decoder(self, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:
@@ -91,7 +115,8 @@ class Pipeline:
         most = self._max_message_bytes
         return Rereader(query, lambda: Decoder(self._meta, lambda _schema, _table: (), 0, most, 0, most, self._warn))
 
-    def _add(self, config: Config, sink: Sink, process: Process) -> None:
+    def _add(self, sink: Sink) -> None:
+        config, process = self._config, self._process
         suffix = message_suffix(sink.id, sink.name, sink.annotations)
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
@@ -138,6 +163,7 @@ class Pipeline:
 
     def _moved(self) -> None:
         self.capture.moved()
+        self.backfills.wake()
 
     # -- the slot ---------------------------------------------------------------------------------------------------
     async def _connect(self) -> Session:

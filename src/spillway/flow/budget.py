@@ -111,6 +111,38 @@ class Pool:
                 turn.granted.set_result(None)
 
 
+class Spare:
+    """Credit of a pool for work that nobody waits for: taken only while nobody stands in line for the pool, and up to a
+    part of it; what is larger than that alone. Who holds some and has no right to keep it gives it back as soon as it
+    is `wanted`."""
+
+    def __init__(self, pool: Pool, limit_bytes: int) -> None:
+        self._pool = pool
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest request that can ever be granted."""
+        return self._pool.limit_bytes
+
+    @property
+    def wanted(self) -> bool:
+        return self._pool.waited_for
+
+    def try_take(self, size_bytes: int) -> bool:
+        if self.held_bytes and self.held_bytes + size_bytes > self.limit_bytes:
+            return False
+        if not self._pool.try_take(size_bytes):
+            return False
+        self.held_bytes += size_bytes
+        return True
+
+    def give(self, size_bytes: int) -> None:
+        self.held_bytes -= size_bytes
+        self._pool.give(size_bytes)
+
+
 class Share:
     """A sink's part of the delivery pool: its guarantee, then what the common part has."""
 
@@ -188,6 +220,7 @@ class Budget:
         self.capture = Pool("capture", CAPTURE_EIGHTHS * eighth)
         self.window = Pool("window", WINDOW_EIGHTHS * eighth)
         delivery = DELIVERY_EIGHTHS * eighth
+        self.pages = Spare(self.capture, self.capture.limit_bytes // 3)
         self._guaranteed_bytes = delivery // 4 // max(1, sinks)
         self.common = Pool("delivery", delivery - delivery // 4)
         self._shares: list[Share] = []

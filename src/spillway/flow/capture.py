@@ -15,6 +15,10 @@ Reading stops only for want of credit, or while a sink's full backlog blocks the
 The reply to Postgres goes out on a timer of its own (`_feed_back`), whatever else is blocked.
 
 After a reconnect the server repeats what was not confirmed; sinks know their tail and take only what is new.
+
+**Pages** of a backfill are placed in the stream between two chunks, outside of a transaction, once everything up to a
+position has been carried (`Turn`). While somebody waits for that, chunks are broken at commits, and an idle server is
+asked where it stands.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -30,11 +35,12 @@ from spillway.chunk import LSN, MESSAGE_OVERHEAD_BYTES
 from spillway.clock import Clock
 from spillway.errors import Finding, SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Budget
+from spillway.flow.carried import Carried
 from spillway.flow.delivery import Delivery
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Router
 from spillway.flow.watermark import Watermark
-from spillway.pgoutput import Decoder, Full, Keepalive, Relation, Renew, TableInfo
+from spillway.pgoutput import Committed, Decoder, Full, Keepalive, Relation, Renew, TableInfo
 from spillway.source.stream import Stream
 from spillway.store.base import Written
 
@@ -47,6 +53,7 @@ FEEDBACK_SECONDS = 0.2
 STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
 RECONNECT_CAP_SECONDS = 15.0
 _NOT_KEPT_BYTES = 1 << 62  # of credit, where nothing is rendered
+ASK_SECONDS = 0.01  # while a page waits for its turn, the server is asked so often where it stands
 GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
 
 _log = structlog.get_logger()
@@ -64,6 +71,16 @@ class Connection(Protocol):
     ) -> Finding | None: ...
 
     async def close(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A page waits for its place: behind everything up to ``lsn``. ``place`` gets the position that everything up to
+    which has been handed to the sinks, and nothing else; False: it is too early."""
+
+    lsn: int
+    place: Callable[[int], Awaitable[bool]]
+    placed: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Capture:
@@ -102,7 +119,7 @@ class Capture:
         self._libpq_bytes = 0
         self._fatal_at_start = slots == 1
         self._libpq_most_bytes = budget.capture.limit_bytes // 3 // slots
-        self._frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
+        self.frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
         # So that no sink is stored only for want of room for a single chunk.
         least = min((d.spec.max_messages for d in deliveries), default=CHUNK_CHANGES)
         self._chunk_changes = max(1, min(CHUNK_CHANGES, least // 4))
@@ -110,6 +127,18 @@ class Capture:
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
         self._owing: set[asyncio.Task[None]] = set()
+        self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
+        self._turns: list[Turn] = []
+
+    async def placed(self, turn: Turn) -> None:
+        """Wait until the page has its place. Cancellable; `Turn.place` must be able to tell then."""
+        self._turns.append(turn)
+        self._feedback_now.set()
+        try:
+            await turn.placed
+        finally:
+            if turn in self._turns:
+                self._turns.remove(turn)
 
     def moved(self) -> None:
         """A sink's watermark may have moved, or its backlog has room."""
@@ -198,13 +227,14 @@ class Capture:
 
     # -- reading ----------------------------------------------------------------------------------------------------
     def _decoder(self) -> Decoder:
-        return self._new_decoder(self._frame_overhead_bytes, min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6))
+        return self._new_decoder(self.frame_overhead_bytes, min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6))
 
     async def _read(self, connection: Connection) -> None:
         stream = connection.stream
         decoder = self._decoder()
         self._wait("")
         while True:
+            decoder.break_at_commit = bool(self._turns)
             stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
                 if not 0 < decoder.count < self._worth_changes or not await stream.again():
@@ -218,8 +248,12 @@ class Capture:
                     await self._hand_over(decoder)
                     self.watermark.keepalive(stop.wal_end)
                     self.received_lsn = max(self.received_lsn, stop.wal_end)
+                    await self._take_turns()
                 if stop.reply_requested:
                     self._feedback_now.set()
+            elif isinstance(stop, Committed):
+                await self._hand_over(decoder)
+                await self._take_turns()
             elif isinstance(stop, Renew):  # libpq keeps its buffer until then
                 await self._hand_over(decoder)
                 return
@@ -262,6 +296,7 @@ class Capture:
         self.truncates += chunk.truncates
         stored = []
         if chunk.count:
+            self.carried.add(chunk)
             # The mark covers whatever a sink has taken, not only what is confirmed: after a failover to a server that
             # forked below it nothing may count as known already (I9).
             self._wait("state: the mark is on its way to disk")
@@ -292,6 +327,16 @@ class Capture:
         await self._gate()
         await asyncio.sleep(0)  # let deliveries run between two chunks
 
+    async def _take_turns(self) -> None:
+        """Outside of a transaction, with nothing in hand: the pages whose position has been passed get their place."""
+        for turn in [t for t in self._turns if t.lsn <= self.received_lsn]:
+            await self._reserve_mark(self.received_lsn)
+            if await turn.place(self.received_lsn):
+                if not turn.placed.done():
+                    turn.placed.set_result(None)
+                if turn in self._turns:
+                    self._turns.remove(turn)
+
     def _give_credit(self, but: int = 0) -> None:
         self._pool.give(self._credit - but)
         self._credit = self._allowed_bytes = 0
@@ -321,17 +366,20 @@ class Capture:
             lsn = await self._covered()
             now = self._clock.monotonic()
             quiet = heard == self.received_lsn
+            asked_for = bool(self._turns)
             if (
                 lsn != sent
+                or asked_for
                 or self._feedback_due
                 or now - sent_at >= (FEEDBACK_SECONDS * 5 if quiet else STATUS_SECONDS)
             ):
                 # PostgreSQL 12 sends no keepalive to a client that is quiet: ask for one.
-                stream.send_feedback(lsn, lsn, quiet)
+                stream.send_feedback(lsn, lsn, quiet or asked_for)
                 await stream.flush()
                 sent, sent_at, heard = lsn, now, self.received_lsn
             self._feedback_due = False
-            await _first_of(self._feedback_now.wait(), self._clock.sleep(FEEDBACK_SECONDS))
+            pause = ASK_SECONDS if self._turns else FEEDBACK_SECONDS
+            await _first_of(self._feedback_now.wait(), self._clock.sleep(pause))
             self._feedback_due = self._feedback_now.is_set()
 
     _feedback_due = True

@@ -180,6 +180,18 @@ class Delivery(Settling):
             self.gap = None
         self.try_now()
 
+    async def refilled(self) -> None:
+        """What the gap has missed was read anew, and what is too much was deleted as far as the sink can be read."""
+        if self.gap is None or self.gap.last_lsn is None:
+            return
+        if self.readable is not None:
+            self.gap = None
+            await self._commit(Write(self.name, clear_gap=True))
+        else:
+            reason = f"rows are refilled; deletes are not repaired, for this sink cannot be read ({self.gap.reason})"
+            self.gap = replace(self.gap, reason=reason)
+            await self._commit(Write(self.name, gap=self.gap))
+
     def try_now(self) -> None:
         """Forget back-off: whatever waits is tried at once."""
         self.breaker.probe_at = 0.0

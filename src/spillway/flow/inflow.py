@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Keying, Message, Span
@@ -37,8 +37,8 @@ from spillway.flow.parking import HeldBack, Parked
 from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window
 from spillway.metrics import Metrics
 from spillway.position import ZERO, Position
-from spillway.sinks.base import Sink
-from spillway.store.base import Gap, Park, SinkState, Store, Write, Written
+from spillway.sinks.base import Readable, Sink
+from spillway.store.base import BackfillDocument, Gap, Park, SinkState, Store, Write, Written
 
 # What a message read back costs beyond its bytes, twice: its record and keys, and its place in request and answer.
 # By it credit is taken before anything is read, when nothing is known of the columns. A stored record has 80 bytes at
@@ -123,6 +123,11 @@ class Inflow:
         return self._sink.semantics in ("state", "atomic")
 
     @property
+    def readable(self) -> Readable | None:
+        """The sink as one that can say what it holds; None: it cannot."""
+        return self._sink if isinstance(self._sink, Readable) else None
+
+    @property
     def row_keying(self) -> int:
         """Of a sink that keeps rows: what it is ordered by."""
         return Keying.STATE if self._sink.semantics == "state" else Keying.EVENTS
@@ -178,6 +183,7 @@ class Inflow:
         last = Position(*span.position(len(span) - 1))
         if not self.participates:
             self._missed_lsn = last.commit_lsn
+            self._note_missed(span)
             return None
         now = self._clock.monotonic()
         self.last_intake_at = now
@@ -246,6 +252,10 @@ class Inflow:
                 else:
                     free.append((place, place + 1))
         return free, hold
+
+    async def note(self, document: BackfillDocument) -> None:
+        """Returns when it is durable."""
+        await self._commit(Write(self.name, backfill=document))
 
     # -- writing ----------------------------------------------------------------------------------------------------
     def _put(self, span: Span) -> asyncio.Future[Written]:
@@ -426,28 +436,49 @@ class Inflow:
 
     def _open_gap(self, reason: str) -> None:
         """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""
-        self._gap_lsn = first_lsn = self.tail.commit_lsn
-        since = self._clock.wall()
+        first_lsn, since = self.tail.commit_lsn, self._clock.wall()
+        tables: tuple[tuple[str, str], ...] | None = ()
         if self.gap is not None:  # nobody has acknowledged that one yet: this one goes on from it
             first_lsn, since = self.gap.first_lsn, self.gap.since
-        self.gap = Gap(first_lsn, None, since, reason)
+            tables = self.gap.tables
+        self.gap = Gap(first_lsn, None, since, reason, tables)
         self._spill()
+        self._write_gap(self.tail.commit_lsn)
+
+    def _note_missed(self, span: Span) -> None:
+        """A growing gap swallows this: its tables are durable before it can be confirmed."""
+        assert self.gap is not None
+        if self.gap.tables is None or set(self.gap.tables).issuperset(span.chunk.tables):
+            return
+        missed = {*self.gap.tables, *(span.chunk.table(index) for index in span.indices)}
+        if len(missed) > len(self.gap.tables):
+            self.gap = replace(self.gap, tables=tuple(sorted(missed)))
+            self._write_gap(span.first_lsn)
+
+    def _write_gap(self, lsn: int) -> None:
+        """Nothing from here on is confirmed before the gap as it is now is durable."""
+        if self._gap_lsn is None:
+            self._gap_lsn = lsn
+        gap = self.gap
 
         def durable(written: asyncio.Future[Written]) -> None:
-            if not written.cancelled() and written.exception() is None:
+            if self.gap is gap and not written.cancelled() and written.exception() is None:
                 self._gap_lsn = None
                 self._moved()
 
-        self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
+        self._commit(Write(self.name, gap=gap)).add_done_callback(durable)
 
-    def missed(self, first_lsn: int, last_lsn: int, reason: str) -> None:
-        """Changes in this range were not for this sink to have, though it should have had them: a gap."""
+    def missed(self, first_lsn: int, last_lsn: int, reason: str, table: tuple[str, str]) -> None:
+        """Changes of a table in this range were not for this sink to have, though it should have had them: a gap."""
         since = self._clock.wall()
+        tables: tuple[tuple[str, str], ...] | None = (table,)
         if self.gap is not None:
             if self.gap.last_lsn is None:
                 return  # inside of a growing one
             first_lsn, since = min(first_lsn, self.gap.first_lsn), self.gap.since
-        self.gap = Gap(first_lsn, last_lsn, since, reason)
+            known = self.gap.tables
+            tables = None if known is None else tuple(sorted({*known, table}))
+        self.gap = Gap(first_lsn, last_lsn, since, reason, tables)
         self._commit(Write(self.name, gap=self.gap))
 
 

@@ -65,18 +65,27 @@ class _Route:
 
 
 class Router:
-    def __init__(self, subscriptions: Sequence[Subscription]) -> None:
-        self._subscriptions = subscriptions
+    def __init__(self, subscriptions: Sequence[Subscription], before: Router | None = None) -> None:
+        """``before``: the router in whose place it comes. Its sinks come first, in their order: what is in memory and
+        in the store is numbered by that (`Keying`)."""
+        self._subscriptions = tuple(subscriptions)
         self._grouped = [s for s in subscriptions if s.grouping and not s.needs_key and s.group_columns]
         self._keying = {s.delivery: self._keying_of(s) for s in subscriptions}
         self._routes: dict[tuple[str, str], list[_Route]] = {}
         self.refused: dict[tuple[str, str, str], Finding] = {}  # sink, schema, table
         self._refused_since: dict[tuple[str, str, str], int] = {}  # from which LSN on
+        if before is not None:
+            self.refused |= before.refused
+            self._refused_since |= before._refused_since
 
     @property
     def groups(self) -> int:
         """How many sets of groups a chunk must have."""
         return len(self._grouped)
+
+    def keying(self, delivery: Delivery) -> int:
+        """What the sink orders its messages by (`spillway.chunk.Keying`)."""
+        return self._keying[delivery]
 
     def group_columns(self, schema: str, table: str) -> tuple[Columns | None, ...]:
         """By which columns each of the groups orders this table; None: by its primary key."""
@@ -100,7 +109,8 @@ class Router:
             mended = self.refused.pop((name, schema, table), None)
             if mended is not None:
                 since = self._refused_since.pop((name, schema, table))
-                subscription.delivery.missed(since, lsn, f"table {schema}.{table} was refused: {mended.what}")
+                reason = f"table {schema}.{table} was refused: {mended.what}"
+                subscription.delivery.missed(since, lsn, reason, (schema, table))
             wanted |= subscription.actions
             kinds = {ACTIONS.index(action) for action in subscription.actions}
             if subscription.splits_key_change and "update" in subscription.actions:

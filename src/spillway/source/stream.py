@@ -40,7 +40,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 
 from spillway.errors import SourceUnavailable, SpillwayError
-from spillway.pgoutput import Decoder, Ended, Full, Keepalive, Relation, Renew, Stop
+from spillway.pgoutput import Committed, Decoder, Ended, Full, Keepalive, Relation, Renew, Stop
 from spillway.position import format_lsn
 from spillway.source.connect import Connection, connect_replication
 from spillway.source.pace import Pace
@@ -119,7 +119,9 @@ class Stream:
         except psycopg.Error as error:
             raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
 
-    def fill(self, decoder: Decoder, credit_bytes: int, max_changes: int) -> Full | Keepalive | Relation | Renew | None:
+    def fill(
+        self, decoder: Decoder, credit_bytes: int, max_changes: int
+    ) -> Full | Keepalive | Relation | Renew | Committed | None:
         """Let the decoder take what is whole in memory (`Decoder.fill`). None: there is no more. Raises when nothing is
         left to take before the error."""
         used_bytes = decoder.used_bytes

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
+import orjson
+
 from spillway.change import table_prefix
 from spillway.chunk import MOST_PLACES, PLACE_BITS, Keying, Message, Piece, Span
 from spillway.clock import Clock
@@ -42,12 +44,14 @@ SELECT_TABLE = """
 SELECT_KEY_ROWS = """
     SELECT json_group_array(id) FROM (
         SELECT id FROM lane WHERE sink = ? AND key = ? AND id > ? AND id < ? ORDER BY id LIMIT ?)"""
+UPDATE_GAP = """
+    UPDATE sink SET gap_first = ?, gap_last = ?, gap_since = ?, gap_reason = ?, gap_tables = ? WHERE id = ?"""
 UPDATE_SINK = """
     UPDATE sink SET lsn = ?, idx = ?, sub = ?, run = ?, messages = ?, bytes = ?, queued = ?, parked_keys = ?,
     dead_letters = ? WHERE id = ?"""
 SELECT_SINK = """
     SELECT id, slot, run, lsn, idx, sub, messages, bytes, queued, parked_keys, dead_letters,
-    paused, gap_first, gap_last, gap_since, gap_reason FROM sink WHERE name = ?"""
+    paused, gap_first, gap_last, gap_since, gap_reason, gap_tables FROM sink WHERE name = ?"""
 UPSERT_SLOT = """
     INSERT INTO slot (name, system_id, timeline, epoch, mark) VALUES (?, ?, ?, ?, ?)
     ON CONFLICT (name) DO UPDATE SET system_id = excluded.system_id, timeline = excluded.timeline,
@@ -111,11 +115,12 @@ class Transaction:
                 f"the state of sink {name} belongs to slot {its_slot}, not to {slot}",
                 "give the sink another name (it then starts anew), or its database the slot it had",
             )
-        messages, size, queued, parked_keys, dead_letters, paused, gap_first, gap_last, gap_since, why = found[6:]
+        messages, size, queued, parked_keys, dead_letters, paused, gap_first, gap_last, gap_since, why, missed = found[6:]
         counters = Counters(messages, size, queued, parked_keys, dead_letters)
         position = None if lsn is None else Position(lsn, idx, sub)
         self._sinks[name] = SinkRow(number, slot, run, position, counters)
-        gap = None if gap_first is None else Gap(gap_first, gap_last, gap_since, why)
+        tables = None if missed is None else tuple((schema, table) for schema, table in orjson.loads(missed))
+        gap = None if gap_first is None else Gap(gap_first, gap_last, gap_since, why, tables)
         return SinkState(position, None if paused is None else bool(paused), gap, replace(counters))
 
     def write_identity(self, identity: Identity) -> None:
@@ -160,11 +165,11 @@ class Transaction:
             self._db.execute("UPDATE sink SET paused = ? WHERE id = ?", (write.paused, sink.id))
         if write.gap is not None or write.clear_gap:
             gap = write.gap
-            values = (None,) * 4 if gap is None else (gap.first_lsn, gap.last_lsn, gap.since, gap.reason)
-            self._db.execute(
-                "UPDATE sink SET gap_first = ?, gap_last = ?, gap_since = ?, gap_reason = ? WHERE id = ?",
-                (*values, sink.id),
-            )
+            values: tuple[object, ...] = (None,) * 5
+            if gap is not None:
+                tables = None if gap.tables is None else as_json(gap.tables)
+                values = (gap.first_lsn, gap.last_lsn, gap.since, gap.reason, tables)
+            self._db.execute(UPDATE_GAP, (*values, sink.id))
         if write.backfill is not None:
             write_backfill(self._db, sink.id, write.backfill)
         return Written(replace(sink.counters))

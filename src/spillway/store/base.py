@@ -111,6 +111,7 @@ class Gap:
     last_lsn: int | None
     since: float  # wall seconds
     reason: str
+    tables: tuple[tuple[str, str], ...] | None = None  # those of which something was missed; None: not known
 
 
 @dataclass(frozen=True, slots=True)

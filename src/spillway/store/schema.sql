@@ -19,6 +19,7 @@ CREATE TABLE sink (
     lsn INTEGER, idx INTEGER, sub INTEGER,  -- the position; null: never seen in this epoch
     paused INTEGER,
     gap_first INTEGER, gap_last INTEGER, gap_since REAL, gap_reason TEXT,
+    gap_tables TEXT,  -- JSON array of [schema, table]; null: not known
     messages INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0,
     queued INTEGER NOT NULL DEFAULT 0,

@@ -1,0 +1,452 @@
+"""One backfill: the rows of one table, in pages, to one sink, beside the live stream.
+
+A reader works off one part after another, strictly page by page:
+
+1. *Room*: the backfill is active, the sink takes part, is not paused and not down, and what waits for it is little
+   (`Backfill._why_not`). Live changes are never held back for a page.
+2. *Quiet*: what the stream carried before `spillway.flow.carried` began to remember must be visible to every snapshot
+   from now on, and whatever ran when the table entered the publication must have ended. So everything that was running
+   then is waited for, once.
+3. *Credit*, from what nobody else wants (`spillway.flow.budget.Spare`), before a row is read.
+4. The page is read (spillway.source.page), in a transaction that is over by then.
+5. *Place*: when the stream has carried everything that the page sees, what is left of it is handed to the sink between
+   two chunks, as if it had been committed there: above everything carried, below all that comes (`_Placing`). A page
+   that cannot be judged any more is read again.
+6. When every message of it is resolved, or durable in the store, the cursor is made durable. A crash in between repeats
+   this page, no more; a cursor is never ahead of its rows.
+
+Until it has its place a page is a cache: it is given up as soon as anybody waits for the credit.
+
+Rows that are stale but for which the sink got no whole image are kept with the cursor (``Part.again``) and read anew,
+by key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from spillway.change import ACTIONS, key_values
+from spillway.chunk import Chunk, Span
+from spillway.clock import Clock
+from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
+from spillway.flow.budget import Spare
+from spillway.flow.capture import Capture, Turn
+from spillway.flow.pagesize import PageSize
+from spillway.flow.progress import BackfillState, Part
+from spillway.flow.retry import backoff_seconds
+from spillway.flow.route import Subscription
+from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout
+from spillway.store.base import BackfillDocument
+
+PAGE_CREDIT_BYTES = 16 << 20  # of one reader
+PLACE_SECONDS = 60.0  # a page that finds no place in that time is read again
+LOOK_SECONDS = 0.05  # a page that waits for its place looks so often whether its credit is wanted
+ROOM_SECONDS = 0.25
+QUIET_SECONDS = 0.05  # running transactions are looked at so often
+AGAIN_KEYS = 500  # keys that are read anew in one page
+MOST_AGAIN = 5_000  # with so many of them no further page is read
+LEAST_AHEAD = 500  # messages that may always wait for the sink when a page is read
+RETRY_CAP_SECONDS = 30.0
+RATE_SECONDS = 10.0
+
+_log = structlog.get_logger()
+
+OpenReader = Callable[[str], Awaitable[PageReader]]
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """What the configuration says of the sink's backfills."""
+
+    run_ahead: int  # messages that may wait for the sink, whatever for
+    timeout_seconds: float  # of the statements of a page
+
+
+class Backfill:
+    def __init__(
+        self,
+        state: BackfillState,
+        subscription: Subscription,
+        keying: int,
+        capture: Capture,
+        spare: Spare,
+        open_reader: OpenReader,
+        publication: str,
+        manners: Manners,
+        clock: Clock,
+    ) -> None:
+        self.state = state
+        self.waiting = ""  # why it does not read just now
+        self._subscription = subscription
+        self._delivery = subscription.delivery
+        self._keying = keying
+        self._capture = capture
+        self._carried = capture.carried
+        self._spare = spare
+        self._open_reader = open_reader
+        self._publication = publication
+        self._manners = manners
+        self._clock = clock
+        self._woken = asyncio.Event()
+        self._size = PageSize(max(1, state.request.parallel))
+        self._not_before = 0.0
+        self._must_wait = True  # for whatever is running, before the next page
+        self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
+
+    # -- what people do ---------------------------------------------------------------------------------------------
+    def wake(self) -> None:
+        """Something has changed that it may wait for."""
+        self._woken.set()
+
+    async def change(self, state: str, error: str | None = None) -> None:
+        """To ``active``, ``paused``, ``cancelled``: durable when this returns."""
+        if self.state.has_ended:
+            raise SpillwayError("backfill_ended", f"backfill {self.state.id} is {self.state.state}", "start another")
+        match state:
+            case "active" | "paused":
+                self.state.state = "active" if state == "active" else "paused"
+            case "cancelled" | "failed" | "completed" as ended:
+                self.state.state = ended
+                self.state.ended = self._clock.wall()
+                self.state.error = error
+        self._woken.set()
+        await self._save()
+
+    @property
+    def rows_per_second(self) -> float:
+        """Over the last seconds."""
+        if len(self._recent) < 2:
+            return 0.0
+        (since, before), (until, now) = self._recent[0], self._recent[-1]
+        idle = self._clock.monotonic() - until
+        return (now - before) / max(until - since + (idle if idle > 1 else 0), 1e-3)
+
+    # -- the work ---------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Until it has ended. What concerns the source for a while is tried again; what somebody must mend fails it."""
+        failures = 0
+        table = (self.state.request.schema, self.state.request.table)
+        self._carried.watch(table)
+        try:
+            while not self.state.has_ended:
+                if self.state.state == "paused":
+                    self.waiting = "paused"
+                    await self._sleep(ROOM_SECONDS)
+                    continue
+                before = self.state.pages
+                try:
+                    await self._work()
+                except SourceUnavailable as error:
+                    failures = failures + 1 if self.state.pages == before else 1
+                    self.waiting = f"source: {error}"
+                    await self._sleep(backoff_seconds(failures - 1, 0.25, RETRY_CAP_SECONDS))
+                except StoreFailed:
+                    raise
+                except SpillwayError as error:
+                    _log.warning("backfill failed", sink=self.state.sink, table=".".join(table), error=str(error))
+                    await self.change("failed", f"{error} [{error.code}]")
+        finally:
+            self.waiting = ""
+            self._carried.unwatch(table)
+
+    async def _work(self) -> None:
+        """Until there is nothing left to do, or it is not active any more."""
+        reader = await self._open_reader(self.state.id)
+        try:
+            if self.state.parts is None:
+                await self._lay_out(reader)
+        finally:
+            await reader.close()
+        parts = deque(part for part in self.state.parts or () if not part.done or part.again)
+        readers = min(max(1, self.state.request.parallel), len(parts))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(readers):
+                    tasks.create_task(self._read_parts(parts))
+        except* SpillwayError as group:
+            raise _first(group) from None
+        if self.state.state == "active":
+            await self.change("completed")
+
+    async def _lay_out(self, reader: PageReader) -> None:
+        request = self.state.request
+        parts: list[Part] = []
+        estimate = 0
+        for schema, table in await reader.relations(self._publication, request.schema, request.table):
+            whole = Part(schema, table)
+            if request.keys is not None:
+                whole.again, whole.done = list(request.keys), True
+                estimate += len(request.keys)
+                parts.append(whole)
+                continue
+            selection = whole.selection(request)
+            estimate += await reader.estimate(selection)
+            ranges = await reader.split(selection, request.parallel)
+            parts += [Part(schema, table, one.low, one.high) for one in ranges]
+        self.state.parts = parts
+        self.state.estimate_rows = estimate
+        await self._save()
+
+    async def _read_parts(self, parts: deque[Part]) -> None:
+        reader = await self._open_reader(self.state.id)
+        try:
+            while parts and await self._room():
+                part = parts.popleft()
+                await self._read_part(reader, part)
+        finally:
+            await reader.close()
+
+    async def _read_part(self, reader: PageReader, part: Part) -> None:
+        needed_bytes = 0  # more than usual, for a large row
+        failures = 0
+        while (not part.done or part.again) and await self._room():
+            began = await self._quiet(reader)
+            if not began:
+                return
+            by_key = part.again[:AGAIN_KEYS] if part.done or len(part.again) >= AGAIN_KEYS else []
+            credit = await self._credit(needed_bytes)
+            used = 0
+            view = self._carried.open()
+            try:
+                page = await self._read(reader, part, by_key, credit)
+                used = max(1, min(credit, 2 * page.chunk.cost))
+                self._carried.saw(view, page.snapshot.sees)
+            except (LockTimeout, PageTimeout) as error:
+                if isinstance(error, PageTimeout):
+                    self._size.timed_out()
+                failures += 1
+                self.waiting = str(error)
+                await self._sleep(backoff_seconds(failures, 0.05, RETRY_CAP_SECONDS))
+                continue
+            except NeedsCredit as error:
+                needed_bytes = error.needed_bytes
+                if needed_bytes > self._spare.most_bytes:
+                    raise
+                continue
+            finally:
+                self._spare.give(credit - used)
+                if not used:
+                    self._carried.close(view)
+            failures = needed_bytes = 0
+            try:
+                try:
+                    placing = await self._place(reader, page, began)
+                finally:
+                    self._carried.close(view)
+                if placing is not None:
+                    await self._settled(placing)
+                    self._advance(part, page, by_key, placing, credit)
+                    await self._save()
+            finally:
+                self._spare.give(used)
+
+    async def _read(self, reader: PageReader, part: Part, by_key: Sequence[Cursor], credit_bytes: int) -> Page:
+        self.waiting = ""
+        selection = part.selection(self.state.request)
+        timeout_seconds = self._manners.timeout_seconds
+        if by_key:
+            return await reader.read_keys(selection, by_key, credit_bytes, timeout_seconds)
+        rows = self._size.fitting(credit_bytes)
+        return await reader.read(selection, part.within, part.cursor, rows, credit_bytes, timeout_seconds)
+
+    # -- before a page is read --------------------------------------------------------------------------------------
+    async def _room(self) -> bool:
+        """Wait until there is room for a page. False: it is not active any more."""
+        while self.state.state == "active":
+            seconds = self._not_before - self._clock.monotonic()
+            self.waiting = "max_rows_per_second" if seconds > ROOM_SECONDS else self._why_not()
+            if seconds <= 0 and not self.waiting:
+                return True
+            await self._sleep(seconds if 0 < seconds < ROOM_SECONDS else ROOM_SECONDS)
+        return False
+
+    def _why_not(self) -> str:
+        sink = self._delivery
+        if not sink.participates:
+            self._must_wait = True  # what it misses counts as carried
+            return f"the sink takes no part: {sink.gap.reason if sink.gap is not None else ''}"
+        if sink.paused:
+            return "the sink is paused"
+        if sink.breaker.open:
+            return f"the sink is down: {sink.last_error or ''}"
+        if sink.full is not None:
+            return f"the backlog of the sink is full: {sink.full}"
+        counters = sink.counters
+        if max(counters.messages, sink.memory_messages) >= self._manners.run_ahead:
+            return f"{counters.messages} messages wait for the sink, backfill.run_ahead is {self._manners.run_ahead}"
+        waiting = max(counters.queued, sink.memory_messages)
+        if waiting >= max(LEAST_AHEAD, 2 * self._size.rows * max(1, self.state.request.parallel)):
+            return f"the sink is behind: {waiting} messages come first"
+        return ""
+
+    async def _quiet(self, reader: PageReader) -> int:
+        """Wait until the stream and every snapshot from now on have nothing between them that is not remembered.
+        Returns in which memory (`Carried.began`) that is so; 0: it is not active any more."""
+        carried = self._carried
+        while self.state.state == "active":
+            carried.begin()
+            began = carried.began
+            if carried.quiet == began and not self._must_wait:
+                return began
+            behind_lsn = self._capture.received_lsn
+            running = await reader.running()
+            while running and carried.began == began and self.state.state == "active":
+                who = next(iter(running.values()))
+                self.waiting = f"waits for a transaction that was running when it began: {who}"
+                await self._sleep(QUIET_SECONDS)
+                now = await reader.running()
+                running = {xid: who for xid, who in running.items() if xid in now}
+            while reader.standby and await reader.flushed_lsn() < behind_lsn:
+                self.waiting = "waits for the standby"
+                await self._sleep(QUIET_SECONDS)
+            if not running and carried.began == began and carried.remembers:
+                self._must_wait = False
+                carried.quiet = began
+        return 0
+
+    async def _credit(self, needed_bytes: int) -> int:
+        readers = max(1, self.state.request.parallel)
+        wanted = max(needed_bytes, min(PAGE_CREDIT_BYTES, self._spare.limit_bytes // readers))
+        while not self._spare.try_take(wanted):
+            self.waiting = "memory: the stream and the sinks come first"
+            await self._clock.sleep(LOOK_SECONDS)
+        return wanted
+
+    # -- when it has been read --------------------------------------------------------------------------------------
+    async def _place(self, reader: PageReader, page: Page, began: int) -> _Placing | None:
+        """Its place in the stream. None: it cannot be judged any more, or its credit was wanted: to be read again."""
+        placing = _Placing(page, self._subscription, self._keying, self._capture, began)
+        turn = Turn(page.snapshot.lsn, placing)
+        waits = asyncio.ensure_future(self._capture.placed(turn))
+        started = self._clock.monotonic()
+        try:
+            while not waits.done():
+                await asyncio.wait([waits], timeout=LOOK_SECONDS)
+                seconds = self._clock.monotonic() - started
+                if waits.done():
+                    break
+                if self._spare.wanted or seconds > PLACE_SECONDS or not self._carried.remembers:
+                    return None
+                if seconds > 3 * reader.wal_writer_delay_seconds + LOOK_SECONDS:
+                    # Whatever the snapshot saw of asynchronous commits is on disk by now, or it would not be at all;
+                    # what is above was never a commit, and on an idle server nobody may write it out for long.
+                    turn.lsn = min(turn.lsn, await reader.flushed_lsn())
+                    self.waiting = "waits for the stream to come by"
+        finally:
+            placing.abandoned = not placing.placed
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+        self.waiting = ""
+        return placing if placing.placed else None
+
+    async def _settled(self, placing: _Placing) -> None:
+        """Wait until what was placed is resolved, or durable in the store."""
+        span = placing.span
+        placed_at = self._clock.monotonic()
+        while span is not None and span.left and not span.durable:
+            await self._sleep(ROOM_SECONDS)
+        placing.take_seconds = self._clock.monotonic() - placed_at
+
+    def _advance(self, part: Part, page: Page, by_key: Sequence[Cursor], placing: _Placing, credit: int) -> None:
+        state = self.state
+        rows = page.chunk.count
+        state.rows += rows
+        state.superseded += placing.dropped
+        state.pages += 1
+        if by_key:
+            part.again = [*part.again[len(by_key) :], *placing.again]
+        else:
+            part.again += placing.again
+            part.cursor = page.cursor
+            part.done = page.cursor is None
+            self._size.took(rows, min(credit, 4 * page.chunk.cost), page.seconds, placing.take_seconds)
+        now = self._clock.monotonic()
+        rate = state.request.max_rows_per_second
+        if rate is not None:
+            self._not_before = max(self._not_before, now - rows / rate) + rows / rate
+        self._recent.append((now, state.rows))
+        while self._recent[0][0] < now - RATE_SECONDS:
+            self._recent.popleft()
+
+    # -- state ------------------------------------------------------------------------------------------------------
+    async def _save(self) -> None:
+        state = self.state
+        state.changed = self._clock.wall()
+        await self._delivery.note(BackfillDocument(state.id, state.as_json(), state.has_ended))
+
+    async def _sleep(self, seconds: float) -> None:
+        self._woken.clear()
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(seconds):
+                await self._woken.wait()
+
+
+class _Placing:
+    """What puts a page into the stream of its sink; called by capture, between two chunks."""
+
+    def __init__(self, page: Page, subscription: Subscription, keying: int, capture: Capture, began: int) -> None:
+        self._page = page
+        self._subscription = subscription
+        self._keying = keying
+        self._carried = capture.carried
+        self._began = began
+        self.abandoned = False
+        self.placed = False
+        self.span: Span | None = None  # what the sink was given, if anything was left
+        self.dropped = 0
+        self.again: list[Cursor] = []
+        self.take_seconds = 0.0
+
+    async def __call__(self, received_lsn: int) -> bool:
+        delivery = self._subscription.delivery
+        chunk = self._page.chunk
+        lsn = received_lsn - 1
+        tail = delivery.tail
+        if tail.commit_lsn > lsn:
+            return False  # the stream comes again, after a restart
+        if self.abandoned or self._carried.began != self._began or not self._carried.remembers:
+            return True
+        actions = self._subscription.actions
+        stale = self._carried.stale(
+            chunk,
+            self._page.snapshot.sees,
+            lambda action: ACTIONS[action] in actions,
+            splits_key_change=self._subscription.splits_key_change,
+        )
+        if stale is None or not delivery.participates:
+            return True
+        left = None
+        if stale.dropped or stale.again:
+            gone = stale.dropped | stale.again
+            left = [place for place in range(chunk.count) if place not in gone]
+        span: Span | None = None
+        parked = None
+        if chunk.count and left != []:
+            first = tail.commit_idx + 1 if tail.commit_lsn == lsn else 0
+            span = Span(chunk.placed(lsn, first), self._keying, left)
+            parked = await delivery.parked_among(span) if delivery.needs_look_up else None
+            if self.abandoned:  # nothing is awaited from here on
+                return True
+            delivery.intake(span, parked)
+        self.span = span
+        self.dropped = len(stale.dropped)
+        self.again = [_cursor(chunk, place) for place in sorted(stale.again)]
+        self.placed = True
+        return True
+
+
+def _cursor(chunk: Chunk, place: int) -> Cursor:
+    schema, table = chunk.table(place)
+    return key_values(schema, table, chunk.key_texts(place)[0].decode())
+
+
+def _first(group: BaseExceptionGroup[SpillwayError]) -> SpillwayError:
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an empty group")
