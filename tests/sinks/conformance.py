@@ -19,6 +19,7 @@ from spillway.chunk import Batch
 from spillway.sinks.base import OK, Result, Sink
 
 BIG_BYTES = 8 << 20
+LSN = 0x16B3748
 
 
 class Rig(ABC):
@@ -71,6 +72,24 @@ class Conformance(ABC):
         await rig.sink.open()
         await self._deliver(rig, rows(1000))
         assert await rig.received() == {str(i): {"id": i} for i in range(1000)}
+
+    async def test_existing_rows_are_whole_rows_below_what_comes_later(self, rig: Rig) -> None:
+        await rig.sink.open()
+        pages = [
+            change({"id": i, "title": "read", "more": "x"}, pks=(str(i),), action="read", lsn=LSN, idx=i, n=0)
+            for i in range(4)
+        ]
+        await self._deliver(rig, pages)
+        await self._deliver(rig, [change({"id": 1, "title": "new", "more": "y"}, pks=("1",), action="update", lsn=LSN)])
+        await self._deliver(
+            rig, [change({"id": 2, "title": "again", "more": "z"}, pks=("2",), action="read", lsn=LSN + 32, n=0)]
+        )
+        assert await rig.received() == {
+            "0": {"id": 0, "title": "read", "more": "x"},
+            "1": {"id": 1, "title": "new", "more": "y"},
+            "2": {"id": 2, "title": "again", "more": "z"},
+            "3": {"id": 3, "title": "read", "more": "x"},
+        }
 
     async def test_pieces_of_chunks_that_hold_more(self, rig: Rig) -> None:
         await rig.sink.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from sinks.conformance import send
 from sinks.messages import change, context, full
 from spillway.errors import SpillwayError
 from spillway.position import version
-from spillway.sinks.base import OK, Result
+from spillway.sinks.base import OK, Readable, Result
+from spillway.sinks.index import Target
+from spillway.sinks.mapping import derived
 from spillway.sinks.search import SearchSink
 
 LSN = 0x16B3748
@@ -52,10 +55,14 @@ class Index:
     async def put_settings(self, **settings: Any) -> None:
         (await self.client.put(f"/{self.name}/_settings", json=settings)).raise_for_status()
 
+    async def stands_for(self, alias: str) -> dict[str, Any]:
+        found = (await self.client.get(f"/_alias/{alias}")).json()
+        return {index: of["aliases"][alias] for index, of in found.items()}
+
     async def close(self) -> None:
         for sink in self._sinks:
             await sink.close()
-        await self.client.delete(f"/{self.name}")
+        await self.client.delete(f"/{self.name}*")
 
 
 @pytest.fixture
@@ -289,3 +296,258 @@ async def test_an_index_name_that_cannot_be_is_an_error_of_the_configuration(ind
     with pytest.raises(SpillwayError, match=r"change destination\.index_name") as raised:
         await index.sink(index_name="_no").open()
     assert raised.value.code == "index_name"
+
+
+# -- reading keys ---------------------------------------------------------------------------------------------------
+TABLE = ("public", "jobs")
+
+
+async def keys_of(
+    sink: SearchSink, *columns: str, limit: int = 1000, below: int | None = None, table: tuple[str, str] = TABLE
+) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    after: str | None = None
+    while True:
+        page, after = await sink.keys(table, columns, after, limit, below)
+        assert len(page) <= limit
+        found += page
+        if after is None:
+            return found
+
+
+@pytest.mark.parametrize("document", ["record", "message"])
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_every_key_is_read_once_in_pages_of_any_size(index: Index, document: str, shards: int) -> None:
+    await index.create(settings={"number_of_shards": shards})
+    sink = index.sink(document=document)
+    assert isinstance(sink, Readable)
+    assert await keys_of(sink, "id") == []
+    expected = [(str(i),) for i in range(25)]
+    await send(sink, [change({"id": i, "title": "x"}, pks=(str(i),)) for i in range(25)])
+    for limit in (1, 4, 25, 1000):
+        assert sorted(await keys_of(sink, "id", limit=limit), key=lambda key: int(key[0])) == expected
+
+
+async def test_there_are_no_keys_in_an_index_that_is_not_there(index: Index) -> None:
+    assert await keys_of(index.sink(), "id") == []
+
+
+@pytest.mark.parametrize("document", ["record", "message"])
+async def test_keys_are_the_text_of_postgres(index: Index, document: str) -> None:
+    """Where the server has rounded the number, and the document has another form of the time."""
+    await index.create(mappings={"properties": {"at": {"type": "keyword"}}})
+    sink = index.sink(document=document)
+    keys = [
+        ("12345678901234567890.50", "2024-10-28 21:39:21.12747+00", "a-b"),
+        ("-1.50", "infinity", "\\"),
+        ("0", "0044-03-15 00:00:00 BC", "x" * 300),
+    ]
+    for key in keys:
+        record = '{"n":%s,"at":"2024-10-28T21:39:21.127470Z","t":"x"}' % key[0]  # noqa: UP031  # of braces
+        assert await one(sink, record, pks=key) == OK
+    assert sorted(await keys_of(sink, "n", "at", "t")) == sorted(keys)
+
+
+async def test_keys_above_the_limit_of_an_id_are_read_from_the_document(index: Index) -> None:
+    sink = index.sink()
+    keys = [("ü" * 300 + "1",), ("ü" * 300 + "2",), ("",)]
+    await send(sink, [change({"t": key[0]}, pks=key) for key in keys])
+    assert sorted(await keys_of(sink, "t")) == sorted(keys)
+
+
+async def test_documents_written_since_are_left_out(index: Index) -> None:
+    sink = index.sink()
+    await send(sink, [change({"id": i}, pks=(str(i),), lsn=LSN) for i in range(4)])
+    await send(
+        sink, [change({"id": 1}, pks=("1",), lsn=LSN + 320), change({}, action="delete", pks=("2",), lsn=LSN + 320)]
+    )
+    fence = version(1, LSN + 320, 0)
+    assert sorted(await keys_of(sink, "id", below=fence)) == [("0",), ("3",)]
+    assert sorted(await keys_of(sink, "id")) == [("0",), ("1",), ("3",)]
+
+
+async def test_keys_of_one_table_among_several(index: Index) -> None:
+    sink = index.sink(document="message")
+    await send(sink, [change({"id": 1}, pks=("1",)), change({"id": 2}, pks=("2",), table="users")])
+    assert await keys_of(sink, "id") == [("1",)]
+    assert await keys_of(sink, "id", table=("public", "users")) == [("2",)]
+
+
+async def test_documents_that_are_not_of_rows_have_no_keys(index: Index) -> None:
+    sink = index.sink()
+    assert await one(sink, {"id": 1}) == OK
+    (await index.client.post(f"/{index.name}/_doc", json={"v": "theirs"})).raise_for_status()
+    (await index.client.post(f"/{index.name}/_doc", json={})).raise_for_status()
+    assert await keys_of(sink, "id") == [("1",)]
+
+
+async def test_what_is_written_meanwhile_hides_nothing(index: Index) -> None:
+    sink = index.sink()
+    await send(sink, [change({"id": i}, pks=(str(i),)) for i in range(6)])
+    found, after = await sink.keys(TABLE, ["id"], None, 2, None)
+    await send(sink, [change({"id": i}, pks=(str(i),), lsn=LSN + 64) for i in (0, 3)])
+    await sink.indexes.refresh(index.name)
+    while after is not None:
+        page, after = await index.sink().keys(TABLE, ["id"], after, 2, None)
+        found += page
+    assert set(found) == {(str(i),) for i in range(6)}
+
+
+async def test_large_documents_come_in_smaller_pages(index: Index) -> None:
+    sink = index.sink()
+    keys = [("k" * 20_000 + str(i),) for i in range(40)]
+    await index.create(mappings={"properties": {"t": {"type": "keyword", "ignore_above": 10}}})
+    await send(sink, [change({"t": key[0]}, pks=key) for key in keys])
+    page, _ = await sink.keys(TABLE, ["t"], None, 40, None)
+    assert 0 < len(page) < 40
+    assert sorted(await keys_of(sink, "t", limit=40)) == sorted(keys)
+
+
+async def test_keys_behind_an_alias_are_those_of_its_write_index(index: Index) -> None:
+    alias = f"{index.name}-alias"
+    sink = index.sink(index_name=alias)
+    await index.create(aliases={alias: {"is_write_index": True}})
+    (await index.client.put(f"/{index.name}-old", json={"aliases": {alias: {}}})).raise_for_status()
+    (await index.client.put(f"/{index.name}-old/_doc/7", json={"id": 7})).raise_for_status()
+    assert await one(sink, {"id": 1}) == OK
+    assert await keys_of(sink, "id") == [("1",)]
+    actions = [{"add": {"index": index.name, "alias": alias, "is_write_index": False}}]
+    (await index.client.post("/_aliases", json={"actions": actions})).raise_for_status()
+    with pytest.raises(SpillwayError, match="none of them takes its writes"):
+        await keys_of(sink, "id")
+
+
+async def test_keys_of_a_closed_index_are_refused(index: Index) -> None:
+    sink = index.sink()
+    await sink.open()
+    await index.client.post(f"/{index.name}/_close")
+    with pytest.raises(SpillwayError, match="index_closed") as raised:
+        await keys_of(sink, "id")
+    assert raised.value.code == "sink_refused"
+
+
+# -- indexes and aliases --------------------------------------------------------------------------------------------
+async def test_the_index_is_created_as_the_file_says(index: Index, tmp_path: Path) -> None:
+    definition = {
+        "mappings": {"dynamic": "strict", "properties": {"a": {"type": "integer"}}},
+        "settings": {"index": {"number_of_shards": 2}, "refresh_interval": "5s"},
+    }
+    (tmp_path / "jobs.json").write_text(json.dumps(definition))
+    sink = index.sink(mapping=Path("jobs.json"))
+    await sink.open()
+    assert await index.setting("index.number_of_shards") == "2"
+    assert await index.setting("index.refresh_interval") == "5s"
+    assert await index.setting("index.gc_deletes") == "3600s"
+    assert await one(sink, {"a": 1}) == OK
+    assert (await one(sink, {"b": 1})).reason == "strict_dynamic_mapping_exception"
+
+
+async def test_an_index_is_created_once(index: Index) -> None:
+    indexes = index.sink().indexes
+    assert await indexes.create(index.name, {})
+    assert not await indexes.create(index.name, {"settings": {"number_of_shards": 3}})
+    assert await index.setting("index.gc_deletes") == "3600s"
+    assert await indexes.shards(index.name) == 1
+    with pytest.raises(SpillwayError, match="unknown setting") as raised:
+        await indexes.create(index.name + "-2", {"settings": {"no_such": 1}})
+    assert raised.value.code == "sink_refused"
+
+
+async def test_a_derived_index_takes_what_the_columns_hold(index: Index) -> None:
+    """Each value as it is rendered, strange ones included: all stay in the document, the others are searched."""
+    columns = {
+        "bool": ("boolean", "true"),
+        "int2": ("smallint", "-32768"),
+        "int4": ("integer[]", "[1,[2,null]]"),
+        "int8": ("bigint", "9223372036854775807"),
+        "oid": ("oid", "4294967295"),
+        "real": ("real", '"NaN"'),
+        "double": ("double precision", '"-Infinity"'),
+        "numeric": ("numeric(1000,2)", "9" * 400 + ".50"),
+        "text": ("text", json.dumps("x" * 40_000)),
+        "uuid": ("uuid", '"0b1e6a9c-1f5e-4d0a-9a8e-111111111111"'),
+        "enum": ("enum", '"open"'),
+        "inet": ("inet", '"10.0.0.0/8"'),
+        "date": ("date", '"-0043-03-15"'),
+        "stamp": ("timestamp without time zone", '"infinity"'),
+        "zoned": ("timestamp with time zone[]", '["2024-10-28T21:39:21.127470Z","+10000-01-01T00:00:00.000000Z"]'),
+        "time": ("time with time zone", '"21:39:21.12747+02"'),
+        "span": ("tstzrange", json.dumps("[" + "x" * 40_000)),
+        "json": ("jsonb", '{"a":{"b":1}}'),
+        "interval": ("interval", '{"months":1,"days":-2,"microseconds":9000000000000}'),
+        "bytea": ("bytea", json.dumps("\\x" + "ab" * 40_000)),
+        "bits": ("bit varying(90000)", json.dumps("1" * 90_000)),
+        "other": ("hstore", '"a=>1"'),
+    }
+    for document in ("record", "message"):
+        name = f"{index.name}-{document}"
+        sink = index.sink(index_name=name, document=document)
+        definition = derived([(column, type_name) for column, (type_name, _) in columns.items()], document)
+        assert await sink.indexes.create(name, definition)
+        record = "{" + ",".join(f'"{column}":{value}' for column, (_, value) in columns.items()) + "}"
+        assert await one(sink, record) == OK
+        await sink.indexes.refresh(name)
+        prefix = "record." if document == "message" else ""
+        for field, value in (("int4", 2), ("enum", "open"), ("json.a.b", 1), ("interval.days", -2), ("bool", True)):
+            query = {"query": {"term": {prefix + field: value}}}
+            assert (await index.client.post(f"/{name}/_count", json=query)).json()["count"] == 1, field
+
+
+async def test_a_name_may_be_an_index_an_alias_or_nothing(index: Index) -> None:
+    indexes = index.sink().indexes
+    a, b, alias = (f"{index.name}-{part}" for part in ("a", "b", "alias"))
+    assert await indexes.target(alias) is None
+    await indexes.create(a, {})
+    await indexes.create(b, {})
+    assert await indexes.target(a) == Target(a, False, (a,), a)
+    assert await indexes.move_alias(alias, a) == ()
+    assert await indexes.target(alias) == Target(alias, True, (a,), a)
+    assert await indexes.target(a) == Target(a, False, (a,), a)
+    add = {"add": {"index": b, "alias": alias}}
+    (await index.client.post("/_aliases", json={"actions": [add]})).raise_for_status()
+    assert await indexes.target(alias) == Target(alias, True, (a, b), a)
+    plain = {"actions": [{"remove": {"index": a, "alias": alias}}]}
+    (await index.client.post("/_aliases", json=plain)).raise_for_status()
+    assert await indexes.target(alias) == Target(alias, True, (b,), b), "the only one takes the writes"
+
+
+async def test_an_alias_moves_in_one_request(index: Index) -> None:
+    indexes = index.sink().indexes
+    old, new, alias = (f"{index.name}-{part}" for part in ("old", "new", "alias"))
+    for name in (old, new):
+        await indexes.create(name, {})
+        await indexes.move_alias(alias, name)
+    assert await index.stands_for(alias) == {new: {"is_write_index": True}}
+    assert await indexes.move_alias(alias, new) == (new,), "again"
+    assert await indexes.target(old) is not None, "the old one stays"
+    with pytest.raises(SpillwayError, match="index_not_found") as raised:
+        await indexes.move_alias(alias, f"{index.name}-missing")
+    assert raised.value.code == "sink_refused"
+    assert await index.stands_for(alias) == {new: {"is_write_index": True}}
+
+
+async def test_an_index_gives_its_name_to_an_alias_only_when_told(index: Index) -> None:
+    sink = index.sink()
+    await one(sink, {"v": "old"})
+    new = f"{index.name}-v2"
+    await sink.indexes.create(new, {})
+    with pytest.raises(SpillwayError, match="may be deleted") as raised:
+        await sink.indexes.move_alias(index.name, new)
+    assert raised.value.code == "alias_is_index"
+    assert await index.document("1") == {"v": "old"}
+    with pytest.raises(SpillwayError, match="index_not_found"):
+        await sink.indexes.move_alias(index.name, f"{index.name}-missing", delete_index=True)
+    assert await index.document("1") == {"v": "old"}, "all or nothing"
+    assert await sink.indexes.move_alias(index.name, new, delete_index=True) == (index.name,)
+    assert await sink.indexes.target(index.name) == Target(index.name, True, (new,), new)
+    assert await one(sink, {"v": "new"}) == OK, "the sink goes on under the same name"
+
+
+async def test_documents_are_counted_after_a_refresh(index: Index) -> None:
+    await index.create(settings={"refresh_interval": "-1"})
+    sink = index.sink()
+    await send(sink, [change({"id": i}, pks=(str(i),)) for i in range(3)])
+    await sink.indexes.refresh(index.name)
+    assert await sink.indexes.count(index.name) == 3
+    with pytest.raises(SpillwayError, match="index_not_found"):
+        await sink.indexes.count(f"{index.name}-missing")

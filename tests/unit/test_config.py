@@ -212,22 +212,25 @@ def test_how_rows_are_read(tmp_path: Path) -> None:
 
 def test_search_destinations(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("")
+    (tmp_path / "jobs.json").write_text("{}")
     one = sink(
         tmp_path,
         "",
         "{type: elasticsearch, endpoint_url: 'https://h:9200/es/', index_name: i, auth_type: basic, "
-        "auth_value: 'u:${PW}', tls_ca_file: ca.pem, gzip: '${GZIP:-true}', document: record}",
+        "auth_value: 'u:${PW}', tls_ca_file: ca.pem, gzip: '${GZIP:-true}', document: record, "
+        "mapping: jobs.json}",
         PW="s3cret",
     ).destination
     assert one.endpoint_url == "https://h:9200/es"
     assert one.auth_value.get_secret_value() == "u:s3cret"
-    assert one.tls_ca_file == tmp_path / "ca.pem"
+    assert (one.tls_ca_file, one.mapping) == (tmp_path / "ca.pem", tmp_path / "jobs.json")
     assert one.gzip is True
     assert one.document == "record"
     assert sink(tmp_path, "", ELASTICSEARCH).destination.document == "message"
     opensearch = sink(tmp_path, "", OPENSEARCH).destination
     assert (opensearch.document, opensearch.auth_type, opensearch.auth_value) == ("record", "none", None)
     assert (opensearch.endpoint_url, opensearch.tls_ca_file, opensearch.gzip) == ("http://h:9200", None, False)
+    assert opensearch.mapping is None
 
 
 def test_local_destinations(tmp_path: Path) -> None:

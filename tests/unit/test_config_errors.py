@@ -458,6 +458,7 @@ PATH = "must begin with /, ? or # and have at most 2000 characters, no blanks"
         (f"{{{SEARCH}, index_name: i, timeout_seconds: 0}}", "timeout_seconds: must be more than 0"),
         (f"{{{SEARCH}, index_name: i, timeout_seconds: soon}}", "timeout_seconds: must be a number"),
         (f"{{{SEARCH}, index_name: i, tls_ca_file: no.pem}}", "tls_ca_file: there is no such file"),
+        (f"{{{SEARCH}, index_name: i, mapping: no.json}}", "mapping: there is no such file"),
         (f"{{{SEARCH}, index_name: i, auth_type: oauth}}", "auth_type: must be none, api_key, basic or bearer"),
         (f"{{{SEARCH}, index_name: i, auth_type: bearer}}", "auth_value: is required with auth_type: bearer"),
         (f"{{{SEARCH}, index_name: i, auth_type: bearer, auth_value: ''}}", "auth_value: is empty"),

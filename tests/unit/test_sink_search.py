@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spillway.chunk import MOVED, OLD, WHOLE, Batch, ChunkBuilder, Keying, Span
 from spillway.errors import SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Result
-from spillway.sinks.search import ID_BYTES, SearchSink, document_id
+from spillway.sinks.search import SearchSink
 
 ALL_OK = b'{"errors":false,"items":[]}'
 
@@ -254,7 +255,58 @@ async def test_an_index_is_created_before_the_first_message(server: Server, make
     assert await results_of(sink) == OK
     assert await results_of(sink) == OK
     assert [one.method for one in server.recorder.requests] == ["HEAD", "PUT", "POST", "POST"]
-    assert json.loads(server.recorder.requests[1].body) == {"settings": {"index": {"gc_deletes": "3600s"}}}
+    assert json.loads(server.recorder.requests[1].body) == {"settings": {"index.gc_deletes": "3600s"}}
+
+
+async def test_an_index_is_created_as_the_file_says(server: Server, make: Make, tmp_path: Path) -> None:
+    definition = {"mappings": {"dynamic": "strict"}, "settings": {"index": {"number_of_shards": 2}}}
+    (tmp_path / "jobs.json").write_text(json.dumps(definition))
+    server.head = Reply(404)
+    assert await results_of(make(mapping=Path("jobs.json"))) == OK
+    (created,) = [json.loads(one.body) for one in server.recorder.requests if one.method == "PUT"]
+    settings = {"index": {"number_of_shards": 2}, "index.gc_deletes": "3600s"}
+    assert created == {"mappings": {"dynamic": "strict"}, "settings": settings}
+
+
+async def test_a_definition_that_is_none_is_known_at_the_start(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "jobs.json").write_text('{"aliases": {}}')
+    with pytest.raises(SpillwayError, match="it has aliases") as raised:
+        await make(mapping=Path("jobs.json")).open()
+    assert raised.value.code == "mapping_file"
+
+
+@pytest.mark.parametrize("started_lsn", [0, 0x2000, 0x2001])
+async def test_no_version_of_a_page_is_foreign(server: Server, tmp_path: Path, started_lsn: int) -> None:
+    """Not even of one that stands right before the position at which the sink began."""
+    own = version(3, max(started_lsn - 1, 0), 0)
+    server.bulk = answer(error("version_conflict_engine_exception", 409, reason=f"current version [{own}] is higher"))
+    given = replace(context(tmp_path, epoch=3), started_lsn=started_lsn)
+    sink = SearchSink(given, endpoint_url=server.recorder.url, index_name="jobs", document="record")
+    assert await results_of(sink) in (OK, [OK])
+    server.bulk = answer(
+        error("version_conflict_engine_exception", 409, reason=f"current version [{own - 1}] is higher")
+    )
+    assert (await results_of(sink))[0].reason == "foreign_versions"
+    await sink.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (Reply(403, b'{"error":{"type":"security_exception","reason":"no permissions for s3cret"}}'), "sink_refused"),
+        (Reply(503), "sink_unreachable"),
+        (Reply(429), "sink_unreachable"),
+        (CUT, "sink_unreachable"),
+    ],
+)
+async def test_keys_that_cannot_be_read(server: Server, make: Make, reply: Reply, code: str) -> None:
+    server.bulk = reply
+    sink = make(auth_type="bearer", auth_value="s3cret")
+    for after in (None, "jobs/1/0/7"):
+        with pytest.raises(SpillwayError) as raised:
+            await sink.keys(("public", "jobs"), ["id"], after, 10, None)
+        assert raised.value.code == code
+        assert "s3cret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -348,14 +400,3 @@ async def test_several_requests_at_once_share_the_connections(server: Server, ma
     for _ in range(3):
         await asyncio.gather(*(results_of(sink) for _ in range(sink.max_in_flight)))
     assert server.recorder.connections <= sink.max_in_flight
-
-
-def test_ids_within_the_limit_and_unlike_each_other() -> None:
-    keys = [("a-b", "c"), ("a", "b-c"), ("a\\", "b-c"), ("a\\-b", "c"), ("a", "b", "c"), ("",), ("", ""), ("x" * 513,)]
-    keys += [("x" * 600 + str(i),) for i in range(3)] + [("ü" * 257,), ("x" * 511, "y")]
-    ids = [document_id(key) for key in keys]
-    assert len(set(ids)) == len(keys)
-    assert all(0 < len(one.encode()) <= ID_BYTES for one in ids)
-    assert document_id(("x" * 512,)) == "x" * 512
-    assert document_id(("ü" * 256,)) == "ü" * 256
-    assert document_id(("ü" * 300,)).startswith("ü" * 200 + "-")

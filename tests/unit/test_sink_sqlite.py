@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from sinks.messages import batch_of, change, context
 from spillway.change import Change
 from spillway.chunk import Keying
+from spillway.errors import SpillwayError
 from spillway.sinks import sqlite as sqlite_sink
-from spillway.sinks.base import OK, Result
+from spillway.sinks.base import OK, Readable, Result
 from spillway.sinks.sqlite import SqliteSink, record_values
 
 Make = Callable[..., SqliteSink]
@@ -300,3 +301,39 @@ def test_a_message_is_what_the_decoder_makes() -> None:
     """The factory of these tests against the contract of a change."""
     one: Change = change({"a": 1})
     assert orjson.loads(one.record) == {"a": 1}
+
+
+async def pages_of(sink: SqliteSink, table: tuple[str, str] = ("public", "jobs"), limit: int = 2) -> list[Any]:
+    found: list[tuple[str, ...]] = []
+    after: str | None = None
+    while True:
+        page, after = await sink.keys(table, ("a", "b"), after, limit, None)
+        assert len(page) <= limit
+        found += page
+        if after is None:
+            return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
+async def test_keys_of_the_rows_that_it_holds(make: Make, count: int) -> None:
+    sink = make()
+    assert isinstance(sink, Readable)
+    await sink.send(batch_of([change({"a": i}, pks=(str(i), "x:.\\y")) for i in range(count)]))
+    await sink.send(batch_of([change({"a": 1}, pks=("1",), table="jobs:")]))
+    assert await pages_of(sink) == [(str(i), "x:.\\y") for i in range(count)]
+    assert await pages_of(sink, ("public", "no such table")) == []
+
+
+async def test_keys_of_another_table_in_the_same_are_left_out(make: Make) -> None:
+    await make(table="jobs").send(batch_of([change({"a": 1}, pks=("1",))]))
+    other = make(table="jobs")
+    await other.send(batch_of([change({"a": 2}, pks=("2",), table="other")]))
+    assert await pages_of(other, ("public", "other")) == [("2",)]
+    assert await pages_of(other) == [("1",)]
+
+
+async def test_keys_of_a_file_that_is_broken(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_bytes(b"no database" * 100)
+    with pytest.raises(SpillwayError, match=r"copy\.db cannot be read") as raised:
+        await make().keys(("public", "jobs"), ("a",), None, 2, None)
+    assert raised.value.code == "sink_unreachable"

@@ -74,6 +74,7 @@ class Search(_Destination):
     auth_type: Literal["none", "api_key", "basic", "bearer"] = "none"
     auth_value: Annotated[Secret | None, Field(validate_default=True)] = None  # basic: user:password
     batch_size: Annotated[Whole, Field(ge=1, le=10_000)] | None = None
+    mapping: FilePath | None = None  # what a missing index is created with
     tls_ca_file: FilePath | None = None
     timeout_seconds: Annotated[Number, Field(gt=0, le=3600)] | None = None
     gzip: Flag = False

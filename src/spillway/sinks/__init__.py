@@ -47,6 +47,7 @@ def build(config: Config, sink: SinkConfig, context: SinkContext) -> Sink:
                 "timeout_seconds": sink.request_timeout_seconds,
                 "gzip": destination.gzip,
                 "ca_file": destination.tls_ca_file,
+                "mapping": destination.mapping,
                 "toast": sink.toast,
             }
         case Webhook():

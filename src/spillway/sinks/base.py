@@ -43,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import orjson
 
@@ -86,7 +86,9 @@ class SinkContext:
     suffix: bytes  # closes a body into this sink's message, see spillway.change
     base_dir: Path  # the configuration file's folder: relative paths start here
     epoch: int  # for versions, see spillway.position.version
-    started_lsn: int  # no version of this sink's own in this epoch is below this position's
+    started_lsn: (
+        int  # of what this sink sends in this epoch nothing is before the byte before it (pages may stand there)
+    )
 
 
 class Sink(Protocol):
@@ -100,6 +102,26 @@ class Sink(Protocol):
     async def send(self, batch: Batch) -> Sequence[Result] | Result: ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A sink that can say which rows it holds: what a sweep compares with the source."""
+
+    async def keys(
+        self, table: tuple[str, str], columns: Sequence[str], after: str | None, limit: int, below_version: int | None
+    ) -> tuple[list[tuple[str, ...]], str | None]:
+        """Primary keys of rows that the sink holds of a table (schema, name): their texts as PostgreSQL prints them, in
+        the order of ``columns``, which are the key's. In pages: ``after`` is what the page before gave as its second
+        value, None at the beginning; that value is None after the last page. At most ``limit`` keys; a page may have
+        none and still not be the last.
+
+        ``below_version``: rows that the sink holds in this version (`spillway.position.version`) or a later one were
+        written since and are left out; a sink without versions gives them, too. What is written while the pages are
+        read may be given or not; everything else is given, once or more often. A cursor stays good over a restart.
+
+        Raises SpillwayError: ``sink_unreachable`` where asking again may help, another where it will not.
+        """
 
 
 def message_suffix(sink_id: str, name: str, annotations: dict[str, object]) -> bytes:

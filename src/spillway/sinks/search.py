@@ -13,10 +13,7 @@ would be dropped without a trace: ``sink_down('foreign_versions')``. An index re
 document for ``index.gc_deletes`` only (60 s by default), so an index that we create gets an hour; a smaller value on
 one that was there is a finding.
 
-**``_id``** is the primary key's values joined by ``-``, as in Sequin. With several columns, ``-`` and ``\\`` inside of
-a value are escaped with ``\\``, so that no two keys share an id; the value of a single column needs no escape and has
-none (a UUID stays as it is). An id above 512 bytes, the limit of the server, and an empty one, become a readable
-prefix and a SHA-256.
+**``_id``** is the primary key's values joined by ``-``, as in Sequin; see `spillway.sinks.document`.
 
 **Results**, by position and id: 4xx of an item rejects it, with the error's type as the reason; 429 and 5xx retry it.
 What concerns the index (missing, closed, read-only) or the whole request (401, 403, 404, 429, 5xx, no connection) is
@@ -31,10 +28,9 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 import orjson
 
@@ -45,16 +41,15 @@ from spillway.clock import Clock, SystemClock
 from spillway.errors import Finding, SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, retry, sink_down
+from spillway.sinks.document import document_id, key_of_message, key_of_record
 from spillway.sinks.encode import runs
 from spillway.sinks.http import Answer, Body, Failure, Http, parse_url
+from spillway.sinks.index import ALREADY_THERE, Hit, Indexes, describe, error_of, words
+from spillway.sinks.mapping import GC_DELETES_SECONDS, Definition, Document, read_definition
 
 AuthType = Literal["none", "api_key", "basic", "bearer"]
-Document = Literal["record", "message"]
 Toast = Literal["omit", "reselect", "fail"]
 
-ID_BYTES = 512
-_ID_PREFIX_BYTES = 400
-_GC_DELETES_SECONDS = 3600
 _SERVER_GC_DELETES_SECONDS = 60.0
 
 _ANSWER_BYTES = 64 * 1024
@@ -75,6 +70,23 @@ _DURATION_SECONDS = {"nanos": 1e-9, "micros": 1e-6, "ms": 1e-3, "s": 1.0, "m": 6
 
 
 _DELETE, _TRUNCATE = ACTIONS.index("delete"), ACTIONS.index("truncate")
+_KEY_OF_MESSAGE = ("metadata.table_schema", "metadata.table_name", "metadata.record_pks")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cursor:
+    index: str
+    shards: int
+    shard: int
+    seq_no: int
+
+    @classmethod
+    def of(cls, text: str) -> _Cursor:
+        index, *numbers = text.split("/")
+        return cls(index, *map(int, numbers))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.shards}/{self.shard}/{self.seq_no}"
 
 
 class SearchSink:
@@ -94,6 +106,7 @@ class SearchSink:
         timeout_seconds: float = 60.0,
         gzip: bool = False,
         ca_file: Path | None = None,
+        mapping: Path | None = None,
         toast: Toast = "fail",
         clock: Clock | None = None,
     ) -> None:
@@ -104,10 +117,6 @@ class SearchSink:
         self._takes_partial = toast == "omit"
         self._auth_value = auth_value
         root = parse_url("destination.endpoint_url", endpoint_url.rstrip("/") + "/")
-        self._index_url = root.join(quote(index_name, safe=""))
-        self._bulk_url = root.join(quote(index_name, safe="") + "/_bulk").copy_with(
-            params={"filter_path": _ANSWER_FIELDS}
-        )
         self._headers = {"content-type": "application/json", **_authorization(auth_type, auth_value)}
         self._http = Http(
             root,
@@ -116,10 +125,15 @@ class SearchSink:
             ca_file=ca_file and context.base_dir / ca_file,
             clock=clock or SystemClock(),
         )
+        self.indexes = Indexes(self._http, root, self._headers, auth_value)
+        self._index_url = self.indexes.url(index_name)
+        self._bulk_url = self.indexes.url(index_name, "/_bulk").copy_with(params={"filter_path": _ANSWER_FIELDS})
+        self._mapping = mapping and context.base_dir / mapping
         self._prepared = False
 
     async def open(self) -> None:
         self._http.open()
+        self._definition()  # what is wrong with the file is said now, also where it is not needed yet
         await self._prepare()
 
     async def close(self) -> None:
@@ -165,7 +179,7 @@ class SearchSink:
 
     async def findings(self) -> list[Finding]:
         """What is wrong with the index that is there; for ``spillway check``."""
-        url = self._index_url.join(self._index_url.raw_path.decode() + "/_settings?flat_settings=true")
+        url = self.indexes.url(self._index, "/_settings?flat_settings=true")
         answer = await self._http.request("GET", url, self._headers)
         if isinstance(answer, Failure):
             return [
@@ -175,8 +189,8 @@ class SearchSink:
             return []  # it will be created
         if answer.status != 200:
             remedy = "check destination.auth_type, destination.auth_value and the privileges of that user"
-            return [self._finding("search_refused", self._words(answer), remedy, "error")]
-        short = {name: seconds for name, seconds in _gc_deletes(answer.body) if seconds < _GC_DELETES_SECONDS}
+            return [self._finding("search_refused", words(answer, self._auth_value), remedy, "error")]
+        short = {name: seconds for name, seconds in _gc_deletes(answer.body) if seconds < GC_DELETES_SECONDS}
         return [
             self._finding(
                 "search_gc_deletes",
@@ -188,6 +202,48 @@ class SearchSink:
             for name, seconds in short.items()
         ]
 
+    async def keys(
+        self, table: tuple[str, str], columns: Sequence[str], after: str | None, limit: int, below_version: int | None
+    ) -> tuple[list[tuple[str, ...]], str | None]:
+        """See `spillway.sinks.base.Readable`. Of documents that are rows nobody knows the table: all of the index count
+        as this one's. ``after`` names index, shard and place: a walk stays in its index when an alias moves."""
+        cursor = await self._beginning() if after is None else _Cursor.of(after)
+        if cursor is None:
+            return [], None
+        fields = columns if self._document == "record" else _KEY_OF_MESSAGE
+        while True:
+            hits = await self.indexes.hits(cursor.index, cursor.shard, cursor.seq_no, limit, fields)
+            if hits:
+                break
+            if cursor.shard + 1 == cursor.shards:
+                return [], None
+            cursor = replace(cursor, shard=cursor.shard + 1, seq_no=-1)
+        keys = [
+            key
+            for hit in hits
+            if (below_version is None or hit.version < below_version)
+            and (key := self._key(hit, table, columns)) is not None
+        ]
+        return keys, str(replace(cursor, seq_no=hits[-1].seq_no))
+
+    async def _beginning(self) -> _Cursor | None:
+        target = await self.indexes.target(self._index)
+        if target is None:
+            return None
+        if target.write_index is None:
+            raise SpillwayError(
+                "no_write_index",
+                f"the alias {self._index} stands for {', '.join(target.indices)}, and none of them takes its writes",
+                'set "is_write_index": true for one of them',
+            )
+        await self.indexes.refresh(target.write_index)
+        return _Cursor(target.write_index, await self.indexes.shards(target.write_index), 0, -1)
+
+    def _key(self, hit: Hit, table: tuple[str, str], columns: Sequence[str]) -> tuple[str, ...] | None:
+        if self._document == "record":
+            return key_of_record(hit.identity, hit.source, columns)
+        return key_of_message(hit.identity, hit.source, table)
+
     # -- the index ----------------------------------------------------------------------------------------------------
 
     async def _prepare(self) -> Result | None:
@@ -195,8 +251,7 @@ class SearchSink:
         answer = await self._http.request("HEAD", self._index_url, self._headers)
         # 400: the server does not like the name; it says why only to the request that creates.
         if isinstance(answer, Answer) and answer.status in (400, 404):
-            settings = orjson.dumps({"settings": {"index": {"gc_deletes": f"{_GC_DELETES_SECONDS}s"}}})
-            answer = await self._http.request("PUT", self._index_url, self._headers, Body((settings,)))
+            answer = await self.indexes.put(self._index, self._definition())
             if isinstance(answer, Answer) and answer.status == 400:
                 return self._not_created(answer)
         if isinstance(answer, Answer) and (answer.status < 300 or answer.status == 403):
@@ -204,9 +259,12 @@ class SearchSink:
             return None
         return self._whole(answer)
 
+    def _definition(self) -> Definition:
+        return read_definition(self._mapping) if self._mapping is not None else {}
+
     def _not_created(self, answer: Answer) -> Result | None:
-        reason, detail = _error(answer.body)
-        if reason == "resource_already_exists_exception":
+        reason, detail = error_of(answer.body)
+        if reason == ALREADY_THERE:
             self._prepared = True
             return None
         if reason == "invalid_index_name_exception":
@@ -259,15 +317,11 @@ class SearchSink:
         if answer.status == 200:
             return None if answer.whole else reject("answer_too_large")
         if answer.status in (400, 413):
-            reason, detail = _error(answer.body)
-            return reject(reason or f"http_{answer.status}", detail or self._words(answer))
+            reason, detail = error_of(answer.body)
+            return reject(reason or f"http_{answer.status}", detail or words(answer, self._auth_value))
         if answer.status == 404:
             self._prepared = False
-        return sink_down(f"http_{answer.status}", self._words(answer), answer.retry_after_seconds)
-
-    def _words(self, answer: Answer) -> str:
-        words = " ".join(part for part in (f"HTTP {answer.status}", *_error(answer.body)) if part)
-        return words.replace(self._auth_value, "***") if self._auth_value else words
+        return sink_down(f"http_{answer.status}", words(answer, self._auth_value), answer.retry_after_seconds)
 
     def _failures(self, answer: Answer, batch: Batch) -> dict[int, Result] | Result:
         if b'"errors":false' in answer.body[:256]:
@@ -292,7 +346,7 @@ class SearchSink:
         return failures
 
     def _failed(self, status: int, error: object) -> Result:
-        reason, detail = _describe(error)
+        reason, detail = describe(error)
         reason = reason or f"http_{status}"
         if reason in _INDEX_DOWN:
             if reason == "index_not_found_exception":
@@ -319,7 +373,8 @@ class SearchSink:
 
     @property
     def _lowest(self) -> int:
-        return version(self._context.epoch, self._context.started_lsn, 0)
+        # A page of existing rows may stand right before the position at which the sink began.
+        return version(self._context.epoch, max(self._context.started_lsn - 1, 0), 0)
 
     @property
     def _highest(self) -> int:
@@ -348,23 +403,6 @@ def _operation(message: Message) -> tuple[str, bool]:
     return document_id(pks), chunk.byte(index, ACTION) == _DELETE
 
 
-def document_id(pks: Sequence[str]) -> str:
-    """See the module's docstring."""
-    if len(pks) == 1:
-        identity = pks[0]
-    else:
-        identity = "-".join(
-            part.replace("\\", "\\\\").replace("-", "\\-") if "-" in part or "\\" in part else part for part in pks
-        )
-    if identity and len(identity) * 4 <= ID_BYTES:  # no character takes more than four bytes
-        return identity
-    encoded = identity.encode()
-    if 0 < len(encoded) <= ID_BYTES:
-        return identity
-    prefix = encoded[:_ID_PREFIX_BYTES].decode("utf-8", "ignore")
-    return f"{prefix}-{sha256(encoded).hexdigest()}"
-
-
 def _authorization(auth_type: AuthType, value: str) -> dict[str, str]:
     if auth_type == "none":
         return {}
@@ -373,25 +411,6 @@ def _authorization(auth_type: AuthType, value: str) -> dict[str, str]:
     if auth_type == "basic":
         return {"authorization": "Basic " + base64.b64encode(value.encode()).decode()}
     return {"authorization": ("ApiKey " if auth_type == "api_key" else "Bearer ") + value}
-
-
-def _error(body: bytes) -> tuple[str, str]:
-    """Type and reason of the error that a whole answer holds; the text itself where it is not of that shape."""
-    try:
-        error = orjson.loads(body)["error"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return "", body[:500].decode("utf-8", "replace").strip()
-    return _describe(error)
-
-
-def _describe(error: object) -> tuple[str, str]:
-    if not isinstance(error, dict):
-        return "", "" if error is None else str(error)
-    detail = str(error.get("reason") or "")
-    cause = error.get("caused_by")
-    if isinstance(cause, dict) and cause.get("reason"):
-        detail = f"{detail}: {cause['reason']}"
-    return str(error.get("type") or ""), detail
 
 
 def _gc_deletes(settings: bytes) -> list[tuple[str, float]]:

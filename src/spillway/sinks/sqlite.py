@@ -40,8 +40,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from spillway.change import Change, table_prefix
+from spillway.change import Change, key_values, table_prefix
 from spillway.chunk import Batch
+from spillway.errors import SpillwayError
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, sink_down
 from spillway.sinks.disk import disk_failed, is_at
 from spillway.sinks.thread import OwnThread
@@ -99,6 +100,18 @@ class SqliteSink:
         # A cancelled batch may go on in the thread, when the batch is no longer what it was.
         return await self._thread.run(self._try, [message.change for message in batch])
 
+    async def keys(
+        self,
+        table: tuple[str, str],
+        columns: Sequence[str],  # noqa: ARG002  # a key says its values itself
+        after: str | None,
+        limit: int,
+        below_version: int | None,  # noqa: ARG002  # a row has no version
+    ) -> tuple[list[tuple[str, ...]], str | None]:
+        """See `spillway.sinks.base.Readable`. There are no versions; the cursor is a key."""
+        found = await self._thread.run(self._read_keys, table, after, limit)
+        return [key_values(*table, key) for key in found], found[-1] if len(found) == limit else None
+
     async def close(self) -> None:
         with suppress(RuntimeError):  # the thread has ended: closed before
             await self._thread.run(self._disconnect)
@@ -134,6 +147,23 @@ class SqliteSink:
         with suppress(sqlite3.Error):
             self._disconnect()
         return sink_down(reason, f"{self._path}: {error}")
+
+    def _read_keys(self, source: tuple[str, str], after: str | None, limit: int) -> list[str]:
+        table = self._table_name(source)
+        prefix = table_prefix(*source)
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        try:
+            connection = self._connected()
+            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+                return []
+            select = f"""
+                SELECT {KEY_COLUMN} FROM {_quoted(table)} WHERE {KEY_COLUMN} > ? AND {KEY_COLUMN} < ?
+                ORDER BY {KEY_COLUMN} LIMIT ?"""
+            return [key for (key,) in connection.execute(select, (after or prefix, end, limit))]
+        except (sqlite3.Error, OSError) as error:
+            raise SpillwayError(
+                "sink_unreachable", f"{self._path} cannot be read: {error}", "see to the file, then repeat the command"
+            ) from error
 
     def _connected(self) -> sqlite3.Connection:
         if self._stat is not None and not is_at(self._path, self._stat):
@@ -196,11 +226,14 @@ class SqliteSink:
     # -- tables and columns -------------------------------------------------------------------------------------------
 
     def _table_of(self, change: Change) -> str:
-        table = self._table or table_prefix(change.schema, change.table).removesuffix(":").removeprefix("public.")
         source = (change.schema, change.table)
+        table = self._table_name(source)
         if self._sources.setdefault(table, source) != source:
             raise _Rejected("table_taken", f"{table} is kept equal to {'.'.join(self._sources[table])} already")
         return table
+
+    def _table_name(self, source: tuple[str, str]) -> str:
+        return self._table or table_prefix(*source).removesuffix(":").removeprefix("public.")
 
     def _columns_of(self, connection: sqlite3.Connection, table: str) -> set[str]:
         """The table's columns; none: there is no such table."""

@@ -1,0 +1,244 @@
+"""Indexes and aliases of Elasticsearch and OpenSearch: what is there, creating one, moving an alias, reading it all.
+
+Everything here is one request of a few bytes, made by command or at a start, and both servers answer it alike. What
+they refuse is a SpillwayError ``sink_refused``; no answer, 429 and 5xx are ``sink_unreachable``.
+
+**An alias moves in one request** (``_aliases`` applies its actions in one step of the cluster state): who reads by the
+name sees the old index or the new one, never none and never both. A name that is an index itself can only become an
+alias when that index is deleted, in the same request (``remove_index``): done when the caller says so, never else.
+
+**An index is read** shard by shard in the order of ``_seq_no``, the number of a document's last write in its shard:
+``preference=_shards:n``, a range query and a sort. No other order serves on both servers, at any size: sorting by
+``_id`` loads all ids onto the heap and may be forbidden (``indices.id_field_data.enabled``), points in time differ
+between the two, and a scroll holds a context that dies with a pause. Here a cursor is two numbers, nothing is open
+between two pages, and nothing is missed: a document that is written meanwhile moves to the end of its shard.
+
+Sources: "Aliases", "Search shard routing", "Optimistic concurrency control", "_id field" of the Elasticsearch
+reference; "Change the recommended tie-breaking fields from [_id] to [_seq_no, _shard]" (elastic/elasticsearch#25797).
+Checked against OpenSearch 2.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict, cast
+from urllib.parse import quote
+
+import httpx
+import orjson
+
+from spillway.errors import SpillwayError
+from spillway.sinks.document import Source, parsed
+from spillway.sinks.http import Answer, Body, Failure, Http
+from spillway.sinks.mapping import Definition, with_gc_deletes
+
+MAX_HITS = 10_000  # index.max_result_window
+_ANSWER_BYTES = 256 * 1024
+_HIT_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a name stands for. ``write_index``: where writes to the name go; None: the server refuses them."""
+
+    name: str
+    alias: bool
+    indices: tuple[str, ...]
+    write_index: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    identity: str
+    version: int
+    seq_no: int
+    source: Source | None
+
+
+class _Hit(TypedDict):
+    """As `parsed` gives it."""
+
+    _id: str
+    _version: str
+    _source: NotRequired[Source]
+    sort: list[str]
+
+
+class Indexes:
+    """Of one server. ``headers`` authorize; ``secret`` is never repeated in an error."""
+
+    def __init__(self, http: Http, root: httpx.URL, headers: Mapping[str, str], secret: str = "") -> None:
+        self._http = http
+        self._root = root
+        self._headers = headers
+        self._secret = secret
+
+    def url(self, name: str, rest: str = "") -> httpx.URL:
+        return self._root.join(quote(name, safe="") + rest)
+
+    async def put(self, name: str, definition: Definition) -> Answer | Failure:
+        """The request that creates an index, as it was answered."""
+        body = Body((orjson.dumps(with_gc_deletes(definition)),))
+        return await self._http.request("PUT", self.url(name), self._headers, body)
+
+    async def create(self, name: str, definition: Definition) -> bool:
+        """False: there is an index or alias of that name, and it was left as it is."""
+        answer = await self.put(name, definition)
+        if isinstance(answer, Answer) and answer.status == 400 and error_of(answer.body)[0] == ALREADY_THERE:
+            return False
+        self._good(answer, f"create the index {name}")
+        return True
+
+    async def target(self, name: str) -> Target | None:
+        """What there is under a name; None: nothing."""
+        answer = await self._ask("GET", self.url(name, "/_alias"), None, f"look up {name}", missing=True)
+        if answer is None:
+            return None
+        found = cast("dict[str, dict[str, dict[str, dict[str, object]]]]", orjson.loads(answer.body))
+        indices = tuple(sorted(found))
+        if name in found:
+            return Target(name, False, indices, name)
+        says = {index: found[index]["aliases"][name].get("is_write_index") for index in indices}
+        chosen = [index for index in indices if says[index] is True]
+        if not chosen and len(indices) == 1 and says[indices[0]] is not False:
+            chosen = list(indices)
+        return Target(name, True, indices, chosen[0] if chosen else None)
+
+    async def move_alias(self, alias: str, index: str, *, delete_index: bool = False) -> tuple[str, ...]:
+        """Let the alias stand for this index alone, in one step; returns what it stood for before.
+
+        ``delete_index``: if the name is an index itself, that index is deleted in the same step; else this raises
+        SpillwayError ``alias_is_index``. Repeatable.
+        """
+        before = await self.target(alias)
+        actions: list[dict[str, dict[str, object]]] = []
+        if before is not None and not before.alias:
+            if not delete_index:
+                raise SpillwayError(
+                    "alias_is_index",
+                    f"{alias} is an index, which cannot be an alias at the same time",
+                    f"say that the index {alias} may be deleted when the alias takes its name",
+                )
+            actions.append({"remove_index": {"index": alias}})
+        elif before is not None:
+            actions += [{"remove": {"index": old, "alias": alias}} for old in before.indices if old != index]
+        actions.append({"add": {"index": index, "alias": alias, "is_write_index": True}})
+        body = Body((orjson.dumps({"actions": actions}),))
+        await self._ask("POST", self._root.join("_aliases"), body, f"point the alias {alias} to {index}")
+        return () if before is None else before.indices
+
+    async def refresh(self, name: str) -> None:
+        """Let searches and counts see everything that was written so far."""
+        await self._whole("POST", self.url(name, "/_refresh"), None, f"refresh {name}")
+
+    async def count(self, name: str) -> int:
+        """Documents, by the last refresh."""
+        found = await self._whole("GET", self.url(name, "/_count"), None, f"count the documents of {name}")
+        return int(str(found["count"]))
+
+    async def shards(self, index: str) -> int:
+        """How many primary shards an index (no alias) has."""
+        what = f"read the settings of {index}"
+        answer = await self._ask("GET", self.url(index, "/_settings?flat_settings=true"), None, what)
+        settings = orjson.loads(cast(Answer, answer).body)[index]["settings"]
+        return int(settings["index.number_of_shards"])
+
+    async def hits(self, index: str, shard: int, after_seq_no: int, limit: int, fields: Sequence[str]) -> list[Hit]:
+        """Documents of a shard behind the cursor (-1: from the beginning), with these fields of their source; none:
+        there are no more. At least one, but fewer than the limit where they are large."""
+        url = self.url(index, f"/_search?preference=_shards:{shard}&allow_partial_search_results=false")
+        limit = min(limit, MAX_HITS)
+        while True:
+            query = {
+                "size": limit,
+                "query": {"range": {"_seq_no": {"gt": after_seq_no}}},
+                "sort": [{"_seq_no": {"order": "asc", "unmapped_type": "long"}}],  # an index that never had a document
+                "version": True,
+                "track_total_hits": False,
+                "_source": list(fields),
+            }
+            answer = await self._http.request(
+                "POST",
+                url,
+                self._headers,
+                Body((orjson.dumps(query),)),
+                max_answer_bytes=_ANSWER_BYTES + _HIT_BYTES * limit,
+            )
+            if isinstance(answer, Answer) and answer.status == 200 and not answer.whole and limit > 1:
+                limit //= 2
+                continue
+            found = parsed(self._good(answer, f"read {index}").body)
+            return [
+                Hit(hit["_id"], int(hit["_version"]), int(hit["sort"][0]), hit.get("_source"))
+                for hit in cast("dict[str, dict[str, list[_Hit]]]", found)["hits"]["hits"]
+            ]
+
+    async def _ask(
+        self, method: Literal["GET", "POST"], url: httpx.URL, body: Body | None, what: str, *, missing: bool = False
+    ) -> Answer | None:
+        """``missing``: a 404 is None, and no error."""
+        answer = await self._http.request(method, url, self._headers, body, max_answer_bytes=_ANSWER_BYTES)
+        if missing and isinstance(answer, Answer) and answer.status == 404:
+            return None
+        return self._good(answer, what)
+
+    async def _whole(
+        self, method: Literal["GET", "POST"], url: httpx.URL, body: Body | None, what: str
+    ) -> dict[str, object]:
+        """An answer for which all shards were asked; raises if one of them failed."""
+        answer = cast(Answer, await self._ask(method, url, body, what))
+        found = cast("dict[str, object]", orjson.loads(answer.body))
+        shards = cast("dict[str, int]", found["_shards"])
+        if shards["failed"]:
+            raise SpillwayError(
+                "sink_unreachable",
+                f"cannot {what}: {shards['failed']} of {shards['total']} shards failed",
+                "see the health of the cluster, then repeat the command",
+            )
+        return found
+
+    def _good(self, answer: Answer | Failure, what: str) -> Answer:
+        if isinstance(answer, Failure):
+            raise _unreachable(what, f"{answer.reason}: {answer.detail}")
+        if answer.status == 429 or answer.status >= 500:
+            raise _unreachable(what, words(answer, self._secret))
+        if answer.status >= 300 or not answer.whole:
+            said = words(answer, self._secret) if answer.whole else "the answer is too large"
+            remedy = "check the name, destination.auth_value and the privileges of that user"
+            raise SpillwayError("sink_refused", f"cannot {what}: {said}", remedy)
+        return answer
+
+
+ALREADY_THERE = "resource_already_exists_exception"
+
+
+def _unreachable(what: str, why: str) -> SpillwayError:
+    return SpillwayError(
+        "sink_unreachable", f"cannot {what}: {why}", "start the server or mend the way to it, then repeat the command"
+    )
+
+
+def words(answer: Answer, secret: str) -> str:
+    """What an answer that is an error says, for people."""
+    said = " ".join(part for part in (f"HTTP {answer.status}", *error_of(answer.body)) if part)
+    return said.replace(secret, "***") if secret else said
+
+
+def error_of(body: bytes) -> tuple[str, str]:
+    """Type and reason of the error that a whole answer holds; the text itself where it is not of that shape."""
+    try:
+        error = orjson.loads(body)["error"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return "", body[:500].decode("utf-8", "replace").strip()
+    return describe(error)
+
+
+def describe(error: object) -> tuple[str, str]:
+    if not isinstance(error, dict):
+        return "", "" if error is None else str(error)
+    detail = str(error.get("reason") or "")
+    cause = error.get("caused_by") or next(iter(error.get("root_cause") or ()), None)
+    if isinstance(cause, dict) and cause.get("reason") and cause["reason"] != detail:
+        detail = f"{detail}: {cause['reason']}"
+    return str(error.get("type") or ""), detail
