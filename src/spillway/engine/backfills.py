@@ -53,6 +53,7 @@ class Backfills:
         spare: Spare,
         store: Store,
         open_reader: OpenReader,
+        epoch: Callable[[], int],
         clock: Clock,
     ) -> None:
         self._database = database
@@ -61,6 +62,7 @@ class Backfills:
         self._spare = spare
         self._store = store
         self._open_reader = open_reader
+        self._epoch = epoch
         self._clock = clock
         self._sinks: dict[str, tuple[Sink, Subscription]] = {}
         self._initial: dict[str, set[str]] = {}  # by sink: tables that have had theirs
@@ -117,8 +119,8 @@ class Backfills:
             self._capture,
             self._spare,
             self._open_reader,
-            self._database.publication.name,
             Manners(sink.backfill.run_ahead, sink.backfill.timeout_ms / 1000),
+            self._epoch,
             self._clock,
         )
         self._backfills[state.id] = backfill

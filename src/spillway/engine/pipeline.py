@@ -26,6 +26,7 @@ from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.route import Router, Subscription
 from spillway.pgoutput import DatabaseMeta, Decoder
+from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
 from spillway.source.page import PageReader
@@ -72,7 +73,7 @@ class Pipeline:
             self._connect,
             self._new_decoder,
             self.router,
-            self.deliveries,
+            list(self.deliveries),
             process.budget,
             self._reserve_mark,
             self._clock,
@@ -85,6 +86,7 @@ class Pipeline:
             process.budget.pages,
             self._store,
             self._open_reader,
+            lambda: self.identity.epoch if self.identity is not None else 1,
             self._clock,
         )
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
@@ -95,6 +97,7 @@ class Pipeline:
         return await PageReader.open(
             self.database.page_conninfo(),
             self._slot,
+            self.database.publication.name,
             lambda: self._new_decoder(overhead_bytes, 1 << 62),
             backfill_id.encode(),
         )
@@ -115,31 +118,15 @@ class Pipeline:
         most = self._max_message_bytes
         return Rereader(query, lambda: Decoder(self._meta, lambda _schema, _table: (), 0, most, 0, most, self._warn))
 
-    def _add(self, sink: Sink) -> None:
+    def _add(self, sink: Sink, told_as: Sink | None = None) -> Delivery:
+        """``told_as``: the sink that the messages name, where it is another."""
         config, process = self._config, self._process
-        suffix = message_suffix(sink.id, sink.name, sink.annotations)
+        named = told_as or sink
+        suffix = message_suffix(named.id, named.name, named.annotations)
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
         state = self._store.open_sink(sink.name, self._slot)
-        spec = SinkSpec(
-            name=sink.name,
-            batch_size=1 if built.single else sink.batch_size,
-            max_memory_bytes=sink.max_memory_mb << 20,
-            max_messages=sink.max_messages,
-            max_message_bytes=sink.max_message_bytes,
-            timeout_seconds=sink.request_timeout_seconds,
-            max_retry_count=sink.max_retry_count,
-            on_reject=sink.on_reject,
-            toast_fails=sink.toast == "fail",
-            limits=Limits(
-                sink.backlog.warn_messages,
-                sink.backlog.max_messages,
-                sink.backlog.max_bytes,
-                sink.backlog.max_age_seconds,
-                sink.backlog.on_full,
-            ),
-        )
-        delivery = Delivery(spec, built, state, process, self._moved)
+        delivery = Delivery(_spec(sink, built), built, state, process, self._moved)
         delivery.paused = sink.status == "paused" if state.paused is None else state.paused
         self.deliveries.append(delivery)
         self.suffixes[sink.name] = suffix
@@ -157,6 +144,24 @@ class Pipeline:
                 applies_truncate=sink.on_truncate == "apply",
             )
         )
+        return delivery
+
+    def enlist(self, sink: Sink, told_as: Sink) -> Delivery:
+        """A sink joins while the process runs: from `rewire` on, at a commit, it gets what the others get."""
+        delivery = self._add(sink, told_as)
+        self.sinks.append(sink)
+        return delivery
+
+    def dismiss(self, name: str) -> None:
+        """The sink is no more; after `rewire` nothing comes for it."""
+        at = next(i for i, sink in enumerate(self.sinks) if sink.name == name)
+        self.backfills.remove_sink(name)
+        del self.sinks[at], self.deliveries[at], self._wants[at], self.suffixes[name], self.health[name]
+
+    async def rewire(self) -> None:
+        """The stream goes to the sinks as they are now."""
+        self.router = Router(self._wants, self.router)
+        await self.capture.rewire(self.router, list(self.deliveries))
 
     def _warn(self, finding: Finding) -> None:
         _log.warning(finding.what, database=self.database.name, code=finding.code, remedy=finding.remedy)
@@ -259,3 +264,24 @@ class Pipeline:
 
     def delivery(self, sink: str) -> Delivery | None:
         return next((d for d in self.deliveries if d.name == sink), None)
+
+
+def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:
+    return SinkSpec(
+        name=sink.name,
+        batch_size=1 if built.single else sink.batch_size,
+        max_memory_bytes=sink.max_memory_mb << 20,
+        max_messages=sink.max_messages,
+        max_message_bytes=sink.max_message_bytes,
+        timeout_seconds=sink.request_timeout_seconds,
+        max_retry_count=sink.max_retry_count,
+        on_reject=sink.on_reject,
+        toast_fails=sink.toast == "fail",
+        limits=Limits(
+            sink.backlog.warn_messages,
+            sink.backlog.max_messages,
+            sink.backlog.max_bytes,
+            sink.backlog.max_age_seconds,
+            sink.backlog.on_full,
+        ),
+    )

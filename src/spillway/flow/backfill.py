@@ -41,7 +41,8 @@ from spillway.flow.pagesize import PageSize
 from spillway.flow.progress import BackfillState, Part
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Subscription
-from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout
+from spillway.position import version
+from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout, Selection
 from spillway.store.base import BackfillDocument
 
 PAGE_CREDIT_BYTES = 16 << 20  # of one reader
@@ -77,8 +78,8 @@ class Backfill:
         capture: Capture,
         spare: Spare,
         open_reader: OpenReader,
-        publication: str,
         manners: Manners,
+        epoch: Callable[[], int],
         clock: Clock,
     ) -> None:
         self.state = state
@@ -90,8 +91,8 @@ class Backfill:
         self._carried = capture.carried
         self._spare = spare
         self._open_reader = open_reader
-        self._publication = publication
         self._manners = manners
+        self._epoch = epoch
         self._clock = clock
         self._woken = asyncio.Event()
         self._size = PageSize(max(1, state.request.parallel))
@@ -171,6 +172,8 @@ class Backfill:
                     tasks.create_task(self._read_parts(parts))
         except* SpillwayError as group:
             raise _first(group) from None
+        if self.state.state == "active" and self.state.request.sweep:
+            await self._sweep()
         if self.state.state == "active":
             await self.change("completed")
 
@@ -178,7 +181,7 @@ class Backfill:
         request = self.state.request
         parts: list[Part] = []
         estimate = 0
-        for schema, table in await reader.relations(self._publication, request.schema, request.table):
+        for schema, table in await reader.relations(request.schema, request.table):
             whole = Part(schema, table)
             if request.keys is not None:
                 whole.again, whole.done = list(request.keys), True
@@ -190,6 +193,7 @@ class Backfill:
             ranges = await reader.split(selection, request.parallel)
             parts += [Part(schema, table, one.low, one.high) for one in ranges]
         self.state.parts = parts
+        self.state.started_lsn = self._capture.received_lsn
         self.state.estimate_rows = estimate
         await self._save()
 
@@ -245,6 +249,60 @@ class Backfill:
                     await self._save()
             finally:
                 self._spare.give(used)
+
+    async def _sweep(self) -> None:
+        """What the sink has and the source has not is deleted, by pages of the sink's keys. What the backfill has just
+        written is known to be there, where the sink knows versions."""
+        sink, state = self._delivery.readable, self.state
+        if sink is None:
+            return
+        selection = Selection(state.request.schema, state.request.table)
+        below = version(self._epoch(), state.started_lsn, 0)
+        table = (selection.schema, selection.table)
+        reader = await self._open_reader(state.id)
+        try:
+            columns = await reader.key_columns(selection)
+            while await self._room():
+                try:
+                    keys, after = await sink.keys(table, columns, state.sweep_after, AGAIN_KEYS, below)
+                except SpillwayError as error:
+                    if error.code != "sink_unreachable":
+                        raise
+                    self.waiting = f"the sink cannot be read: {error}"
+                    await self._sleep(ROOM_SECONDS)
+                    continue
+                if keys and not await self._delete_absent(reader, selection, keys):
+                    continue
+                state.sweep_after = after
+                await self._save()
+                if after is None:
+                    return
+        finally:
+            await reader.close()
+
+    async def _delete_absent(self, reader: PageReader, selection: Selection, keys: Sequence[Cursor]) -> bool:
+        """Deletes of those that the source has not, placed as a page is. False: to be done again."""
+        began = await self._quiet(reader)
+        if not began:
+            return False
+        credit = await self._credit(0)
+        view = self._carried.open()
+        try:
+            page = await reader.read_absent(selection, keys, credit, self._manners.timeout_seconds)
+            self._carried.saw(view, page.snapshot.sees)
+            placing = await self._place(reader, page, began)
+            if placing is None:
+                return False
+            await self._settled(placing)
+            self.state.swept += page.chunk.count - placing.dropped - len(placing.again)
+            return True
+        except (LockTimeout, PageTimeout) as error:
+            self.waiting = str(error)
+            await self._sleep(ROOM_SECONDS)
+            return False
+        finally:
+            self._carried.close(view)
+            self._spare.give(credit)
 
     async def _read(self, reader: PageReader, part: Part, by_key: Sequence[Cursor], credit_bytes: int) -> Page:
         self.waiting = ""

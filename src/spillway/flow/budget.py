@@ -221,6 +221,7 @@ class Budget:
         self.window = Pool("window", WINDOW_EIGHTHS * eighth)
         delivery = DELIVERY_EIGHTHS * eighth
         self.pages = Spare(self.capture, self.capture.limit_bytes // 3)
+        self._sinks = sinks
         self._guaranteed_bytes = delivery // 4 // max(1, sinks)
         self.common = Pool("delivery", delivery - delivery // 4)
         self._shares: list[Share] = []
@@ -232,11 +233,18 @@ class Budget:
         return self.capture.held_bytes + self.window.held_bytes + guaranteed + self.common.held_bytes
 
     def share(self, wake: Callable[[], None]) -> Share:
-        """A sink's share of the delivery pool; ``wake`` is called when anyone frees or lacks common bytes."""
-        share = Share(self.common, self._guaranteed_bytes, self._wake_all)
+        """A sink's share of the delivery pool; ``wake`` is called when anyone frees or lacks common bytes. One that was
+        not counted in at the start has no guarantee of its own: it waits in the common line."""
+        guaranteed_bytes = self._guaranteed_bytes if len(self._shares) < self._sinks else 0
+        share = Share(self.common, guaranteed_bytes, self._wake_all)
         self._shares.append(share)
         self._thirsty.append(wake)
         return share
+
+    def unshare(self, share: Share, wake: Callable[[], None]) -> None:
+        """A sink is no more, and holds nothing."""
+        self._shares.remove(share)
+        self._thirsty.remove(wake)
 
     @contextlib.asynccontextmanager
     async def lent(self, size_bytes: int) -> AsyncIterator[None]:

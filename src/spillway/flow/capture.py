@@ -119,16 +119,34 @@ class Capture:
         self._libpq_bytes = 0
         self._fatal_at_start = slots == 1
         self._libpq_most_bytes = budget.capture.limit_bytes // 3 // slots
-        self.frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
-        # So that no sink is stored only for want of room for a single chunk.
-        least = min((d.spec.max_messages for d in deliveries), default=CHUNK_CHANGES)
-        self._chunk_changes = max(1, min(CHUNK_CHANGES, least // 4))
-        self._worth_changes = min(WORTH_CHANGES * len(deliveries), self._chunk_changes)
+        self._size_up()
         self._covered_lsn = 0  # what may be confirmed, and a mark covers it
         self._covering: asyncio.Task[int] | None = None
         self._owing: set[asyncio.Task[None]] = set()
         self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
         self._turns: list[Turn] = []
+        self._renew = False  # the connection, as soon as a transaction has ended
+
+    def _size_up(self) -> None:
+        """What depends on how many sinks there are."""
+        deliveries = self._deliveries
+        self.frame_overhead_bytes = FRAME_OVERHEAD_BYTES + MESSAGE_OVERHEAD_BYTES * len(deliveries)
+        # So that no sink is stored only for want of room for a single chunk.
+        least = min((d.spec.max_messages for d in deliveries), default=CHUNK_CHANGES)
+        self._chunk_changes = max(1, min(CHUNK_CHANGES, least // 4))
+        self._worth_changes = min(WORTH_CHANGES * len(deliveries), self._chunk_changes)
+
+    async def rewire(self, router: Router, deliveries: Sequence[Delivery]) -> None:
+        """Other sinks from the next commit on. The connection is renewed there: what is not confirmed comes again, and
+        with it every table is named again, so that a sink that is new misses nothing from then on."""
+
+        async def swap(_: int) -> bool:
+            self._router, self._deliveries = router, deliveries
+            self._size_up()
+            self._renew = True
+            return True
+
+        await self.placed(Turn(0, swap))
 
     async def placed(self, turn: Turn) -> None:
         """Wait until the page has its place. Cancellable; `Turn.place` must be able to tell then."""
@@ -232,6 +250,7 @@ class Capture:
     async def _read(self, connection: Connection) -> None:
         stream = connection.stream
         decoder = self._decoder()
+        self._renew = False
         self._wait("")
         while True:
             decoder.break_at_commit = bool(self._turns)
@@ -251,9 +270,13 @@ class Capture:
                     await self._take_turns()
                 if stop.reply_requested:
                     self._feedback_now.set()
+                if self._renew:
+                    return
             elif isinstance(stop, Committed):
                 await self._hand_over(decoder)
                 await self._take_turns()
+                if self._renew:
+                    return
             elif isinstance(stop, Renew):  # libpq keeps its buffer until then
                 await self._hand_over(decoder)
                 return

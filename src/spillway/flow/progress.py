@@ -63,6 +63,7 @@ class BackfillState:
     state: State = "active"
     parts: list[Part] | None = None  # None: not laid out yet
     estimate_rows: int | None = None
+    started_lsn: int = 0  # all that it sends is above
     rows: int = 0  # read from the source
     superseded: int = 0  # of these: not sent, since the stream had brought something newer
     pages: int = 0
