@@ -328,6 +328,13 @@ async def test_every_key_is_read_once_in_pages_of_any_size(index: Index, documen
         assert sorted(await keys_of(sink, "id", limit=limit), key=lambda key: int(key[0])) == expected
 
 
+@pytest.mark.parametrize("column", ["a.b", 'Näme "x"', "a b", "id*"])
+async def test_columns_of_every_name_can_be_of_the_key(index: Index, column: str) -> None:
+    sink = index.sink()
+    assert await one(sink, {column: 5, "other": 1}, pks=("5",)) == OK
+    assert await keys_of(sink, column) == [("5",)]
+
+
 async def test_there_are_no_keys_in_an_index_that_is_not_there(index: Index) -> None:
     assert await keys_of(index.sink(), "id") == []
 

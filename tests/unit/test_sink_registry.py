@@ -12,7 +12,7 @@ import pytest
 from sinks.messages import SUFFIX
 from spillway.config import Config, load
 from spillway.sinks import CLASSES, Checked, build
-from spillway.sinks.base import SinkContext
+from spillway.sinks.base import Readable, SinkContext
 
 HEAD = """
 databases: [{name: app, url: "postgresql://u:p@h/db", slot: {name: s}, publication: {name: p}}]
@@ -50,6 +50,7 @@ async def test_built_from_a_file(tmp_path: Path, kind: str) -> None:
     assert sink.single == (kind == "webhook")
     assert sink.max_in_flight == 1 or sink.semantics in ("state", "events")
     assert isinstance(sink, Checked) == (kind in ("opensearch", "elasticsearch"))
+    assert isinstance(sink, Readable) == (kind in ("opensearch", "elasticsearch", "sqlite"))
     assert os.listdir(tmp_path) == ["spillway.yml"], "nothing is opened yet"
     await sink.close()
 

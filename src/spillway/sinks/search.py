@@ -129,11 +129,12 @@ class SearchSink:
         self._index_url = self.indexes.url(index_name)
         self._bulk_url = self.indexes.url(index_name, "/_bulk").copy_with(params={"filter_path": _ANSWER_FIELDS})
         self._mapping = mapping and context.base_dir / mapping
+        self._definition: Definition | None = None
         self._prepared = False
 
     async def open(self) -> None:
         self._http.open()
-        self._definition()  # what is wrong with the file is said now, also where it is not needed yet
+        self._read_definition()  # what is wrong with the file is said now, also where it is not needed yet
         await self._prepare()
 
     async def close(self) -> None:
@@ -251,7 +252,7 @@ class SearchSink:
         answer = await self._http.request("HEAD", self._index_url, self._headers)
         # 400: the server does not like the name; it says why only to the request that creates.
         if isinstance(answer, Answer) and answer.status in (400, 404):
-            answer = await self.indexes.put(self._index, self._definition())
+            answer = await self.indexes.put(self._index, self._read_definition())
             if isinstance(answer, Answer) and answer.status == 400:
                 return self._not_created(answer)
         if isinstance(answer, Answer) and (answer.status < 300 or answer.status == 403):
@@ -259,8 +260,11 @@ class SearchSink:
             return None
         return self._whole(answer)
 
-    def _definition(self) -> Definition:
-        return read_definition(self._mapping) if self._mapping is not None else {}
+    def _read_definition(self) -> Definition:
+        """Once: like the configuration, it is that of the start."""
+        if self._definition is None:
+            self._definition = read_definition(self._mapping) if self._mapping is not None else {}
+        return self._definition
 
     def _not_created(self, answer: Answer) -> Result | None:
         reason, detail = error_of(answer.body)
