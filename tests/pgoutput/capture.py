@@ -115,6 +115,15 @@ class Capture:
         self.warnings = self.warnings[: len(self.warnings) // len(TWINS)]
         return first
 
+    def page(self, query: str, oid: int) -> Chunk:
+        """The rows of a query that has the columns of a relation which was captured before."""
+        with self._session.cursor() as cursor, cursor.copy(f"COPY ({query}) TO STDOUT") as copy:
+            lines = [memoryview(bytes(line)) for line in copy]
+        first, *others = [self._decode_page(decoder, lines, oid) for decoder in self._decoders]
+        for other in others:
+            assert [getattr(other, name) for name in _COLUMNS] == [getattr(first, name) for name in _COLUMNS]
+        return first
+
     def changes(self, *, peek: bool = False) -> list[Change]:
         return changes_of(self.chunk(peek=peek))
 
@@ -124,6 +133,11 @@ class Capture:
             assert isinstance(stop, Relation)
             self.relations.append(stop)
             decoder.learn(stop, self._table_info(stop), _ALL_ACTIONS)
+        return decoder.take()
+
+    def _decode_page(self, decoder: Decoder, lines: list[memoryview], oid: int) -> Chunk:
+        decoder.begin_page(b"page", 1, 1)
+        assert decoder.fill_page(Connection(*lines), oid, PLENTY_BYTES, len(lines) + 1) is None
         return decoder.take()
 
     def _warn(self, finding: Finding) -> None:

@@ -59,21 +59,12 @@ def outcome(decoder_class: type[Decoder], connection: Copy, setting: Setting) ->
     """A chunk is taken when it is full and at the end."""
     out = Outcome()
     findings: list[Finding] = []
-    decoder = decoder_class(
-        META,
-        lambda *_: setting.groups,
-        len(setting.groups),
-        setting.max_message_bytes,
-        setting.frame_overhead_bytes,
-        setting.renew_frame_bytes,
-        findings.append,
-    )
+    decoder = _decoder(decoder_class, setting, findings)
     try:
         while (stop := decoder.fill(connection, setting.credit_bytes, setting.max_changes)) is not None:
             out.steps.append((stop, decoder.in_transaction, decoder.count, decoder.used_bytes, decoder.taken_bytes))
             if isinstance(stop, Relation):
-                info = TableInfo(stop.oid, setting.primary_key, TYPES, setting.root)
-                decoder.learn(stop, info, setting.wanted)  # type: ignore[arg-type]
+                _learn(decoder, stop, setting)
             elif isinstance(stop, Full):
                 if not decoder.used_bytes:
                     break  # more than there is for any chunk
@@ -83,6 +74,45 @@ def outcome(decoder_class: type[Decoder], connection: Copy, setting: Setting) ->
         out.steps.append(ProtocolError)
     out.steps += (decoder.largest_frame_bytes, [(finding.code, finding.what) for finding in findings])
     return out
+
+
+def page_outcome(decoder_class: type[Decoder], relation: Copy, lines: Copy, setting: Setting) -> Outcome:
+    """The same of a page: one frame that must be a relation, and lines of COPY of it."""
+    out = Outcome()
+    decoder = _decoder(decoder_class, setting, [])
+    try:
+        learned = decoder.fill(relation, setting.credit_bytes, setting.max_changes)
+        if not isinstance(learned, Relation):
+            return out
+        _learn(decoder, learned, setting)
+        decoder.begin_page(b"page:1", 1 << 40, 1_735_689_600_000_001)
+        while (full := decoder.fill_page(lines, learned.oid, setting.credit_bytes, setting.max_changes)) is not None:
+            out.steps.append((full, decoder.count, decoder.used_bytes, decoder.taken_bytes))
+            if not decoder.used_bytes:
+                break  # more than there is for any chunk
+            _take(decoder, out)
+        _take(decoder, out)
+    except ProtocolError:
+        out.steps.append(ProtocolError)
+    out.steps.append(decoder.largest_frame_bytes)
+    return out
+
+
+def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Finding]) -> Decoder:
+    return decoder_class(
+        META,
+        lambda *_: setting.groups,
+        len(setting.groups),
+        setting.max_message_bytes,
+        setting.frame_overhead_bytes,
+        setting.renew_frame_bytes,
+        findings.append,
+    )
+
+
+def _learn(decoder: Decoder, relation: Relation, setting: Setting) -> None:
+    info = TableInfo(relation.oid, setting.primary_key, TYPES, setting.root)
+    decoder.learn(relation, info, setting.wanted)  # type: ignore[arg-type]
 
 
 def _take(decoder: Decoder, out: Outcome) -> None:

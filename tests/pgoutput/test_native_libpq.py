@@ -104,6 +104,53 @@ def test_frames_of_libpq_and_of_psycopg_are_the_same(filled: str) -> None:
     assert results[0] == results[1]
 
 
+def test_lines_of_libpq_and_of_psycopg_are_the_same(filled: str) -> None:
+    assert impl.native is not None
+    results = []
+    for number, twin in enumerate(TWINS):
+        decoder = decoder_of(twin)
+        with closing(psycopg.connect(filled, replication="database", autocommit=True)) as session:
+            connection = start(session, f"s{number}")
+            stop = decoder.fill(connection, PLENTY_BYTES, 10)
+            while not isinstance(stop, Relation):
+                assert stop is None or isinstance(stop, Keepalive)
+                assert receive(connection)
+                stop = decoder.fill(connection, PLENTY_BYTES, 10)
+        decoder = decoder_of(twin)  # which is not inside of a transaction
+        decoder.learn(stop, TableInfo(stop.oid, ("id",), {}), frozenset(ACTIONS))
+        decoder.begin_page(b"page", 1, 1)
+        with psycopg.connect(filled, autocommit=True) as session:
+            connection = session.pgconn
+            connection.send_query(b"COPY (SELECT * FROM jobs ORDER BY id) TO STDOUT")
+            result = connection.get_result()
+            assert result is not None
+            assert result.status == ExecStatus.COPY_OUT
+            native = twin is impl.native.Decoder
+            results.append(
+                read_page(decoder, connection, connection if native else ThroughPsycopg(connection), stop.oid)
+            )
+            while connection.get_result() is not None:
+                pass
+    assert results[0] == results[1]
+    assert len(results[0]) == ROWS - 1
+
+
+def read_page(decoder: Decoder, connection: PGconn, copy: Copy, oid: int) -> list[tuple[object, ...]]:
+    changes: list[tuple[object, ...]] = []
+    credit_bytes = CREDIT_BYTES
+    while True:
+        stop = decoder.fill_page(copy, oid, credit_bytes, 700)
+        if stop is None:
+            assert receive(connection)
+            continue
+        chunk = decoder.take()
+        changes += [(chunk.change(i).body, chunk.change(i).key, chunk.change(i).n) for i in range(chunk.count)]
+        if isinstance(stop, Ended):
+            assert stop == Ended(-1)
+            return changes
+        credit_bytes = max(CREDIT_BYTES, stop.needed_bytes)
+
+
 def test_the_end_of_the_stream(filled: str) -> None:
     assert impl.native is not None
     empty = columns_of(ChunkBuilder().take())

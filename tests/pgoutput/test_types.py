@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from pgoutput.capture import Capture, connect, set_hostile, slot
+from pgoutput.frames import changes_of
 from spillway.change import Change
 
 ROWS = 40
@@ -306,11 +307,13 @@ def test_every_type_is_what_postgres_means(any_database: str, seed: int) -> None
                 values = [None if r.random() < 0.1 else make(r) for _, make, _ in types]
                 session.execute(f"INSERT INTO public.t VALUES ({number}, {places})", values)
         changes = capture.changes()
+        page = capture.page("SELECT * FROM public.t ORDER BY id", capture.relations[-1].oid)
         expressions = ", ".join(
             f"({expected.format(f'c{index}')})::text" for index, (_, _, expected) in enumerate(types)
         )
         expected_rows = session.execute(f"SELECT {expressions} FROM public.t ORDER BY id").fetchall()
     assert len(changes) == ROWS
+    assert [change.record for change in changes_of(page)] == [change.record for change in changes]
     for number, (change, expected_row) in enumerate(zip(changes, expected_rows, strict=True)):
         assert b"\n" not in change.body
         assert b"\r" not in change.body

@@ -10,6 +10,10 @@ from spillway.chunk import (
     CHANGE_OBJECTS_BYTES,
     CHANGE_OVERHEAD_BYTES,
     FLAGS,
+    INDEX,
+    LARGE,
+    LOW,
+    LSN,
     MOVED,
     TIME,
     WHOLE,
@@ -33,7 +37,7 @@ def a_chunk(groups: int = 0, key_bytes: int = 20) -> Chunk:
         key = b"k%d" % n
         texts = [key.ljust(key_bytes, b"."), b"was" if n == LAST else b""] + [b"g%d" % n, b""] * groups
         flags = MOVED if n == LAST else WHOLE
-        builder.add(("public", "t"), n % len(ACTIONS), 1, n, 100 + n, b"x" * n, 0, texts, flags=flags)
+        builder.add(("public", "t"), n % len(ACTIONS), 1, n, 100 + n, b"x" * n, 7 * n, texts, flags=flags)
     return builder.take()
 
 
@@ -55,6 +59,31 @@ def test_the_columns_of_a_piece_are_those_of_its_messages(groups: int, indices: 
     assert list(span.moved.values()) == [key_hash(b"was")]
     assert not span.plain
     assert Span(span.chunk, Keying.EVENTS, range(LAST)).plain
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_a_chunk_at_another_position(groups: int) -> None:
+    chunk = a_chunk(groups)
+    placed = chunk.placed(0xFFFF_FFFF_FFFF, 3_000_000_000)
+    assert placed.column(LSN) == [0xFFFF_FFFF_FFFF] * COUNT
+    assert [word & LOW for word in placed.column(INDEX)] == list(range(3_000_000_000, 3_000_000_000 + COUNT))
+    assert placed.data is chunk.data
+    assert placed.keys is chunk.keys
+    assert (placed.count, placed.tables, placed.groups) == (chunk.count, chunk.tables, chunk.groups)
+    for word in {*range(placed.stride)} - {LSN, INDEX}:
+        assert placed.column(word) == chunk.column(word)
+    assert [word >> 32 for word in placed.column(INDEX)] == [word >> 32 for word in chunk.column(INDEX)]
+    assert chunk.column(LSN) == [1] * COUNT
+    assert ChunkBuilder().take().placed(7, 0).count == 0
+
+
+def test_a_record_has_room_for_a_size_and_a_transaction() -> None:
+    builder = ChunkBuilder()
+    for size_bytes, xid in [(0, LOW), (5_000_000, 731), (1 << 33, 1)]:
+        builder.add(("public", "t"), 0, 1, 0, 0, b"", 0, (b"k", b""), too_large_bytes=size_bytes, xid=xid)
+    chunk = builder.take()
+    assert [word >> 32 for word in chunk.column(LARGE)] == [LOW, 731, 1]
+    assert [chunk.change(index).too_large_bytes for index in range(3)] == [0, 5_000_000, LOW]
 
 
 @pytest.mark.parametrize("groups", [0, 1, 5, 25])

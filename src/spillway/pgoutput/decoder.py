@@ -10,8 +10,8 @@ to stop.
 **Pages.** A decoder may also be fed with existing rows: `Decoder.begin_page`, then `Decoder.fill_page`, which takes
 lines of COPY (`lines`) off the connection as `fill` takes frames. What comes out is an insert of the same row but for
 what is said of where it comes from: the action is read (whatever is wanted), the position is the page's LSN and the
-number of the row in the page, n is 0, the idempotency key is made of the page's id and the primary key. Of a row without
-one it is made of the id and the position; so every page of a table without primary key needs an id of its own.
+number of the row in the page, n is 0, the idempotency key is made of the page's id and the primary key. Of a row
+without one it is made of the id and the position; so every page of a table without primary key needs its own id.
 
 **Credit.** Every frame or line costs three times its payload (libpq holds it twice while it is received), a fixed sum,
 and, if it is a row, what the names of its columns come to in JSON. What the frames of a chunk cost never exceeds the
