@@ -11,34 +11,88 @@ The insert position is read after the snapshot: what the snapshot sees was inser
 page header of the WAL (offset 24 or 40 of a block of 8 kB) the header is taken off: nobody passes it before there is a
 record behind it.
 
-**Order.** Pages follow the primary key in the order of its index, by row comparison, so that any type and collation that
-can be a primary key works. With a sort column that leads an index, by that column and then the key. A table without
-primary key is read by ranges of ``ctid`` (14 and later). A `Range` is open below and closed above. With a condition the
-end of the page is found first (so many rows by the index, whether the condition holds or not), so that no statement
-scans on and on for rows that match.
+**Order.** Pages follow the primary key in the order of its index, by row comparison, so that any type and collation
+that can be a primary key works. With a sort column that leads an index, by that column and then the key. A table
+without primary key is read by ranges of ``ctid`` (14 and later), of which a page is so many blocks. A `Range` is open
+below and closed above. With a condition the end of the page is found first (so many rows by the index, whether the
+condition holds or not), so that no statement scans on and on for rows that match. The SQL is in
+`spillway.source.keyspace`.
+
+**What is asked for** is what the stream sends: the published columns of the table in its order, those rows that the
+publication's filter lets through. This is the table's *shape* in the page's own snapshot, compared with every page's;
+if it is another one than the last, the decoder learns the table anew. Row security that would hide rows is an error.
+
+**Where a page ends** is its last row: known by its key, or asked of the server in the page's snapshot. When the credit
+is used up before the rows are, the statement is cancelled.
+
+One connection, one thing at a time; it is made anew by whatever comes next after it was lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
+import psycopg
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+from psycopg.rows import DictRow
+
+from spillway.change import ACTIONS, key_values
 from spillway.chunk import Chunk
+from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.pgoutput import Decoder, Full
+from spillway.position import parse_lsn
+from spillway.source import catalog, keyspace
+from spillway.source.connect import Connection, connect_query
+from spillway.source.copying import CopyOut
+from spillway.source.keyspace import Cursor, Rows
+from spillway.source.queries import fetch, fetch_one
+from spillway.source.refusal import query_refusal, quoted
+from spillway.source.shape import Selection, Shape, rows_of
 from spillway.source.snapshot import Snapshot
 
-Cursor = tuple[str, ...]  # the values of the order's columns, in PostgreSQL text; of a ctid table the block's number
+__all__ = [
+    "Cursor", "LockTimeout", "NeedsCredit", "Page", "PageReader", "PageTimeout", "Range", "Selection", "before_header"
+]  # fmt: skip
+
+LOCK_TIMEOUT_SECONDS = 0.5
+QUESTION_TIMEOUT_SECONDS = 60.0  # of what is asked beside pages
+GRACE_SECONDS = 30.0  # on top of what the server is told to keep to; then the connection counts as dead
+KEYS_AT_ONCE = 500
+RENEW_FRAME_BYTES = 8 << 20  # libpq keeps a buffer of the largest row's size until the connection is made anew
+SAMPLED_ROWS = 10_000
+RANGE_ROWS = 1_000  # a range is not worth a connection of its own with fewer
+USUAL_ROWS_TO_A_BLOCK = 50.0  # of a table that was never analyzed
+
+_WAL_BLOCK_BYTES: Final = 8192
+_HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
+_ALL_ACTIONS: Final = frozenset(ACTIONS)
+
+# Scans that the order needs, one process, no compiler: a page is short. The user's subqueries may still scan and hash.
+_BY_KEY: Final = ("enable_seqscan", "enable_bitmapscan")
+_BY_CTID: Final = (*_BY_KEY, "enable_indexscan", "enable_indexonlyscan")
+_BY_LIST: Final = (*_BY_KEY, "enable_hashjoin", "enable_mergejoin")
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What is to be read of one relation (a partition that is published by itself is a relation of its own)."""
+class LockTimeout(SpillwayError):
+    """Somebody holds the table in ACCESS EXCLUSIVE mode, or waits for it: try again later."""
 
-    schema: str
-    table: str
-    where: str | None = None  # SQL, the user's
-    sort_column: str | None = None
-    start: str | None = None  # the least value of sort_column that is read; needs sort_column
+
+class PageTimeout(SpillwayError):
+    """The rows took longer than allowed, or a standby wanted to go on replaying: read fewer."""
+
+
+class NeedsCredit(SpillwayError):
+    """``needed_bytes`` of credit are needed: for the first row of a page, or for all rows of a page by keys."""
+
+    def __init__(self, needed_bytes: int) -> None:
+        super().__init__("needs_credit", f"a page needs a credit of {needed_bytes} bytes")
+        self.needed_bytes = needed_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +112,98 @@ class Page:
     seconds: float  # for how long its transaction was open
 
 
-class PageReader(Protocol):
-    """Placeholder of the interface: to be replaced by the class that does it."""
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What an open transaction knows of the table."""
 
-    standby: bool  # the connection is to a server in recovery
+    connection: Connection
+    shape: Shape
+    rows: Rows
+    snapshot: Snapshot
 
-    async def relations(self, publication: str, schema: str, table: str) -> list[tuple[str, str]]:
+
+@dataclass(slots=True)
+class _Session:
+    """A connection, and what goes with it: a decoder that knows the tables as they were last seen."""
+
+    connection: Connection
+    decoder: Decoder
+    shapes: dict[tuple[str, str, str | None], Shape] = field(default_factory=dict)
+    learned: dict[int, tuple[object, object]] = field(default_factory=dict)  # by OID: relation and info
+    conditions: set[tuple[str, str, str]] = field(default_factory=set)  # found to be in order
+
+
+class PageReader:
+    """See the module. Made by `open`. Every method may raise SourceUnavailable, those about a table LockTimeout and
+    PageTimeout as well, and SpillwayError ``bad_condition`` for a `where` or `start` that PostgreSQL does not take."""
+
+    def __init__(
+        self, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder], page_id: bytes
+    ) -> None:
+        self.standby = False  # the connection is to a server in recovery
+        self.wal_writer_delay_seconds = 0.0
+        self._conninfo = conninfo
+        self._slot = slot
+        self._publication = publication
+        self._new_decoder = new_decoder
+        self._page_id = page_id
+        self._session: _Session | None = None
+        self._turn = asyncio.Lock()
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder], page_id: bytes
+    ) -> PageReader:
+        """``new_decoder``: as the stream's. ``page_id`` is in the metadata of the rows."""
+        reader = cls(conninfo, slot, publication, new_decoder, page_id)
+        async with reader._using(QUESTION_TIMEOUT_SECONDS):
+            return reader
+
+    async def relations(self, schema: str, table: str) -> list[tuple[str, str]]:
         """The relations whose rows stream under this name: itself, or the partitions that are published by themselves.
         Raises SpillwayError ``not_published``, ``no_grant``, ``no_primary_key`` (before 14)."""
+        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+            published = await catalog.tables(session.connection, self._publication)
+            role = session.connection.info.user
+        found = [one for one in published if one.name == (schema, table)]
+        if not found:
+            raise _not_published(self._publication, schema, table)
+        for one in found:
+            if not one.readable:
+                raise SpillwayError(
+                    "no_grant",
+                    f"table {one.schema}.{one.table} cannot be read by {role}",
+                    f"GRANT USAGE ON SCHEMA {quoted(one.schema)} TO {quoted(role)}; "
+                    f"GRANT SELECT ON {quoted(one.schema, one.table)} TO {quoted(role)};",
+                )
+            if not one.primary_key and (one.kind == "p" or session.connection.info.server_version < 140000):
+                raise no_primary_key(one.schema, one.table)
+        return [(one.schema, one.table) for one in found]
 
     async def split(self, selection: Selection, ranges: int) -> list[Range]:
-        """At most so many ranges of about the same size that cover everything."""
+        """At most so many ranges of about the same size that cover everything; fewer of a small table."""
+        if ranges <= 1:
+            return [Range()]
+        async with self._transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
+            blocks, rows_to_a_block = await _size(view)
+            rows = max(1.0, blocks * rows_to_a_block)
+            ranges = max(1, min(ranges, int(rows / RANGE_ROWS)))
+            order = view.rows.order
+            if order.physical:
+                ends: list[Cursor] = [(order.tag, _tid(blocks * i // ranges - 1)) for i in range(1, ranges)]
+            else:
+                percent = min(100.0, 100 * SAMPLED_ROWS / rows)
+                found = await _texts(view.connection, view.rows.quantiles(ranges, percent))
+                ends = [(order.tag, *values) for values in found]
+        return [Range(low, high) for low, high in zip([None, *ends], [*ends, None], strict=True)]
 
     async def estimate(self, selection: Selection) -> int:
         """How many rows there are, by the planner's statistics; never counts."""
+        async with self._transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
+            row = await (await view.connection.execute(view.rows.planned())).fetchone()
+            assert row is not None
+            return int(row[0][0]["Plan"]["Plan Rows"])
 
     async def read(
         self,
@@ -84,16 +216,361 @@ class PageReader(Protocol):
     ) -> Page:
         """The rows behind the cursor (None: from the beginning of the range), as many as max_rows and the credit
         allow: a page that is cut short by its credit ends at its last row. Raises `LockTimeout`, `PageTimeout` (read
-        fewer rows), `NeedsCredit` (not even the first row fits), SourceUnavailable, SpillwayError."""
+        fewer rows), `NeedsCredit` (not even the first row fits), SpillwayError ``order_changed`` (a cursor of before
+        the table was rewritten or got another key: nothing but a new beginning helps)."""
+        low = within.low if cursor is None else cursor
+        began = time.monotonic()
+        async with self._transaction(selection, timeout_seconds) as view:
+            end = await self._end(view, low, within.high, max_rows)
+            bounds = view.rows.between(low, within.high if end is None else end)
+            by_key = view.shape.key_places(view.rows.order) is not None
+            if not by_key:  # a cancelled statement must not take the snapshot with it
+                await view.connection.execute("SAVEPOINT rows")
+            decoder = self._begin(view, low)
+            full = await self._rows(view, view.rows.copy(bounds, max_rows), credit_bytes, max_rows)
+            count = decoder.count
+            if full is not None and not count:
+                raise NeedsCredit(full.needed_bytes)
+            chunk = decoder.take()
+            if full is not None or count == max_rows:
+                if by_key:
+                    end = view.shape.cursor(view.rows.order, _last_key(chunk))
+                else:
+                    await view.connection.execute("ROLLBACK TO rows")
+                    end = await self._nth(view, bounds, count, conditioned=True)
+        return Page(view.snapshot, chunk, None if end == within.high else end, [], time.monotonic() - began)
 
     async def read_keys(
         self, selection: Selection, keys: Sequence[tuple[str, ...]], credit_bytes: int, timeout_seconds: float
     ) -> Page:
-        """The rows with these primary keys (values in column order, as `change.key_values` gives them)."""
+        """The rows with these primary keys (values in column order, as `change.key_values` gives them), all of them or
+        `NeedsCredit`. The selection's `where` and `start` count for nothing: a key is missing if the publication does
+        not have it."""
+        began = time.monotonic()
+        wanted = list(dict.fromkeys(keys))
+        plain = Selection(selection.schema, selection.table)
+        missing: list[tuple[str, ...]] = []
+        async with self._transaction(plain, timeout_seconds) as view:
+            places = view.shape.key_places(view.rows.order)
+            if places is None:
+                raise no_primary_key(selection.schema, selection.table)
+            await view.connection.execute(_off(_BY_LIST))
+            decoder = self._begin(view, None)
+            for start in range(0, len(wanted), KEYS_AT_ONCE):
+                some = wanted[start : start + KEYS_AT_ONCE]
+                if any(len(key) != len(places) for key in some):
+                    raise SpillwayError(
+                        "order_changed",
+                        f"the primary key of {selection.schema}.{selection.table} has changed",
+                        "cancel this backfill and start it again",
+                    )
+                ordered = [[key[place] for place in places] for key in some]
+                full = await self._rows(view, view.rows.copy_keys(ordered), credit_bytes, len(wanted))
+                if full is not None:
+                    raise NeedsCredit(decoder.used_bytes + full.needed_bytes)
+                absent = await _texts(view.connection, view.rows.missing_keys(ordered))
+                missing += [some[int(number)] for (number,) in absent]
+            chunk = decoder.take()
+        return Page(view.snapshot, chunk, None, missing, time.monotonic() - began)
 
     async def running(self) -> dict[int, str]:
-        """Transactions (32 bits) that have an id and have not ended, and who they are for people. Of a standby: none."""
+        """Transactions (32 bits) that have an id and have not ended, and who they are. A standby has none."""
+        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+            return {row["xid"]: row["who"] for row in await fetch(session.connection, "running")}
 
-    async def flushed_lsn(self) -> int: ...
+    async def flushed_lsn(self) -> int:
+        """What the server has on disk; of a standby what it has replayed."""
+        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+            return parse_lsn((await _one(session.connection, "flushed"))["lsn"])
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """For good. Waits for what is being done: cancel it first."""
+        async with self._turn:
+            self._closed = True
+            await self._drop()
+
+    # The rows.
+
+    def _begin(self, view: _View, low: Cursor | None) -> Decoder:
+        assert self._session is not None
+        decoder = self._session.decoder
+        decoder.take()  # of a page that failed
+        page_id = self._page_id
+        if not view.shape.keyed:  # rows are told apart by the page's id and their number in it
+            page_id += b":" + ":".join(low or ()).encode()
+        decoder.begin_page(page_id, view.snapshot.lsn, view.snapshot.microseconds)
+        return decoder
+
+    async def _rows(self, view: _View, query: sql.Composed, credit_bytes: int, max_rows: int) -> Full | None:
+        assert self._session is not None
+        copy = CopyOut(view.connection)
+        await copy.start(query.as_bytes(view.connection))
+        full = await copy.fill(self._session.decoder, view.shape.relation.oid, credit_bytes, max_rows)
+        if full is not None:
+            await copy.cancel()
+        return full
+
+    async def _end(self, view: _View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
+        """Where the page ends at the latest; None: at the end of the range."""
+        if view.rows.order.physical:
+            return await _end_of_blocks(view, low, high, max_rows)
+        if view.rows.condition is None:
+            return None
+        return await self._nth(view, view.rows.between(low, high), max_rows, conditioned=False)
+
+    async def _nth(self, view: _View, bounds: Sequence[sql.Composable], n: int, *, conditioned: bool) -> Cursor | None:
+        found = await _texts(view.connection, view.rows.nth(bounds, n, conditioned=conditioned))
+        return (view.rows.order.tag, *found[0]) if found else None
+
+    # Transactions.
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self, selection: Selection, timeout_seconds: float) -> AsyncIterator[_View]:
+        """A snapshot of the table with its lock held."""
+        async with self._using(2 * timeout_seconds) as session:
+            connection = session.connection
+            try:
+                replayed = (await _one(connection, "replayed"))["lsn"] if self.standby else None
+                await connection.execute(_begin_sql(selection, timeout_seconds))
+                yield await self._look(session, selection, replayed)
+                await connection.execute("COMMIT")
+            except (psycopg.Error, SpillwayError) as error:
+                await self._roll_back(connection)
+                if isinstance(error, psycopg.Error):
+                    raise _page_refusal(error, selection) from error
+                raise
+            if session.decoder.largest_frame_bytes > RENEW_FRAME_BYTES:
+                await self._drop()
+
+    async def _look(self, session: _Session, selection: Selection, replayed: str | None) -> _View:
+        connection, (schema, table) = session.connection, (selection.schema, selection.table)
+        seen = await _one(
+            connection,
+            "page",
+            schema=schema,
+            table=table,
+            sort_column=selection.sort_column,
+            publication=self._publication,
+        )
+        if seen["shape"] is None:
+            raise _no_table(schema, table)
+        self.standby = seen["standby"]
+        name = (schema, table, selection.sort_column)
+        shape = session.shapes.get(name)
+        if shape is None or shape.text != seen["shape"]:
+            published = await fetch_one(
+                connection, "published_table", publication=self._publication, schema=schema, table=table
+            )
+            if published is None:
+                raise _not_published(self._publication, schema, table)
+            shape = Shape.of(seen["shape"], schema, table, published, connection.info.server_version)
+            session.shapes[name] = shape
+        await self._learn(session, shape)
+        rows = rows_of(shape, selection)
+        if rows is None or (rows.order.physical and connection.info.server_version < 140000):
+            raise no_primary_key(schema, table)
+        if rows.order.physical:
+            await connection.execute(_off(_BY_CTID))
+        if selection.where is not None:
+            await _check_condition(session, rows, selection.where)
+        return _View(connection, shape, rows, _snapshot(seen, replayed))
+
+    async def _learn(self, session: _Session, shape: Shape) -> None:
+        """A type of the user's may change while the table stays: it is looked at for every page."""
+        known = session.learned.get(shape.relation.oid)
+        if known is not None and known[0] == shape.relation and not shape.has_own_types:
+            return
+        info = await catalog.describe(session.connection, shape.relation)
+        if known != (shape.relation, info):
+            session.decoder.learn(shape.relation, info, _ALL_ACTIONS)
+            session.learned[shape.relation.oid] = (shape.relation, info)
+
+    async def _roll_back(self, connection: Connection) -> None:
+        status = connection.pgconn.transaction_status
+        if status == TransactionStatus.IDLE:
+            return
+        if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+            with contextlib.suppress(psycopg.Error):  # the connection is lost: what came before says why
+                await connection.execute("ROLLBACK")
+                return
+        await self._drop()
+
+    # The connection.
+
+    @contextlib.asynccontextmanager
+    async def _using(self, seconds: float) -> AsyncIterator[_Session]:
+        async with self._turn:
+            if self._closed:
+                raise SourceUnavailable("closed", "the reader of pages was closed")
+            try:
+                async with asyncio.timeout(seconds + GRACE_SECONDS):
+                    if self._session is None or self._session.connection.closed:
+                        await self._connect()
+                    assert self._session is not None
+                    yield self._session
+            except TimeoutError as error:
+                await self._drop()
+                raise SourceUnavailable(
+                    "no_answer", f"no answer to a query in {seconds + GRACE_SECONDS:g} s"
+                ) from error
+            except SpillwayError:
+                raise
+            except BaseException:
+                # Cancelled, or a defect: nobody knows what the connection is in the middle of.
+                await self._drop()
+                raise
+
+    async def _connect(self) -> None:
+        await self._drop()
+        connection = await connect_query(self._conninfo, self._slot)
+        self._session = _Session(connection, self._new_decoder())
+        seen = await _one(connection, "reader")
+        self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
+
+    async def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.connection.close()
+
+
+def before_header(lsn: int) -> int:
+    """The same position before the page header of the WAL that it stands right behind: nobody passes that header until
+    there is a record behind it. Where a record goes on behind the header instead, no position is in between."""
+    offset = lsn % _WAL_BLOCK_BYTES
+    return lsn - offset if offset in _HEADERS_BYTES else lsn
+
+
+def _snapshot(seen: DictRow, replayed: str | None) -> Snapshot:
+    xmin, xmax, running = seen["snapshot"].split(":")
+    return Snapshot(
+        lsn=before_header(parse_lsn(seen["lsn"])),
+        xmin=int(xmin),
+        xmax=int(xmax),
+        running=frozenset(int(xid) for xid in running.split(",") if xid),
+        microseconds=seen["microseconds"],
+        replayed_lsn=None if replayed is None else parse_lsn(replayed),
+    )
+
+
+def _begin_sql(selection: Selection, timeout_seconds: float) -> sql.Composed:
+    return sql.SQL(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; "
+        "SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}; "
+        "SET LOCAL row_security = off; SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; {}; "
+        "LOCK TABLE {} IN ACCESS SHARE MODE"
+    ).format(
+        sql.Literal(int(LOCK_TIMEOUT_SECONDS * 1000)),
+        sql.Literal(max(1, int(timeout_seconds * 1000))),
+        _off(_BY_KEY),
+        sql.Identifier(selection.schema, selection.table),
+    )
+
+
+def _off(settings: Sequence[str]) -> sql.Composed:
+    return sql.SQL("; ").join(sql.SQL("SET LOCAL {} = off").format(sql.Identifier(name)) for name in settings)
+
+
+async def _check_condition(session: _Session, rows: Rows, where: str) -> None:
+    name = (rows.schema, rows.table, where)
+    if name not in session.conditions:
+        for test in keyspace.tests_of_condition(rows.source, where):
+            # Results in binary: that alone makes psycopg use the extended protocol, which takes one statement.
+            await session.connection.execute(test, binary=True)
+        session.conditions.add(name)
+
+
+async def _size(view: _View) -> tuple[int, float]:
+    """Blocks, and rows to a block."""
+    row = await _one(view.connection, "size", oid=view.shape.relation.oid)
+    return int(row["blocks"] or 0), float(row["rows_to_a_block"] or USUAL_ROWS_TO_A_BLOCK)
+
+
+async def _end_of_blocks(view: _View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
+    blocks, rows_to_a_block = await _size(view)
+    first = 0
+    if low is not None:
+        block, offset = view.rows.values(low)[0].strip("()").split(",")
+        first = int(block) + (int(offset) >= keyspace.LAST_OFFSET)
+    last = first + max(1, int(max_rows / rows_to_a_block)) - 1
+    limit = blocks - 1
+    if high is not None:
+        limit = min(limit, int(view.rows.values(high)[0].strip("()").split(",")[0]))
+    return None if last >= limit else (view.rows.order.tag, _tid(last))
+
+
+def _tid(block: int) -> str:
+    """Behind every row of the block."""
+    return f"({block},{keyspace.LAST_OFFSET})"
+
+
+def _last_key(chunk: Chunk) -> tuple[str, ...]:
+    schema, table = chunk.table(chunk.count - 1)
+    return key_values(schema, table, chunk.key_texts(chunk.count - 1)[0].decode())
+
+
+async def _one(connection: Connection, name: str, **parameters: object) -> DictRow:
+    row = await fetch_one(connection, name, **parameters)
+    assert row is not None, f"{name} always gives a row"
+    return row
+
+
+async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str, ...]]:
+    """The rows of a query as the server writes them; none of the values is null."""
+    result = (await connection.execute(query)).pgresult
+    assert result is not None
+    return [
+        tuple((result.get_value(i, j) or b"").decode() for j in range(result.nfields)) for i in range(result.ntuples)
+    ]
+
+
+def no_primary_key(schema: str, table: str) -> SpillwayError:
+    return SpillwayError(
+        "no_primary_key",
+        f"table {schema}.{table} has no primary key to read it by (PostgreSQL 14 and later read one that is not "
+        "partitioned by its blocks)",
+        f"ALTER TABLE {quoted(schema, table)} ADD PRIMARY KEY (...);",
+    )
+
+
+def _not_published(publication: str, schema: str, table: str) -> SpillwayError:
+    return SpillwayError(
+        "not_published",
+        f"table {schema}.{table} is not in publication {publication}",
+        f"ALTER PUBLICATION {quoted(publication)} ADD TABLE {quoted(schema, table)};",
+    )
+
+
+def _no_table(schema: str, table: str) -> SpillwayError:
+    return SpillwayError("no_table", f"table {schema}.{table} does not exist", "create it, or cancel the backfill")
+
+
+def _page_refusal(error: psycopg.Error, selection: Selection) -> SpillwayError:
+    state = error.sqlstate or ""
+    name = f"{selection.schema}.{selection.table}"
+    if state == "55P03":
+        return LockTimeout(
+            "lock_timeout",
+            f"table {name} is locked, or somebody waits to lock it, in ACCESS EXCLUSIVE mode",
+            "retried; see pg_locks for who it is",
+        )
+    if state in ("57014", "40001"):
+        return PageTimeout("page_timeout", f"a page of table {name}: {_text(error)}", "retried with fewer rows")
+    if state in ("42P01", "3F000"):
+        return _no_table(selection.schema, selection.table)
+    if state == "42501":
+        return query_refusal(error)
+    if state[:2] in ("22", "42", "0A", "21"):
+        if selection.where is not None or selection.start is not None:
+            return SpillwayError(
+                "bad_condition",
+                f"table {name}: PostgreSQL does not take where or start: {_text(error)}",
+                "one boolean expression over the table's columns; functions outside of pg_catalog with their schema",
+            )
+        return SpillwayError(
+            "page", f"table {name} cannot be read: {_text(error)}", "cancel this backfill and start it again"
+        )
+    return query_refusal(error)
+
+
+def _text(error: psycopg.Error) -> str:
+    return " ".join((error.diag.message_primary or str(error)).split())

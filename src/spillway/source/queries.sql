@@ -189,3 +189,111 @@ SELECT c.oid, a.attname::text AS name, a.atttypid AS type_oid, a.atttypmod AS ty
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
  WHERE n.nspname = %(schema)s AND c.relname = %(table)s
  ORDER BY a.attnum;
+
+-- name: page
+-- What the transaction of a page sees, where it stands, and the table's shape: whatever decides how its rows are asked
+-- for and rendered, to be compared as text. Of the publication these are stamps; `published_table` reads it out.
+-- An index's key is unique as a primary key, or begins with the sort column in ascending order.
+SELECT txid_current_snapshot()::text AS snapshot,
+       pg_is_in_recovery() AS standby,
+       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+            WHEN to_regproc('pg_catalog.aurora_version') IS NOT NULL THEN pg_current_wal_lsn()
+            ELSE pg_current_wal_insert_lsn()
+       END::text AS lsn,
+       (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS microseconds,
+       (SELECT jsonb_build_object(
+               'oid', c.oid::bigint,
+               'kind', c.relkind,
+               'file', pg_relation_filenode(c.oid)::bigint,
+               'columns', (
+                   SELECT jsonb_agg(jsonb_build_object(
+                              'number', a.attnum, 'name', a.attname, 'type_oid', a.atttypid::bigint,
+                              'type_modifier', a.atttypmod, 'type', format_type(a.atttypid, a.atttypmod),
+                              'generated', a.attgenerated <> '', 'not_null', a.attnotnull,
+                              'collation', (SELECT jsonb_build_array(n.nspname, o.collname)
+                                              FROM pg_collation o JOIN pg_namespace n ON n.oid = o.collnamespace
+                                             WHERE o.oid = a.attcollation)) ORDER BY a.attnum)
+                     FROM pg_attribute a
+                    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+               'indexes', (
+                   SELECT jsonb_agg(jsonb_build_object('primary', i.indisprimary, 'key', (
+                              SELECT jsonb_agg(jsonb_build_object('number', k.number, 'operators', (
+                                         SELECT jsonb_object_agg(m.amopstrategy,
+                                                                 jsonb_build_array(n.nspname, o.oprname))
+                                           FROM pg_opclass f
+                                           JOIN pg_amop m ON m.amopfamily = f.opcfamily AND m.amoppurpose = 's'
+                                                         AND m.amoplefttype = f.opcintype
+                                                         AND m.amoprighttype = f.opcintype
+                                           JOIN pg_operator o ON o.oid = m.amopopr
+                                           JOIN pg_namespace n ON n.oid = o.oprnamespace
+                                          WHERE f.oid = k.operator_class)) ORDER BY k.place)
+                                FROM unnest(i.indkey::int2[], i.indclass::oid[])
+                                     WITH ORDINALITY AS k (number, operator_class, place)
+                               WHERE k.place <= i.indnkeyatts)) ORDER BY i.indisprimary DESC, i.indexrelid)
+                     FROM pg_index i
+                     JOIN pg_class x ON x.oid = i.indexrelid
+                     JOIN pg_am m ON m.oid = x.relam AND m.amname = 'btree'
+                    WHERE i.indrelid = c.oid AND i.indisvalid AND i.indisready AND i.indpred IS NULL
+                      AND (i.indisprimary OR EXISTS (
+                               SELECT FROM pg_attribute a
+                                WHERE a.attrelid = c.oid AND a.attnum = i.indkey[0] AND a.attname = %(sort_column)s
+                                  AND a.attcollation = i.indcollation[0] AND i.indoption[0] = 0))),
+               'publication', (
+                   SELECT jsonb_build_array(
+                              to_jsonb(p),
+                              (SELECT jsonb_agg(to_jsonb(r) ORDER BY r.oid)
+                                 FROM pg_publication_rel r
+                                WHERE r.prpubid = p.oid
+                                  AND (r.prrelid = c.oid
+                                       OR r.prrelid IN (SELECT relid FROM pg_partition_ancestors(c.oid)))),
+                              (SELECT jsonb_agg(d.objid::bigint ORDER BY d.objid)
+                                 FROM pg_depend d
+                                WHERE d.refclassid = 'pg_publication'::regclass AND d.refobjid = p.oid
+                                  AND d.classid <> 'pg_publication_rel'::regclass))
+                     FROM pg_publication p
+                    WHERE p.pubname = %(publication)s))::text
+          FROM pg_class c
+          JOIN pg_namespace s ON s.oid = c.relnamespace
+         WHERE s.nspname = %(schema)s AND c.relname = %(table)s) AS shape;
+
+-- name: published_table
+-- One table of a publication: the columns that are published (null before 15, which has all), and which rows.
+SELECT to_jsonb(p) -> 'attnames' AS published_columns, to_jsonb(p) ->> 'rowfilter' AS row_filter
+  FROM pg_publication_tables p
+ WHERE p.pubname = %(publication)s AND p.schemaname = %(schema)s AND p.tablename = %(table)s;
+
+-- name: replayed
+-- Of a standby: what it has replayed.
+SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() END::text AS lsn;
+
+-- name: flushed
+SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END::text AS lsn;
+
+-- name: running
+-- Transactions of this database that have an id. Whose they are may not be known to us: then they count.
+SELECT l.transactionid::text::bigint AS xid,
+       coalesce('pid ' || a.pid || ' (' || coalesce(a.usename::text, '?') || ', ' || coalesce(a.state, '?') || ')',
+                'prepared transaction ' || quote_literal(x.gid), 'pid ' || coalesce(l.pid::text, '?')) AS who
+  FROM pg_locks l
+  LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+  LEFT JOIN pg_prepared_xacts x ON x.transaction = l.transactionid
+ WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted AND NOT pg_is_in_recovery()
+   AND coalesce(a.datname, x.database, current_database()) = current_database();
+
+-- name: reader
+SELECT pg_is_in_recovery() AS standby, s.setting::float8 / 1000 AS wal_writer_delay_seconds
+  FROM pg_settings s
+ WHERE s.name = 'wal_writer_delay';
+
+-- name: size
+-- Blocks and, if the table was ever analyzed, rows to a block. A partitioned table's are its leaves' together.
+SELECT sum(pg_relation_size(l.oid)) / current_setting('block_size')::int AS blocks,
+       sum(c.reltuples) FILTER (WHERE c.reltuples > 0) / nullif(sum(c.relpages) FILTER (WHERE c.reltuples > 0), 0)
+           AS rows_to_a_block
+  FROM (SELECT %(oid)s::oid AS oid
+         UNION
+        SELECT relid FROM pg_partition_tree(%(oid)s::oid) WHERE isleaf) l
+  JOIN pg_class c ON c.oid = l.oid AND c.relkind = 'r';
+
+-- name: commit_timestamps
+SELECT current_setting('track_commit_timestamp')::boolean AS kept;
