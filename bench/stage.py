@@ -56,6 +56,9 @@ class Report:
     def at_most(self, what: str, figure: float, bound: float, unit: str) -> None:
         self._add(Line(what, figure, unit, f"at most {bound:,.6g} {unit}", figure <= bound))
 
+    def at_least(self, what: str, figure: float, bound: float, unit: str) -> None:
+        self._add(Line(what, figure, unit, f"at least {bound:,.6g} {unit}".rstrip(), figure >= bound))
+
     def equal(self, what: str, figure: float, bound: float, unit: str = "") -> None:
         self._add(Line(what, figure, unit, f"must be {bound:,.6g} {unit}".rstrip(), figure == bound))
 

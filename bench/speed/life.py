@@ -148,11 +148,17 @@ class Life:
         return status
 
     def post(self, path: str) -> None:
-        self._connection.request("POST", path, headers={"authorization": f"Bearer {TOKEN}"})
+        self.ask("POST", path)
+
+    def ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Json:
+        """One request to its HTTP interface, once it is up; anything but success is a failure."""
+        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+        self._connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = self._connection.getresponse()
         told = answer.read()
-        if answer.status != 200:
-            raise ProductFailed(f"{path}: {answer.status} {told[:500]!r}")
+        if answer.status not in (200, 201):
+            raise ProductFailed(f"{path}: {answer.status} {told[:500]!r}\n{self._product.log_end()}")
+        return dict(json.loads(told)) if told else {}
 
     def total(self, what: str, status: Json | None) -> int:
         """The sum of a number over the sinks; none while there is no status."""
@@ -276,7 +282,12 @@ def _pause_seconds(since: float, done: int, left: int) -> float:
 
 
 def configuration(
-    slot: Slot, sinks: Sequence[Mapping[str, object]], *, unix: bool = False, endpoint: str | None = None
+    slot: Slot,
+    sinks: Sequence[Mapping[str, object]],
+    *,
+    unix: bool = False,
+    endpoint: str | None = None,
+    limit_mb: int = LIMIT_MB,
 ) -> Json:
     database = {
         "name": "app",
@@ -286,7 +297,7 @@ def configuration(
     }
     endpoints = [{"name": "receiver", "url": endpoint}] if endpoint else []
     return {
-        "memory": {"limit_mb": LIMIT_MB},
+        "memory": {"limit_mb": limit_mb},
         "databases": [database],
         **({"http_endpoints": endpoints} if endpoints else {}),
         "sinks": list(sinks),
@@ -301,10 +312,11 @@ def living(
     unix: bool = False,
     endpoint: str | None = None,
     environment: Mapping[str, str] | None = None,
+    limit_mb: int = LIMIT_MB,
 ) -> Iterator[Life]:
     """The product at work on a slot. On the way out it is ended cleanly, or killed if something went wrong."""
     with tempfile.TemporaryDirectory(prefix="spillway-speed-") as name:
-        config = configuration(slot, sinks, unix=unix, endpoint=endpoint)
+        config = configuration(slot, sinks, unix=unix, endpoint=endpoint, limit_mb=limit_mb)
         with Product(Path(name), config, environment=environment) as product:
             life = Life(product, slot, [str(one["name"]) for one in sinks])
             try:
