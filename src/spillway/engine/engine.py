@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -46,6 +46,8 @@ class Engine:
         self._store = open_store(config.state_path)
         self._budget = Budget(config.memory.limit_bytes, len(config.sinks))
         process = Process(self._store, self._budget, SystemClock(), self.metrics)
+        self._tasks: asyncio.TaskGroup
+        self._deliveries: dict[str, asyncio.Task[None]] = {}
         self.pipelines = [Pipeline(config, database, process) for database in config.databases]
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -56,9 +58,10 @@ class Engine:
             _log.warning("the compiled part is not there: it goes on in Python, more slowly", reason=impl.WHY)
         try:
             async with asyncio.TaskGroup() as tasks:
-                deliveries = [
-                    tasks.create_task(d.run(), name=f"delivery {d.name}") for p in self.pipelines for d in p.deliveries
-                ]
+                self._tasks = tasks
+                for pipeline in self.pipelines:
+                    for delivery in pipeline.deliveries:
+                        self._deliver(delivery)
                 captures = [
                     tasks.create_task(p.capture.run(reading_ends), name=f"slot {p.database.slot.name}")
                     for p in self.pipelines
@@ -75,7 +78,7 @@ class Engine:
                 _, connecting = await asyncio.wait(captures, timeout=STOP_SECONDS / 2)
                 for task in connecting:
                     task.cancel()
-                await self._stop(deliveries)
+                await self._stop()
                 for task in background:
                     task.cancel()
         except* SpillwayError as group:
@@ -83,8 +86,33 @@ class Engine:
         finally:
             await asyncio.to_thread(self._store.close)
 
-    async def _stop(self, deliveries: Sequence[asyncio.Task[None]]) -> None:
+    def _deliver(self, delivery: Delivery) -> None:
+        self._deliveries[delivery.name] = self._tasks.create_task(delivery.run(), name=f"delivery {delivery.name}")
+
+    async def enlist(self, pipeline: Pipeline, sink: Sink, told_as: Sink) -> Delivery:
+        """A sink joins while the process runs; when this returns it gets whatever is committed from here on, and more.
+        ``told_as``: the sink that its messages name."""
+        delivery = pipeline.enlist(sink, told_as)
+        self._deliver(delivery)
+        await pipeline.rewire()
+        return delivery
+
+    async def dismiss(self, pipeline: Pipeline, name: str) -> None:
+        """A sink leaves while the process runs, and what waits for it is gone."""
+        delivery = self._of(name)[1]
+        pipeline.dismiss(name)
+        await pipeline.rewire()
+        delivery.stop()
+        task = self._deliveries.pop(name)
+        _, late = await asyncio.wait([task], timeout=STOP_SECONDS)
+        if late:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await delivery.left()
+
+    async def _stop(self) -> None:
         """What is in flight finishes until the deadline, is settled, and confirmed."""
+        deliveries = list(self._deliveries.values())
         for pipeline in self.pipelines:
             for delivery in pipeline.deliveries:
                 delivery.stop()

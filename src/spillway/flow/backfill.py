@@ -461,6 +461,10 @@ class _Placing:
         self.again: list[Cursor] = []
         self.take_seconds = 0.0
 
+    def _void(self) -> bool:
+        """Nobody wants it any more, or what it is judged by was forgotten."""
+        return self.abandoned or self._carried.began != self._began or not self._carried.remembers
+
     async def __call__(self, received_lsn: int) -> bool:
         delivery = self._subscription.delivery
         chunk = self._page.chunk
@@ -468,7 +472,7 @@ class _Placing:
         tail = delivery.tail
         if tail.commit_lsn > lsn:
             return False  # the stream comes again, after a restart
-        if self.abandoned or self._carried.began != self._began or not self._carried.remembers:
+        if self._void():
             return True
         actions = self._subscription.actions
         stale = self._carried.stale(
@@ -489,7 +493,7 @@ class _Placing:
             first = tail.commit_idx + 1 if tail.commit_lsn == lsn else 0
             span = Span(chunk.placed(lsn, first), self._keying, left)
             parked = await delivery.parked_among(span) if delivery.needs_look_up else None
-            if self.abandoned:  # nothing is awaited from here on
+            if self._void():  # nothing is awaited from here on
                 return True
             delivery.intake(span, parked)
         self.span = span

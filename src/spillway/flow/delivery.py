@@ -152,6 +152,16 @@ class Delivery(Settling):
         self._slot_freed.set()
         self._wake.set()
 
+    async def left(self) -> None:
+        """The sink is no more, and `run` has returned: what waits for it is gone, and so is its credit."""
+        for span, start, stop in self.window.evict():
+            self._forget(span, stop - start)
+        while await asyncio.wrap_future(
+            self._store.discard(self.name, Select(all=True), DISCARD_MESSAGES, frozenset())
+        ):
+            pass
+        self._budget.unshare(self._share, self.wake)
+
     # -- what people ask for ----------------------------------------------------------------------------------------
     async def pause(self) -> None:
         await self._commit(Write(self.name, paused=True))
