@@ -190,6 +190,15 @@ class Chunk:
             self.truncates,
         )  # fmt: skip
 
+    def numbered(self, n: int) -> Chunk:
+        """The same changes, each with this n."""
+        meta = bytearray(self.meta)
+        meta[N :: self.stride * WORD_BYTES] = bytes([n]) * self.count
+        return Chunk(
+            self.count, self.data, bytes(meta), self.keys, self.tables, self.groups, self.commit_lsn, self.end_lsn,
+            self.truncates,
+        )  # fmt: skip
+
 
 _BYTE_ORDER: Final = "little" if memoryview(b"\1\0").cast("H")[0] == 1 else "big"
 _LOW_HALF: Final = 0 if _BYTE_ORDER == "little" else 1  # of a word, in halves

@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -256,12 +256,12 @@ class Backfill:
         sink, state = self._delivery.readable, self.state
         if sink is None:
             return
-        selection = Selection(state.request.schema, state.request.table)
         below = version(self._epoch(), state.started_lsn, 0)
-        table = (selection.schema, selection.table)
+        table = (state.request.schema, state.request.table)
         reader = await self._open_reader(state.id)
         try:
-            columns = await reader.key_columns(selection)
+            relations = [Selection(*name) for name in await reader.relations(*table)]
+            columns = await reader.key_columns(relations[0])
             while await self._room():
                 try:
                     keys, after = await sink.keys(table, columns, state.sweep_after, AGAIN_KEYS, below)
@@ -271,7 +271,7 @@ class Backfill:
                     self.waiting = f"the sink cannot be read: {error}"
                     await self._sleep(ROOM_SECONDS)
                     continue
-                if keys and not await self._delete_absent(reader, selection, keys):
+                if keys and not await self._delete_absent(reader, relations, keys):
                     continue
                 state.sweep_after = after
                 await self._save()
@@ -280,7 +280,7 @@ class Backfill:
         finally:
             await reader.close()
 
-    async def _delete_absent(self, reader: PageReader, selection: Selection, keys: Sequence[Cursor]) -> bool:
+    async def _delete_absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> bool:
         """Deletes of those that the source has not, placed as a page is. False: to be done again."""
         began = await self._quiet(reader)
         if not began:
@@ -288,7 +288,7 @@ class Backfill:
         credit = await self._credit(0)
         view = self._carried.open()
         try:
-            page = await reader.read_absent(selection, keys, credit, self._manners.timeout_seconds)
+            page = await self._absent(reader, relations, keys)
             self._carried.saw(view, page.snapshot.sees)
             placing = await self._place(reader, page, began)
             if placing is None:
@@ -303,6 +303,17 @@ class Backfill:
         finally:
             self._carried.close(view)
             self._spare.give(credit)
+
+    async def _absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> Page:
+        """Deletes of those that are in none of the relations. What moved from one to another while they were looked at
+        is told by the snapshot of the first, which does not see that."""
+        seconds = self._manners.timeout_seconds
+        page = await reader.read_absent(relations[0], keys, seconds)
+        snapshot = page.snapshot
+        for relation in relations[1:]:
+            page = await reader.read_absent(relation, page.missing, seconds)
+        page.snapshot = replace(snapshot, lsn=page.snapshot.lsn)
+        return page
 
     async def _read(self, reader: PageReader, part: Part, by_key: Sequence[Cursor], credit_bytes: int) -> Page:
         self.waiting = ""

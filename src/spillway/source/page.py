@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from spillway.source.copying import CopyOut
 from spillway.source.keyspace import Cursor, Rows
 from spillway.source.queries import fetch, fetch_one
 from spillway.source.refusal import query_refusal, quoted
+from spillway.source.reread import Frames, begin_frame, commit_frame, row_frame
 from spillway.source.shape import Selection, Shape, rows_of
 from spillway.source.snapshot import Snapshot
 
@@ -69,6 +71,7 @@ SAMPLED_ROWS = 10_000
 RANGE_ROWS = 1_000  # a range is not worth a connection of its own with fewer
 USUAL_ROWS_TO_A_BLOCK = 50.0  # of a table that was never analyzed
 
+_POSTGRES_EPOCH_MICROSECONDS: Final = 946_684_800_000_000
 _WAL_BLOCK_BYTES: Final = 8192
 _HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
 _ALL_ACTIONS: Final = frozenset(ACTIONS)
@@ -251,20 +254,11 @@ class PageReader:
         plain = Selection(selection.schema, selection.table)
         missing: list[tuple[str, ...]] = []
         async with self._transaction(plain, timeout_seconds) as view:
-            places = view.shape.key_places(view.rows.order)
-            if places is None:
-                raise no_primary_key(selection.schema, selection.table)
             await view.connection.execute(_off(_BY_LIST))
             decoder = self._begin(view, None)
             for start in range(0, len(wanted), KEYS_AT_ONCE):
                 some = wanted[start : start + KEYS_AT_ONCE]
-                if any(len(key) != len(places) for key in some):
-                    raise SpillwayError(
-                        "order_changed",
-                        f"the primary key of {selection.schema}.{selection.table} has changed",
-                        "cancel this backfill and start it again",
-                    )
-                ordered = [[key[place] for place in places] for key in some]
+                ordered = _in_order(view, some)
                 full = await self._rows(view, view.rows.copy_keys(ordered), credit_bytes, len(wanted))
                 if full is not None:
                     raise NeedsCredit(decoder.used_bytes + full.needed_bytes)
@@ -272,6 +266,37 @@ class PageReader:
                 missing += [some[int(number)] for (number,) in absent]
             chunk = decoder.take()
         return Page(view.snapshot, chunk, None, missing, time.monotonic() - began)
+
+    async def key_columns(self, selection: Selection) -> tuple[str, ...]:
+        """The primary key's columns, in column order."""
+        async with self._transaction(Selection(selection.schema, selection.table), QUESTION_TIMEOUT_SECONDS) as view:
+            return tuple(column.name for column in view.shape.relation.columns if column.in_identity)
+
+    async def read_absent(self, selection: Selection, keys: Sequence[tuple[str, ...]], timeout_seconds: float) -> Page:
+        """Deletes, with n = 0, of those rows with these primary keys that are not there (see `read_keys`)."""
+        began = time.monotonic()
+        wanted = list(dict.fromkeys(keys))
+        async with self._transaction(Selection(selection.schema, selection.table), timeout_seconds) as view:
+            await view.connection.execute(_off(_BY_LIST))
+            missing: list[tuple[str, ...]] = []
+            for start in range(0, len(wanted), KEYS_AT_ONCE):
+                some = wanted[start : start + KEYS_AT_ONCE]
+                absent = await _texts(view.connection, view.rows.missing_keys(_in_order(view, some)))
+                missing += [some[int(number)] for (number,) in absent]
+            chunk = self._deletes(view, missing)
+        return Page(view.snapshot, chunk, None, missing, time.monotonic() - began)
+
+    def _deletes(self, view: _View, keys: Sequence[tuple[str, ...]]) -> Chunk:
+        """As the stream would carry them, in a transaction at the snapshot's position."""
+        assert self._session is not None
+        decoder, relation, snapshot = self._session.decoder, view.shape.relation, view.snapshot
+        names = [column.name for column in relation.columns if column.in_identity]
+        deletes = [row_frame(relation, None, dict(zip(names, key, strict=True))) for key in keys]
+        begin = begin_frame(snapshot.lsn, snapshot.microseconds - _POSTGRES_EPOCH_MICROSECONDS)
+        decoder.take()
+        stop = decoder.fill(Frames(begin, *deletes, commit_frame(snapshot.lsn)), sys.maxsize, len(deletes) + 2)
+        assert stop is None
+        return decoder.take().numbered(0)
 
     async def running(self) -> dict[int, str]:
         """Transactions (32 bits) that have an id and have not ended, and who they are. A standby has none."""
@@ -496,6 +521,19 @@ async def _end_of_blocks(view: _View, low: Cursor | None, high: Cursor | None, m
     if high is not None:
         limit = min(limit, int(view.rows.values(high)[0].strip("()").split(",")[0]))
     return None if last >= limit else (view.rows.order.tag, _tid(last))
+
+
+def _in_order(view: _View, keys: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """Primary keys, whose values are in column order, in the order of its index."""
+    name = f"{view.rows.schema}.{view.rows.table}"
+    places = view.shape.key_places(view.rows.order)
+    if places is None:
+        raise no_primary_key(view.rows.schema, view.rows.table)
+    if any(len(key) != len(places) for key in keys):
+        raise SpillwayError(
+            "order_changed", f"the primary key of {name} has changed", "cancel this backfill and start it again"
+        )
+    return [[key[place] for place in places] for key in keys]
 
 
 def _tid(block: int) -> str:

@@ -61,9 +61,9 @@ class Rereader:
         except psycopg.Error as error:
             raise query_refusal(error) from error
         assert lsn_row is not None
-        begin = struct.pack(">cQqI", b"B", parse_lsn(lsn_row[0]), int(lsn_row[1]), 0)
-        values = _frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True)))
-        stop = self._decoder.fill(_Frames(begin, values), sys.maxsize, 2)
+        begin = begin_frame(parse_lsn(lsn_row[0]), int(lsn_row[1]))
+        values = row_frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True)))
+        stop = self._decoder.fill(Frames(begin, values), sys.maxsize, 2)
         assert stop is None
         return replace(self._decoder.take().change(0), n=0)
 
@@ -86,7 +86,7 @@ class Rereader:
         return relation
 
 
-class _Frames:
+class Frames:
     """What the decoder takes for a connection: these payloads, and no more."""
 
     def __init__(self, *payloads: bytes) -> None:
@@ -106,7 +106,15 @@ _WAL_POSITION = """
 """
 
 
-def _frame(relation: Relation, row: Sequence[_Value] | None, pks: dict[str, str]) -> bytes:
+def begin_frame(lsn: int, microseconds_since_2000: int) -> bytes:
+    return struct.pack(">cQqI", b"B", lsn, microseconds_since_2000, 0)
+
+
+def commit_frame(lsn: int) -> bytes:
+    return struct.pack(">cBQQq", b"C", 0, lsn, lsn, 0)
+
+
+def row_frame(relation: Relation, row: Sequence[_Value] | None, pks: dict[str, str]) -> bytes:
     """Insert of the row, or Delete of the key (PostgreSQL documentation, "Logical Replication Message Formats")."""
     values = row if row is not None else [pks[c.name].encode() if c.name in pks else None for c in relation.columns]
     head = struct.pack(

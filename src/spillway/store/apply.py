@@ -115,8 +115,8 @@ class Transaction:
                 f"the state of sink {name} belongs to slot {its_slot}, not to {slot}",
                 "give the sink another name (it then starts anew), or its database the slot it had",
             )
-        messages, size, queued, parked_keys, dead_letters, paused, gap_first, gap_last, gap_since, why, missed = found[6:]
-        counters = Counters(messages, size, queued, parked_keys, dead_letters)
+        counters = Counters(*found[6:11])
+        paused, gap_first, gap_last, gap_since, why, missed = found[11:]
         position = None if lsn is None else Position(lsn, idx, sub)
         self._sinks[name] = SinkRow(number, slot, run, position, counters)
         tables = None if missed is None else tuple((schema, table) for schema, table in orjson.loads(missed))
