@@ -170,6 +170,22 @@ class Product:
                 return float(line.rsplit(" ", 1)[1])
         raise KeyError(name)
 
+    def start_backfill(self, sink: str, **order: object) -> list[dict]:
+        """The backfills that this order begins, one a table."""
+        answer = self._client.post(f"/api/sinks/{sink}/backfills", json=order)
+        if not answer.is_success:
+            raise ProductFailed(f"a backfill was refused: {answer.status_code} {answer.text}")
+        started = answer.json()
+        return list(started["data"]) if "data" in started else [started]
+
+    def backfills(self, sink: str) -> list[dict]:
+        """All that it knows of, the newest last."""
+        return list(self._client.get(f"/api/sinks/{sink}/backfills").raise_for_status().json()["data"])
+
+    def change_backfill(self, sink: str, backfill_id: str, state: str) -> dict:
+        path = f"/api/sinks/{sink}/backfills/{backfill_id}"
+        return dict(self._client.patch(path, json={"state": state}).raise_for_status().json())
+
     def is_up(self) -> bool:
         self.check_alive()
         try:

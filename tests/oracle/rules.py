@@ -39,7 +39,9 @@ from typing import Literal
 
 from .history import Event, History, Key
 
-Rule = Literal["lost", "invented", "content", "overtaken", "skipped", "went back", "stale", "state", "malformed"]
+Rule = Literal[
+    "lost", "invented", "content", "overtaken", "skipped", "went back", "stale", "state", "malformed", "ahead"
+]
 Row = Mapping[str, str | None]
 
 

@@ -62,6 +62,10 @@ class Load:
         for _ in range(transactions):
             self._allowance.put(True)
 
+    def keep(self, transactions: int) -> None:
+        """At least so many are allowed: whoever says so again and again keeps the writers at work."""
+        self.allow(max(0, transactions - self._allowance.qsize()))
+
     def finish(self) -> None:
         """Lets the writers use up their allowance and waits for them."""
         self._end()
@@ -87,10 +91,7 @@ class Load:
     def _transaction(self, connection: psycopg.Connection, rng: random.Random) -> None:
         try:
             for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-                if rng.random() < 0.7:
-                    self._job(connection, rng)
-                else:
-                    self._pair(connection, rng)
+                self._operation(connection, rng)
         except (psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation, psycopg.errors.LockNotAvailable):
             connection.rollback()
             return
@@ -98,6 +99,12 @@ class Load:
             connection.rollback()
         else:
             connection.commit()
+
+    def _operation(self, connection: psycopg.Connection, rng: random.Random) -> None:
+        if rng.random() < 0.7:
+            self._job(connection, rng)
+        else:
+            self._pair(connection, rng)
 
     def _job(self, connection: psycopg.Connection, rng: random.Random) -> None:
         keys = HOT_JOBS if rng.random() < 0.6 else JOBS

@@ -30,7 +30,7 @@ from psycopg import sql
 
 from servers.cache import INSTALL_COMMAND, ensure, installed, locked, run
 from servers.ports import free_port
-from servers.process import POLL_SECONDS, Server, ServerFailed
+from servers.process import POLL_SECONDS, Server, ServerFailed, wait_until
 
 VERSIONS = {"12": "12.22.0-beta.15", "15": "15.18.0-beta.17", "18": "18.4.0-beta.17"}
 SUPERUSER = "postgres"
@@ -233,3 +233,42 @@ class Postgres(Server):
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(POLL_SECONDS)
+
+
+class Standby(Postgres):
+    """A hot standby of a running cluster, which is stopped for a moment to be copied: take it before anybody connects.
+
+    ``application_name`` is what ``synchronous_standby_names`` of the primary may hold.
+    """
+
+    def __init__(
+        self, primary: Postgres, *, settings: Mapping[str, str] | None = None, application_name: str = "standby"
+    ) -> None:
+        self._primary = primary
+        primary_conninfo = f"host=127.0.0.1 port={primary.port} user={SUPERUSER} application_name={application_name}"
+        if primary.auth == "password":
+            primary_conninfo += f" password={PASSWORD}"
+        standing_by = {"hot_standby": "on", "primary_conninfo": primary_conninfo}
+        super().__init__(
+            primary.version, settings={**primary._settings, **standing_by, **(settings or {})}, auth=primary.auth
+        )
+
+    def _create(self, *, fresh: bool) -> None:
+        self._primary.stop()
+        run("cp", "-a", "--reflink=auto", self._primary.data, self.data, cwd=self.folder)
+        self._primary.start()
+        for slot in (self.data / "pg_replslot").iterdir():
+            shutil.rmtree(slot)
+        (self.data / "standby.signal").touch()
+
+    def wait_replayed(self, seconds: float = 30) -> None:
+        """Everything that the primary has written by now can be seen."""
+        with self._primary.connect() as connection:
+            (lsn,) = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone() or ("0/0",)
+
+        def replayed() -> bool:
+            with self.connect() as connection:
+                row = connection.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [lsn]).fetchone()
+            return row is not None and bool(row[0])
+
+        wait_until(replayed, f"replay of {lsn} by the standby", seconds=seconds)

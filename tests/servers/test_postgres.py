@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import psycopg
 import pytest
 
-from servers.postgres import VERSIONS, Postgres
+from servers.postgres import VERSIONS, Postgres, Standby
+from servers.process import wait_until
 from servers.reaper import started_at
 
 
@@ -77,3 +79,26 @@ def test_a_fresh_cluster_has_an_identity_of_its_own() -> None:
             with server.connect() as connection:
                 identifiers.append(connection.execute(query).fetchone())
     assert identifiers[0] == identifiers[1] != identifiers[2]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_standby_follows_and_can_hold_back_what_is_visible(version: str) -> None:
+    with Postgres(version) as primary, Standby(primary, settings={"recovery_min_apply_delay": "200ms"}) as standby:
+        dsn = primary.create_database("app")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("CREATE TABLE t (id int)")
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+            connection.execute("ALTER SYSTEM SET synchronous_commit = 'remote_apply'")
+            connection.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: _is_synchronous(connection), "the synchronous standby", seconds=30)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            began = time.monotonic()
+            connection.execute("INSERT INTO t VALUES (1)")
+            assert time.monotonic() - began >= 0.19
+        standby.wait_replayed()
+        with standby.connect("app") as connection:
+            assert connection.execute("SELECT id, pg_is_in_recovery() FROM t").fetchall() == [(1, True)]
+
+
+def _is_synchronous(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
+    return connection.execute("SELECT FROM pg_stat_replication WHERE sync_state = 'sync'").fetchone() is not None
