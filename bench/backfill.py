@@ -14,9 +14,10 @@ key of two texts that lies across the order of the heap (a tenth of the rows).
 
 *Server* is CPU of all backends of the run: that of children that the postmaster has buried, to 10 ms.
 
-**Live.** 500 commits a second of single rows of another table to a webhook (the receiver and the writer of
-``bench/speed``), alone, beside a backfill into the same sink, and beside one into a null sink. A backfill that comes to
-its end is started again. Live messages are told from backfilled ones by their commit timestamps, which PostgreSQL
+**Live.** Commits of single rows of another table to a webhook (the receiver and the writer of ``bench/speed``), alone,
+beside a backfill into the same sink, and beside one into a null sink: 500 a second to a webhook that takes batches of
+1,000, and 100 a second to one that takes one message a request, which is slow. A backfill that comes to its end is
+started again. Live messages are told from backfilled ones by their commit timestamps, which PostgreSQL
 keeps; those that a page happens to share (a microsecond) are left out. The first second is left out.
 
 **Broken.** How many rows the server has read (``pg_stat_user_tables``) and the sink has not got, when nothing moves any
@@ -59,7 +60,6 @@ LIMIT_MB = 512
 READERS = (1, 2, 4)
 RATIO_BOUND = 0.5
 RSS_BOUND_MB = LIMIT_MB + 100
-LIVE_RATE = 500
 LIVE_SECONDS = 16
 LIVE_TIMES_BOUND, LIVE_MORE_MS_BOUND = 2.0, 50.0
 RUN_AHEAD = 10_000
@@ -67,6 +67,12 @@ STILL_SECONDS = 5.0  # nothing has moved for so long
 WITHIN_SECONDS = 120.0
 
 PARTS = ("rate", "live", "broken")
+BATCHES, ONE_BY_ONE = "live, batches of 1,000", "live, one message a request"
+HOOKS = {
+    BATCHES: sink("hook", WEBHOOK, batch_size=1_000),
+    ONE_BY_ONE: sink("hook", {**WEBHOOK, "batch": False}),
+}
+LIVE_RATES = {BATCHES: 500, ONE_BY_ONE: 100}
 ALONE, SAME, OTHER = "alone", "backfill into the same sink", "backfill into another sink"
 PSQL, PSYCOPG = "COPY, psql", "COPY, psycopg"
 
@@ -120,6 +126,7 @@ class Backfills:
         self._parts: Sequence[str] = options.parts or PARTS
         self._report = report
         self._source = source
+        self._usual_children = 0  # of the postmaster, while nobody is connected
         self._bench = Bench(source, Results(), options.rows, options.rounds, full=False)
 
     def go(self) -> None:
@@ -187,7 +194,7 @@ class Backfills:
 
     def _backfill(self, case: Case, waiting: Waiting, readers: int) -> dict[str, float]:
         rows = case.rows(self._rows)
-        with self._source.copy(waiting) as slot, self._living(slot, [sink("out", BLACKHOLE)]) as life:
+        with self._slot(waiting) as slot, self._living(slot, [sink("out", BLACKHOLE)]) as life:
             life.wait_streaming()
             cpu, began = life.cpu_seconds(), time.time()
             started = _start(life, "out", case, parallel=readers)
@@ -212,44 +219,56 @@ class Backfills:
         return {"rate, rows/s": case.rows(self._rows) / read(url, query)}
 
     def _server_cpu_seconds(self) -> float:
-        """Of the postmaster's children that have ended."""
+        """Of the postmaster's children that have ended, which those that served a run have."""
+        self._wait_alone()
         fields = Path(f"/proc/{self._source.server.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[13]) + int(fields[14])) / 100
+
+    def _wait_alone(self) -> None:
+        """Until nobody is connected, to be asked while we are not."""
+        children = Path(f"/proc/{self._source.server.pid}/task/{self._source.server.pid}/children")
+        self._usual_children = self._usual_children or len(children.read_text().split())
+        self._wait(lambda: len(children.read_text().split()) <= self._usual_children, "the end of backends")
 
     # -- live -------------------------------------------------------------------------------------------------------
     def _live(self, waiting: Waiting) -> None:
         writer = Writer(self._bench)
-        load = Load(LIVE_RATE, self._live_seconds)
+        for hook, per_second in LIVE_RATES.items():
+            self._live_into(waiting, writer, hook, Load(per_second, self._live_seconds))
+
+    def _live_into(self, waiting: Waiting, writer: Writer, hook: str, load: Load) -> None:
         p50: dict[str, list[float]] = {}
         p99: dict[str, list[float]] = {}
         beside: dict[str, list[float]] = {}
         for number in range(self._rounds):
             for name, into in ((ALONE, None), (SAME, "hook"), (OTHER, "null")):
-                took, rate = self._live_run(waiting, writer, load, into)
+                took, rate = self._live_run(waiting, writer, HOOKS[hook], load, into)
                 p50.setdefault(name, []).append(stage.percentile(took, 0.5))
                 p99.setdefault(name, []).append(stage.percentile(took, 0.99))
                 beside.setdefault(name, []).append(rate)
                 self._report.say(
-                    f"live, round {number + 1}, {name}: p50 {p50[name][-1]:.2f} ms, p99 {p99[name][-1]:.2f} ms, most"
+                    f"{hook}, round {number + 1}, {name}: p50 {p50[name][-1]:.2f} ms, p99 {p99[name][-1]:.2f} ms, most"
                     f" {took[-1]:.1f} ms, of {len(took)}; the backfill came to {rate:,.0f} rows/s"
                 )
         alone = statistics.median(p99[ALONE])
         for name in (ALONE, SAME, OTHER):
-            self._report.inform(f"live, {name}: p50", statistics.median(p50[name]), "ms")
+            self._report.inform(f"{hook}, {name}: p50", statistics.median(p50[name]), "ms")
             if name == ALONE:
-                self._report.inform(f"live, {name}: p99", alone, "ms")
+                self._report.inform(f"{hook}, {name}: p99", alone, "ms")
                 continue
             bound = max(LIVE_TIMES_BOUND * alone, alone + LIVE_MORE_MS_BOUND)
-            self._report.at_most(f"live, {name}: p99", statistics.median(p99[name]), bound, "ms")
-            self._report.inform(f"live, {name}: the backfill meanwhile", statistics.median(beside[name]), "rows/s")
+            self._report.at_most(f"{hook}, {name}: p99", statistics.median(p99[name]), bound, "ms")
+            self._report.inform(f"{hook}, {name}: the backfill meanwhile", statistics.median(beside[name]), "rows/s")
 
-    def _live_run(self, waiting: Waiting, writer: Writer, load: Load, into: str | None) -> tuple[list[float], float]:
+    def _live_run(
+        self, waiting: Waiting, writer: Writer, hook: Json, load: Load, into: str | None
+    ) -> tuple[list[float], float]:
         """Milliseconds from commit to arrival, in order, and how many rows a second the backfill came to meanwhile."""
-        sinks = [sink("hook", WEBHOOK), sink("null", BLACKHOLE)]
+        sinks = [hook, sink("null", BLACKHOLE)]
         with self._source.connect() as connection:
             connection.execute("TRUNCATE latency")
         with (
-            self._source.copy(waiting) as slot,
+            self._slot(waiting) as slot,
             Receiver(latencies=True) as receiver,
             self._living(slot, sinks, endpoint=receiver.url) as life,
             ThreadPoolExecutor(1) as aside,
@@ -267,8 +286,9 @@ class Backfills:
             rate = (keeper.rows() - before) / (time.monotonic() - began) if keeper is not None else 0.0
             if keeper is not None:
                 keeper.cancel()
-            if writing.result() < 0.95 * load.per_second:
-                raise ProductFailed(f"the writer came to {writing.result():.0f} commits/s beside it, not {LIVE_RATE}")
+            written = writing.result()
+            if written < 0.95 * load.per_second:
+                raise ProductFailed(f"the writer came to {written:.0f} commits/s beside it, not {load.per_second}")
             return self._live_latencies(receiver, load), rate
 
     def _live_latencies(self, receiver: Receiver, load: Load) -> list[float]:
@@ -297,10 +317,10 @@ class Backfills:
         self._broken_run(waiting, "falls silent under way", Receiver.suspend)
 
     def _broken_run(self, waiting: Waiting, name: str, breaks: Callable[[Receiver], None] | None) -> None:
-        hook = sink("hook", {**WEBHOOK, "timeout_seconds": 60}, backfill={"run_ahead": RUN_AHEAD})
-        with self._source.copy(waiting) as slot, Receiver() as receiver:
+        hook = sink("hook", {**WEBHOOK, "timeout_seconds": 60}, batch_size=1_000, backfill={"run_ahead": RUN_AHEAD})
+        before = self._rows_read()
+        with self._slot(waiting) as slot, Receiver() as receiver:
             endpoint = receiver.url if breaks else f"http://127.0.0.1:{free_port()}"
-            before = self._rows_read()
             with self._living(slot, [hook], endpoint=endpoint) as life:
                 life.wait_streaming()
                 started = _start(life, "hook", ROWS_200)
@@ -312,8 +332,8 @@ class Backfills:
                 self._wait_still(life, started)
                 shown = _shown(life, "hook", started)
                 status = life.status()
-                # Its backends, which report what they have read at their end at the latest, end with it.
-            ahead = self._rows_read() - before - got
+        # Backends report what they have read at their end at the latest.
+        ahead = self._rows_read() - before - got
         self._report.say(f"broken, {name}: {shown}")
         self._report.at_most(f"broken, {name}: rows read that it had not got", ahead, 2 * RUN_AHEAD, "rows")
         self._report.inform(f"broken, {name}: in the store", life.total("backlog_messages", status), "messages")
@@ -335,6 +355,7 @@ class Backfills:
         self._wait(still, "a backfill into a broken sink to stop")
 
     def _rows_read(self) -> int:
+        self._wait_alone()
         with self._source.connect() as connection:
             found = connection.execute(
                 "SELECT coalesce(idx_tup_fetch, 0) + coalesce(seq_tup_read, 0) FROM pg_stat_user_tables"
@@ -349,7 +370,15 @@ class Backfills:
         while not done():
             if time.monotonic() > deadline:
                 raise ProductFailed(f"{what}: not within {WITHIN_SECONDS} s")
-            time.sleep(0.1)
+            time.sleep(0.05)
+
+    @contextmanager
+    def _slot(self, waiting: Waiting) -> Iterator[Slot]:
+        """One that has nothing of what was committed before."""
+        with self._source.connect() as connection:
+            connection.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [waiting.slot])
+        with self._source.copy(waiting) as slot:
+            yield slot
 
     @contextmanager
     def _living(self, slot: Slot, sinks: Sequence[Json], *, endpoint: str | None = None) -> Iterator[Life]:
