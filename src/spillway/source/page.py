@@ -74,6 +74,10 @@ USUAL_ROWS_TO_A_BLOCK = 50.0  # of a table that was never analyzed
 _POSTGRES_EPOCH_MICROSECONDS: Final = 946_684_800_000_000
 _WAL_BLOCK_BYTES: Final = 8192
 _HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
+# SQLSTATEs of a statement that is as wrong the next time: data, syntax or access rule, not supported, cardinality; a
+# condition with a parameter ($1).
+_REFUSED_CLASSES: Final = ("22", "42", "0A", "21")
+_NO_PARAMETERS: Final = "08P01"
 _ALL_ACTIONS: Final = frozenset(ACTIONS)
 
 # Scans that the order needs, one process, no compiler: a page is short. The user's subqueries may still scan and hash.
@@ -597,7 +601,7 @@ def _page_refusal(error: psycopg.Error, selection: Selection) -> SpillwayError:
         return _no_table(selection.schema, selection.table)
     if state == "42501":
         return query_refusal(error)
-    if state[:2] in ("22", "42", "0A", "21"):
+    if state[:2] in _REFUSED_CLASSES or state == _NO_PARAMETERS:
         if selection.where is not None or selection.start is not None:
             return SpillwayError(
                 "bad_condition",

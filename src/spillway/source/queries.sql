@@ -179,17 +179,6 @@ SELECT t.oid, t.typname::text AS name, t.typtype::text AS kind, t.typbasetype AS
          FROM pg_attribute f
         WHERE t.typtype = 'c' AND f.attrelid = t.typrelid AND f.attnum > 0 AND NOT f.attisdropped) f ON true;
 
--- name: row_columns
--- The streamed columns of a table, by name: what a row read anew consists of.
-SELECT c.oid, a.attname::text AS name, a.atttypid AS type_oid, a.atttypmod AS type_modifier,
-       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary
-                  AND array_position(i.indkey::int2[], a.attnum) < i.indnkeyatts) AS in_primary_key
-  FROM pg_class c
-  JOIN pg_namespace n ON n.oid = c.relnamespace
-  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
- WHERE n.nspname = %(schema)s AND c.relname = %(table)s
- ORDER BY a.attnum;
-
 -- name: page
 -- What the transaction of a page sees, where it stands, and the table's shape: whatever decides how its rows are asked
 -- for and rendered, to be compared as text. Of the publication these are stamps; `published_table` reads it out.

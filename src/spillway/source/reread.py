@@ -20,12 +20,13 @@ from psycopg import sql
 from spillway.change import ACTIONS, Change
 from spillway.errors import SpillwayError
 from spillway.pgoutput import Decoder
-from spillway.pgoutput.relation import Column, Relation
+from spillway.pgoutput.relation import Relation
 from spillway.position import parse_lsn
 from spillway.source import catalog
 from spillway.source.connect import Connection
-from spillway.source.queries import fetch
+from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
+from spillway.source.shape import Shape
 
 _Value = bytes | None
 
@@ -71,16 +72,11 @@ class Rereader:
         known = self._relations.get((schema, table))
         if known is not None:
             return known
-        columns = await fetch(self._query, "row_columns", schema=schema, table=table)
-        if not columns:
+        # Of no publication: all columns.
+        seen = await fetch_one(self._query, "page", schema=schema, table=table, sort_column=None, publication=None)
+        if seen is None or seen["shape"] is None:
             raise SpillwayError("reread", f"table {schema}.{table} is not there any more", "discard the dead letters")
-        relation = Relation(
-            columns[0]["oid"],
-            schema,
-            table,
-            "d",
-            tuple(Column(c["name"], c["type_oid"], c["type_modifier"], c["in_primary_key"]) for c in columns),
-        )
+        relation = Shape.of(seen["shape"], schema, table, None, self._query.info.server_version).relation
         self._decoder.learn(relation, await catalog.describe(self._query, relation), _ALL_ACTIONS)
         self._relations[schema, table] = relation
         return relation

@@ -74,8 +74,12 @@ class Shape:
     leading: keyspace.Column | None  # the sort column, if an index begins with it
 
     @classmethod
-    def of(cls, text: str, schema: str, table: str, published: DictRow, server_version: int) -> Shape:
+    def of(cls, text: str, schema: str, table: str, published: DictRow | None, server_version: int) -> Shape:
+        """``published``: what the publication shows of it; None: everything but generated columns."""
         answer = cast(_Answer, json.loads(text))
+        listed, row_filter = None, None
+        if published is not None:
+            listed, row_filter = published["published_columns"], published["row_filter"]
         columns = {column["number"]: column for column in answer["columns"]}
         key: list[_KeyColumn] = []
         leading: keyspace.Column | None = None
@@ -85,7 +89,7 @@ class Shape:
             else:
                 leading = leading or _ordered(columns, index["key"][0])
         numbers = tuple(column["number"] for column in key)
-        streamed = _streamed(answer["columns"], published["published_columns"], server_version)
+        streamed = _streamed(answer["columns"], listed, server_version)
         whole_key = {columns[number]["name"] for number in numbers} <= {column["name"] for column in streamed}
         relation = Relation(
             answer["oid"],
@@ -102,7 +106,7 @@ class Shape:
             relation=relation,
             partitioned=answer["kind"] == "p",
             file=answer["file"],
-            row_filter=published["row_filter"],
+            row_filter=row_filter,
             columns=columns,
             primary=tuple(_ordered(columns, column) for column in key),
             primary_numbers=numbers,

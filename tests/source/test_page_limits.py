@@ -1,0 +1,245 @@
+"""Conditions, credit, time, and what goes wrong while a page is read."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from servers.postgres import Postgres
+from source.conftest import MANY, SourceDatabase
+from source.paging import ALL, SECONDS, T, changes, pages, reading, records
+from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.source.connect import connect_query
+from spillway.source.page import NeedsCredit, PageTimeout, Selection
+
+ROWS = (
+    "CREATE TABLE public.t (id int PRIMARY KEY, at timestamptz, kind text, body text)",
+    "INSERT INTO public.t SELECT i, timestamptz '2024-01-01 00:00+00' + (i * 7 % 100) / 3 * interval '1 day',"
+    " 'k' || i % 5, repeat('x', i * 10) FROM generate_series(1, 100) i",
+    "CREATE PUBLICATION p FOR TABLE public.t",
+)
+START = "2024-01-21"
+
+
+async def _ids(source: SourceDatabase, where: str, order: str = "id") -> list[str]:
+    found = await source.query.execute(f"SELECT id::text FROM public.t WHERE {where} ORDER BY t.{order}".encode())
+    return [row[0] for row in await found.fetchall()]
+
+
+async def test_a_condition_ends_pages_by_the_index(source: SourceDatabase) -> None:
+    await source.execute(*ROWS)
+    selection = Selection("public", "t", where="kind = 'k3' and t.id > 40 or id = 2 -- that's all")
+    expected = await _ids(source, "(kind = 'k3' AND id > 40) OR id = 2")
+    async with reading(source) as reader:
+        for size, credit in ((1, MANY), (7, MANY), (MANY, MANY), (MANY, 6000), (50, 6000)):
+            read = await pages(reader, selection, size, credit=credit)
+            assert [c.pks[0] for page in read for c in changes(page)] == expected
+            assert credit < MANY or len(read) >= 100 // size  # also where no row matched
+        assert await reader.estimate(selection) < 100
+
+
+@pytest.mark.parametrize("index", [True, False])
+async def test_from_a_start_of_the_sort_column_on(source: SourceDatabase, index: bool) -> None:
+    await source.execute(*ROWS, "UPDATE public.t SET at = NULL WHERE id = 50")
+    if index:
+        await source.execute("CREATE INDEX ON public.t (at)")
+    order = "at, t.id" if index else "id"
+    selection = Selection("public", "t", sort_column="at", start=START)
+    both = Selection("public", "t", where="kind <> 'k1'", sort_column="at", start=START)
+    async with reading(source) as reader:
+        for size, credit in ((1, MANY), (7, MANY), (MANY, MANY), (MANY, 6000)):
+            read = [c.pks[0] for page in await pages(reader, selection, size, credit=credit) for c in changes(page)]
+            assert read == await _ids(source, f"at >= '{START}'", order)
+            read = [c.pks[0] for page in await pages(reader, both, size, credit=credit) for c in changes(page)]
+            assert read == await _ids(source, f"at >= '{START}' AND kind <> 'k1'", order)
+        # Without a start, rows that are null there are there as well.
+        assert len(await records(reader, Selection("public", "t", sort_column="at"), 9)) == 100
+        by_key = Selection("public", "t", sort_column="id", start="95")
+        assert len(await records(reader, by_key, 4)) == 6
+        with pytest.raises(SpillwayError, match="has no column nothing"):
+            await records(reader, Selection("public", "t", sort_column="nothing"))
+        with pytest.raises(SpillwayError) as caught:
+            await records(reader, Selection("public", "t", sort_column="at", start="soon"))
+        assert caught.value.code == "bad_condition"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "true) OR (true",
+        "true], ARRAY[true",
+        "true; DROP TABLE public.t",
+        "nothing = 1",
+        "id",
+        "true, true",
+        "count(*) > 1",
+        "$1",
+        "'",
+        "/*",
+        "",
+        "kind::int = 1",
+    ],
+)
+async def test_what_is_no_condition(source18: SourceDatabase, where: str) -> None:
+    await source18.execute(*ROWS)
+    async with reading(source18) as reader:
+        for _ in range(2):
+            with pytest.raises(SpillwayError) as caught:
+                await records(reader, Selection("public", "t", where=where))
+            assert caught.value.code == "bad_condition"
+        assert len(await records(reader)) == 100
+
+
+async def test_a_page_ends_where_its_credit_does(source: SourceDatabase) -> None:
+    await source.execute(*ROWS)
+    async with reading(source) as reader:
+        for size in (MANY, 10):
+            read = await pages(reader, size=size, credit=8000)
+            assert [c.pks[0] for page in read for c in changes(page)] == [str(i) for i in range(1, 101)]
+            assert len(read) > 20
+        with pytest.raises(NeedsCredit) as caught:
+            await reader.read(T, ALL, ("1", "99"), 10, 500, SECONDS)
+        page = await reader.read(T, ALL, ("1", "99"), 10, caught.value.needed_bytes, SECONDS)
+        assert [c.pks for c in changes(page)] == [("100",)]
+
+
+async def test_a_large_page_is_cancelled(source: SourceDatabase) -> None:
+    """More than the sockets hold is on its way when the credit is used up."""
+    await source.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY, body text)",
+        "INSERT INTO public.t SELECT i, repeat('x', 1000) FROM generate_series(1, 20000) i",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    async with reading(source) as reader:
+        page = await reader.read(T, ALL, None, MANY, 500_000, SECONDS)
+        assert page.cursor == ("1", str(page.chunk.count))
+        assert page.chunk.cost < 500_000
+        page = await reader.read(T, ALL, ("1", "19990"), MANY, MANY, SECONDS)
+        assert (page.chunk.count, page.cursor) == (10, None)
+
+
+async def test_many_keys_at_once(source: SourceDatabase) -> None:
+    await source.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY, body text)",
+        "INSERT INTO public.t SELECT i, 'x' FROM generate_series(1, 1100) i",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    keys = [(str(i),) for i in range(1, 1201, 2)]
+    async with reading(source) as reader:
+        page = await reader.read_keys(T, keys, MANY, SECONDS)
+        assert sorted(int(c.pks[0]) for c in changes(page)) == list(range(1, 1100, 2))
+        assert page.missing == [(str(i),) for i in range(1101, 1201, 2)]
+        assert page.cursor is None
+        with pytest.raises(NeedsCredit):
+            await reader.read_keys(T, keys, 5000, SECONDS)
+        page = await reader.read_keys(T, keys[:2], MANY, SECONDS)
+        assert [c.pks for c in changes(page)] == [("1",), ("3",)]
+        assert (await reader.read_keys(T, [], MANY, SECONDS)).chunk.count == 0
+
+
+async def test_time_runs_out(source: SourceDatabase) -> None:
+    await source.execute(*ROWS)
+    slow = Selection("public", "t", where="pg_sleep(10) IS NOT NULL")
+    async with reading(source) as reader:
+        with pytest.raises(PageTimeout):
+            await reader.read(slow, ALL, None, 5, MANY, 0.05)
+        assert len(await records(reader)) == 100
+        assert await source.value("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'") == 0
+
+
+async def _sleeps(source: SourceDatabase) -> bool:
+    return await source.value("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == 1
+
+
+async def test_a_lost_connection_is_made_anew(source: SourceDatabase) -> None:
+    await source.execute(*ROWS)
+    slow = Selection("public", "t", where="pg_sleep(100) IS NOT NULL")
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    async with reading(source) as reader:
+        read = asyncio.create_task(records(reader, slow))
+        await source.until(lambda: _sleeps(source))
+        await source.execute(end)
+        with pytest.raises(SourceUnavailable):
+            await read
+        assert len(await records(reader)) == 100
+        read = asyncio.create_task(records(reader, slow))
+        await source.until(lambda: _sleeps(source))
+        read.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await read
+        assert len(await records(reader)) == 100
+        await source.execute(end)
+    with pytest.raises(SourceUnavailable, match="closed"):
+        await records(reader)
+
+
+async def test_grants_and_row_security(source: SourceDatabase) -> None:
+    await source.execute(*ROWS, f"CREATE ROLE r_{source.database} LOGIN")
+    role = f"r_{source.database}"
+    try:
+        async with reading(source, source.as_role(role)) as reader:
+            with pytest.raises(SpillwayError, match="GRANT SELECT ON") as caught:
+                await reader.relations("public", "t")
+            assert caught.value.code == "no_grant"
+            with pytest.raises(SpillwayError) as caught:
+                await records(reader)
+            assert caught.value.code == "permission"
+            await source.execute(f"GRANT USAGE ON SCHEMA public TO {role}", f"GRANT SELECT ON public.t TO {role}")
+            assert len(await records(reader, size=30)) == 100
+            await source.execute("ALTER TABLE public.t ENABLE ROW LEVEL SECURITY")
+            with pytest.raises(SpillwayError, match="row-level security policy") as caught:
+                await records(reader)
+            assert caught.value.code == "permission"
+    finally:
+        await source.execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+@pytest.fixture(params=["12", "18"])
+def standby(request: pytest.FixtureRequest) -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary and its hot standby."""
+    with Postgres(request.param) as primary, Postgres(request.param) as standby:
+        primary.stop()
+        standby.stop()
+        shutil.rmtree(standby.data)
+        shutil.copytree(primary.data, standby.data)
+        for path in (standby.data, *standby.data.rglob("*")):
+            shutil.copystat(primary.data / path.relative_to(standby.data), path)
+            owner = (primary.data / path.relative_to(standby.data)).stat()
+            shutil.chown(path, owner.st_uid, owner.st_gid)
+        (standby.data / "standby.signal").touch()
+        standby.configure(primary_conninfo=f"host=127.0.0.1 port={primary.port} user=postgres")
+        primary.start()
+        standby.start()
+        yield primary, standby
+
+
+async def test_a_page_of_a_standby(standby: tuple[Postgres, Postgres]) -> None:
+    primary, replica = standby
+    async with await connect_query(primary.dsn()) as query:
+        source = SourceDatabase(primary.dsn(), query)
+        await source.execute(*ROWS)
+        behind = await source.value("SELECT pg_current_wal_insert_lsn()::text")
+        async with await connect_query(replica.dsn()) as other, await connect_query(primary.dsn()) as writer:
+            seen = SourceDatabase(replica.dsn(), other)
+
+            async def replayed() -> bool:
+                return await seen.value(f"SELECT pg_last_wal_replay_lsn() >= '{behind}'") is True
+
+            await source.until(replayed)
+            await writer.execute("BEGIN")
+            xid = await SourceDatabase("", writer).value("SELECT txid_current()")
+            assert isinstance(xid, int)
+            async with reading(seen) as reader:
+                assert reader.standby
+                assert await reader.running() == {}
+                for size, credit in ((7, MANY), (MANY, 8000)):
+                    assert len(await records(reader, size=size, credit=credit)) == 100
+                read = await reader.read(Selection("public", "t", where="id > 90"), ALL, None, MANY, 3000, SECONDS)
+                assert read.snapshot.replayed_lsn is not None
+                assert not read.snapshot.sees(xid, read.snapshot.replayed_lsn)
+                assert read.snapshot.sees(xid, read.snapshot.replayed_lsn - 1)
+                assert await reader.flushed_lsn() >= read.snapshot.replayed_lsn
+            await writer.execute("ROLLBACK")
