@@ -68,6 +68,7 @@ class FakeEngine:
         self.started: list[dict[str, object]] = [backfill("b1", state="completed", rows=10_000)]
         self.reindexed: list[dict[str, object]] = []
         self.progress: list[dict[str, object]] = []  # what the backfills under way become, one step at each look
+        self.reindex_progress: list[dict[str, object]] = []
 
     async def run(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -204,8 +205,8 @@ class FakeEngine:
         return self.reindexed[-1] | ({"state": "cancelled"} if verb == "cancel" else {"old": []})
 
     async def reindexes(self) -> list[dict[str, object]]:
-        if self.reindexed and self.progress:
-            self.reindexed[-1] |= self.progress.pop(0)
+        if self.reindexed and self.reindex_progress:
+            self.reindexed[-1] |= self.reindex_progress.pop(0)
         return self.reindexed
 
     def _pile(self, pile: str, sink: str) -> dict[str, Waiting]:

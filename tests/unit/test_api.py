@@ -330,7 +330,8 @@ async def test_lists_of_backfills(client: httpx.AsyncClient, engine: FakeEngine)
 async def test_one_backfill(client: httpx.AsyncClient) -> None:
     await client.post(BACKFILLS)
     assert (await client.get(f"{BACKFILLS}/b1")).json()["state"] == "completed"
-    assert (await client.get(f"{BACKFILLS}/public.jobs")).json()["id"] == "b2", "the latest of the table"
+    for table in ("public.jobs", "jobs"):
+        assert (await client.get(f"{BACKFILLS}/{table}")).json()["id"] == "b2", "the latest of the table"
     answer = await client.get(f"{BACKFILLS}/b9")
     assert (answer.status_code, answer.json()["code"]) == (404, "unknown_backfill")
 
@@ -339,9 +340,12 @@ async def test_one_backfill(client: httpx.AsyncClient) -> None:
 async def test_a_backfill_is_changed_by_its_state(
     client: httpx.AsyncClient, engine: FakeEngine, state: str, verb: str
 ) -> None:
-    answer = await client.patch(f"{BACKFILLS}/public.jobs", json={"state": state})
-    assert (answer.status_code, answer.json()["state"]) == (200, state)
-    assert engine.changes == [(SINK, "public.jobs", verb)]
+    await client.post(BACKFILLS)
+    for name in ("b2", "public.jobs", "jobs"):
+        answer = await client.patch(f"{BACKFILLS}/{name}", json={"state": state})
+        assert (answer.status_code, answer.json()["state"]) == (200, state)
+    assert engine.changes == [(SINK, "b2", verb)] * 3
+    assert (await client.patch(f"{BACKFILLS}/users", json={"state": state})).status_code == 404
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"state":"done"}', b'{"state":1}', b'{"state":"paused","x":1}'])

@@ -11,18 +11,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_engine import EMPTY, SINK, FakeEngine
+from fake_engine import EMPTY, SINK, FakeEngine, backfill
 from pydantic import SecretStr
 
 from spillway import __version__
 from spillway.api.app import create_app
 from spillway.api.serve import bind, serve
-from spillway.cli import load, main, output
+from spillway.cli import load, main, output, progress
 from spillway.cli.app import SINK_COLUMNS
+from spillway.config import BackfillOrder, ReindexOrder, TableName
 from spillway.store.base import Select
 
 TOKEN = "wagon-of-salt"
@@ -234,6 +237,234 @@ def test_an_export_that_breaks_is_told(running: Running, shell: Shell) -> None:
     assert err.startswith(f"error: the connection to {running.url} was cut;")
 
 
+# -- backfills -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(running: Running, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """Without what earlier tests started, and without waiting between two looks."""
+    engine = running.engine
+    engine.started, engine.progress, engine.reindexed = [backfill("b1", state="completed", rows=10_000)], [], []
+    engine.orders.clear()
+    engine.changes.clear()
+    monkeypatch.setattr(progress, "LOOK_SECONDS", 0)
+    return engine
+
+
+STEPS = [
+    {"rows_processed_count": 7500, "waiting": "the sink is full"},
+    {"state": "paused", "waiting": ""},
+    {"state": "active", "waiting": "the sink is full"},
+    {"state": "completed", "rows_processed_count": 10_000, "waiting": ""},
+]
+
+
+def test_start_a_backfill(fresh: FakeEngine, shell: Shell) -> None:
+    assert shell("backfill", "start", SINK) == (0, f"{SINK}: backfill b2 of public.jobs started\n", "")
+    options = ["--where", "state = 'x'", "--parallel", "4", "--max-rows-per-second", "100"]
+    options += ["--sort-column", "id", "--start", "-5"]
+    status, out, _ = shell("backfill", "start", SINK, "jobs", "shop.users", *options, "--json")
+    assert status == 0
+    assert [item["table"] for item in json.loads(out)] == ["public.jobs", "shop.users"]
+    assert shell("backfill", "start", SINK, "--gap")[0] == 0
+    assert [order for _, order in fresh.orders] == [
+        BackfillOrder(),
+        BackfillOrder(
+            tables=(TableName("public", "jobs"), TableName("shop", "users")),
+            where="state = 'x'",
+            sort_column="id",
+            start_position="-5",
+            parallel=4,
+            max_rows_per_second=100,
+        ),
+        BackfillOrder(gap=True),
+    ]
+
+
+def test_start_and_wait_tells_what_changes(fresh: FakeEngine, shell: Shell) -> None:
+    fresh.progress = list(STEPS)
+    status, out, err = shell("backfill", "start", SINK, "--wait")
+    assert (status, err) == (0, "")
+    active = "public.jobs: active, 7500 rows of about 10000 (75 %), 500 rows/s, 15 s left; the sink is full"
+    assert out.splitlines() == [
+        f"{SINK}: backfill b2 of public.jobs started",
+        active,
+        "public.jobs: paused, 7500 rows of about 10000 (75 %)",
+        active,
+        "public.jobs: completed, 10000 rows",
+    ]
+    fresh.progress = list(STEPS)
+    _, out, _ = shell("backfill", "start", SINK, "--wait", "--json")
+    assert [item["state"] for item in json.loads(out)] == ["completed"]
+
+
+@pytest.mark.parametrize(("state", "error"), [("failed", "permission denied"), ("cancelled", None)])
+def test_waiting_for_one_that_fails(fresh: FakeEngine, shell: Shell, state: str, error: str | None) -> None:
+    fresh.progress = [{"state": state, "error": error, "waiting": "", "seconds_left": None}]
+    status, out, err = shell("backfill", "start", SINK, "--wait")
+    assert status == 1
+    assert err == f"error: public.jobs: {error or state}; mend the cause and start it again [backfill_failed]\n"
+    assert out.splitlines()[-1].startswith(f"public.jobs: {state}, 2500 rows")
+
+
+def test_watch(fresh: FakeEngine, shell: Shell) -> None:
+    assert shell("backfill", "watch", SINK) == (0, "nothing under way\n", "")
+    assert shell("backfill", "watch", SINK, "b1")[1].startswith("public.jobs: completed, 10000 rows")
+    shell("backfill", "start", SINK, "jobs", "users")
+    fresh.progress = [{}, {}, {"state": "completed"}]
+    status, out, _ = shell("backfill", "watch", SINK)
+    assert (status, out.count(": active, "), out.count(": completed, ")) == (0, 2, 2)
+    shell("backfill", "start", SINK, "jobs")
+    fresh.progress = [{}, {"state": "failed", "error": "no"}]
+    assert shell("backfill", "watch", SINK, "jobs")[0] == 1
+
+
+def test_watch_on_a_terminal(fresh: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh.started.append(backfill("b2"))
+    fresh.progress = [{}, {}, {"state": "completed", "waiting": ""}]
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "200")
+    command = [sys.executable, "-m", "spillway.cli", "backfill", "watch", SINK]
+    with open(ours, "rb", buffering=0) as terminal:
+        with open(theirs, "wb", buffering=0) as stdout:
+            done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=60, check=False, text=True)
+        shown = terminal.read(100_000).decode()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "public.jobs" in shown
+    assert "active, 2500 rows of about 10000 (25 %), 500 rows/s, 15 s left" in shown.replace("\r\n", "")
+    assert "completed, 2500 rows" in shown
+
+
+def test_list_backfills(fresh: FakeEngine, shell: Shell) -> None:
+    assert shell("backfill", "list") == (0, "nothing under way; --all lists what has ended\n", "")
+    assert shell("backfill", "list", EMPTY, "--all") == (0, "nothing\n", "")
+    shell("backfill", "start", SINK)
+    _, out, _ = shell("backfill", "list", SINK)
+    assert out.splitlines()[1].split() == [
+        *(SINK, "public.jobs", "b2", "command", "active", "2500", "10000", "25", "%", "500", "15", "s"),
+        *("the", "sink", "is", "10000", "messages", "behind"),
+    ]
+    assert len(shell("backfill", "list", "--all")[1].splitlines()) == 3
+    assert [item["id"] for item in json.loads(shell("backfill", "list", "--all", "--json")[1])] == ["b1", "b2"]
+
+
+@pytest.mark.parametrize(("verb", "state"), [("pause", "paused"), ("resume", "active"), ("cancel", "cancelled")])
+def test_change_a_backfill(fresh: FakeEngine, shell: Shell, verb: str, state: str) -> None:
+    shell("backfill", "start", SINK)
+    for name in ("b2", "jobs", "public.jobs"):
+        expected = f"{SINK}: backfill b2 of public.jobs is {state}\n"
+        assert shell("backfill", verb, SINK, name) == (0, expected, "")
+    assert fresh.changes == [(SINK, "b2", verb)] * 3
+    assert json.loads(shell("backfill", verb, SINK, "b2", "--json")[1])["state"] == state
+    status, _, err = shell("backfill", verb, SINK, "a/b")
+    assert (status, err) == (1, "error: there is no backfill a/b; see the list [unknown_backfill]\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "order"),
+    [
+        (["--key", "1", "--key", "public.jobs:2"], {"keys": (("1",), ("2",))}),
+        (["--key", "a\\:b:c"], {"keys": (("a:b", "c"),)}),
+        (["--from", "1:a", "--to", "9:z"], {"from_key": ("1", "a"), "to_key": ("9", "z")}),
+        (["--from", "-5"], {"from_key": ("-5",)}),
+        (["--where", "id > 5", "--parallel", "2"], {"where": "id > 5", "parallel": 2}),
+        (
+            ["--since", "2026-01-02T03:04+01:00", "--column", "updated_at"],
+            {"since": datetime(2026, 1, 2, 2, 4, tzinfo=UTC), "sort_column": "updated_at"},
+        ),
+    ],
+)
+def test_replay(fresh: FakeEngine, shell: Shell, argv: list[str], order: dict[str, object]) -> None:
+    expected = f"{SINK}: backfill b2 of public.jobs started\n"
+    assert shell("replay", SINK, "jobs", *argv) == (0, expected, "")
+    assert fresh.orders == [(SINK, BackfillOrder(tables=(TableName("public", "jobs"),), replay=True, **order))]
+
+
+def test_replay_since_a_time_of_this_machine_and_wait(fresh: FakeEngine, shell: Shell) -> None:
+    fresh.progress = [{"state": "completed"}]
+    status, out, _ = shell("replay", SINK, "jobs", "--since", "2026-01-02T03:04", "--wait")
+    assert (status, out.splitlines()[-1].startswith("public.jobs: completed")) == (0, True)
+    order = fresh.orders[0][1]
+    assert isinstance(order, BackfillOrder)
+    assert order.since == datetime.fromisoformat("2026-01-02T03:04").astimezone()
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        ([], "which rows is not clear; give one of --key (repeated), --from and --to, --where, --since"),
+        (
+            ["--key", "1", "--where", "x"],
+            "which rows is not clear; give one of --key (repeated), --from and --to, --where",
+        ),
+        (
+            ["--key", "1", "--column", "x"],
+            "--column has no meaning without --since; give a time, or leave --column out",
+        ),
+        (["--since", "yesterday"], "yesterday is no time; give one such as 2026-01-02T03:04 or"),
+    ],
+)
+def test_an_unclear_replay_is_a_usage_error(fresh: FakeEngine, shell: Shell, argv: list[str], error: str) -> None:
+    status, out, err = shell("replay", SINK, "jobs", *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {error}")
+    assert not fresh.orders
+
+
+def test_a_wrong_order_is_told_by_the_running_process(fresh: FakeEngine, shell: Shell) -> None:
+    assert shell("backfill", "start", SINK, "a.b.c") == (
+        *(1, ""),
+        'error: tables.0: must be a table: schema.table, with "..." around a part that holds a dot; '
+        "correct the request [bad_request]\n",
+    )
+
+
+def test_reindex(fresh: FakeEngine, shell: Shell, tmp_path: Path) -> None:
+    assert shell("reindex", "--status") == (0, "nothing\n", "")
+    file = tmp_path / "mapping.json"
+    file.write_text('{"mappings": {"properties": {}}}')
+    started = (0, f"{SINK}: re-index into jobs_v2 started\n", "")
+    assert shell("reindex", SINK, "--into", "jobs_v2", "--mapping", str(file)) == started
+    assert fresh.orders[0] == (SINK, ReindexOrder(into="jobs_v2", mapping={"mappings": {"properties": {}}}))
+    for argv in (["--status"], [SINK, "--status"]):
+        row = shell("reindex", *argv)[1].splitlines()[1].split()
+        assert row[:4] == [SINK, "jobs", "jobs_v2", "backfilling"]
+    assert json.loads(shell("reindex", SINK, "--status", "--json")[1])[0]["into"] == "jobs_v2"
+    assert shell("reindex", SINK, "--cancel") == (0, f"{SINK}: re-index into jobs_v2: cancelled\n", "")
+    assert shell("reindex", SINK, "--drop-old", "--yes")[0] == 0
+    assert fresh.changes == [(SINK, "reindex", "cancel"), (SINK, "reindex", "drop_old")]
+
+
+def test_reindex_and_wait(fresh: FakeEngine, shell: Shell) -> None:
+    ended = backfill("b2", state="completed", rows=10_000)
+    fresh.reindex_progress = [{}, {"state": "verifying", "backfills": [ended]}, {"state": "done", "documents": 9900}]
+    status, out, _ = shell("reindex", SINK, "--into", "jobs_v2", "--derive-mapping", "--wait")
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("jobs -> jobs_v2")] == [
+        "jobs -> jobs_v2: backfilling, 0 rows",
+        "jobs -> jobs_v2: verifying, 0 rows",
+        "jobs -> jobs_v2: done, 9900 rows",
+    ]
+    fresh.reindex_progress = [{"state": "failed", "reason": "12 documents differ", "backfills": [ended]}]
+    status, _, err = shell("reindex", SINK, "--into", "jobs_v3", "--wait")
+    assert (status, "jobs -> jobs_v3: 12 documents differ" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *([], [SINK], [SINK, "--into", "x", "--cancel"], ["--into", "x"], ["--cancel"]),
+        *([SINK, "--status", "--wait"], [SINK, "--drop-old", "--derive-mapping", "--yes"]),
+        *([SINK, "--into", "x", "--mapping", "/no/such/file"], [SINK, "--into", "x", "--mapping", __file__]),
+    ],
+)
+def test_an_unclear_reindex_is_a_usage_error(fresh: FakeEngine, shell: Shell, argv: list[str]) -> None:
+    status, out, err = shell("reindex", *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert not fresh.orders
+
+
 # -- when it goes wrong --------------------------------------------------------------------------------------------
 
 
@@ -307,6 +538,7 @@ def test_the_address_of_the_configuration(running: Running, shell: Shell, monkey
     [
         *(["nonsense"], ["run"], ["state", "adopt"], ["sinks", "pause"], ["status", "--nonsense"]),
         *(["backlog", "show", SINK], ["backlog", "show", SINK, "--key", "k", "--limit", "11"]),
+        *(["backfill", "start"], ["backfill", "start", SINK, "--parallel", "17"], ["replay", SINK]),
     ],
 )
 def test_usage_errors_are_2(shell: Shell, argv: list[str]) -> None:

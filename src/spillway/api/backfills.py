@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from spillway.api.errors import BadRequest
 from spillway.api.exchange import answer, json_body, sink_of
-from spillway.config import BackfillOrder, ReindexOrder, read_order
+from spillway.config import BackfillOrder, ReindexOrder, parse_table, read_order
 from spillway.errors import SpillwayError
 
 if TYPE_CHECKING:
@@ -84,12 +84,11 @@ class BackfillRoutes:
 
     async def _show(self, request: Request) -> Response:
         sink, wanted = sink_of(request), str(request.path_params["id"])
-        items = await self._engine.backfills(sink, ended=True)
-        found = [item for item in items if item["id"] == wanted] or [i for i in items if i["table"] == wanted]
-        if not found:
+        found = await self._find(sink, wanted, ended=True)
+        if found is None:
             remedy = f"see `spillway backfill list {sink} --all`"
             raise SpillwayError("unknown_backfill", f"{sink} has no backfill {wanted}", remedy)
-        return answer(_item(found[-1]))
+        return answer(_item(found))
 
     async def _change(self, request: Request) -> Response:
         match await json_body(request, ORDER_MAX_BYTES):
@@ -97,8 +96,20 @@ class BackfillRoutes:
                 verb = VERBS[state]
             case _:
                 raise BadRequest("what is to become of it is not clear", f'send {{"state": one of {", ".join(VERBS)}}}')
-        wanted = str(request.path_params["id"])
-        return answer(_item(await self._engine.change_backfill(sink_of(request), wanted, verb)))
+        sink, wanted = sink_of(request), str(request.path_params["id"])
+        found = await self._find(sink, wanted, ended=False)
+        id_or_table = wanted if found is None else str(found["id"])
+        return answer(_item(await self._engine.change_backfill(sink, id_or_table, verb)))
+
+    async def _find(self, sink: str, wanted: str, *, ended: bool) -> Item | None:
+        """By id, else the latest of the table, as people write tables: the schema public goes without saying."""
+        items = await self._engine.backfills(sink, ended=ended)
+        try:
+            table = str(parse_table(wanted))
+        except ValueError:
+            table = wanted
+        found = [item for item in items if item["id"] == wanted] or [item for item in items if item["table"] == table]
+        return found[-1] if found else None
 
     async def _reindexes(self, _request: Request) -> Response:
         return answer({"data": await self._engine.reindexes()})

@@ -1,8 +1,8 @@
 """The command line. ``main`` is the entry point of the distribution.
 
 Two kinds of commands: those that take a configuration FILE and do the work themselves (run, check, state), and those
-that talk to a running process over HTTP (status, sinks, backlog, dead-letters). Only the command that is called imports
-what it needs: ``spillway --help`` starts at once.
+that talk to a running process over HTTP (status, sinks, backlog, dead-letters, backfill, replay, reindex). Only the
+command that is called imports what it needs: ``spillway --help`` starts at once.
 
 Exit status: 0; 1 for findings and for what failed; 2 for configuration and usage errors. Errors are one line on
 standard error, ``error: what; remedy [code]``, configuration errors ``FILE:LINE: KEY: what``. Nothing but the answer

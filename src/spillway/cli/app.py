@@ -8,7 +8,10 @@ import typer
 
 from spillway import __version__
 from spillway.cli import options, output
+from spillway.cli.backfill import app as backfill
+from spillway.cli.backfill import replay
 from spillway.cli.piles import confirm, export, pile_app
+from spillway.cli.reindex import reindex
 
 if TYPE_CHECKING:
     from spillway.cli.client import Client
@@ -30,6 +33,9 @@ dead_letters.command("export")(export)
 app.add_typer(sinks, name="sinks")
 app.add_typer(pile_app("backlog", "what waits on disk", ": what is held, by key, then the queue"), name="backlog")
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(backfill, name="backfill")
+app.command("replay")(replay)
+app.command("reindex")(reindex)
 app.add_typer(state, name="state")
 
 

@@ -53,6 +53,10 @@ class Client:
         with self._explained():
             return _answer(self._http.post(_path(path), json=body, timeout=timeout), self.url)
 
+    def patch(self, *path: str, body: Row) -> Row:
+        with self._explained():
+            return _answer(self._http.patch(_path(path), json=body), self.url)
+
     def pages(self, *path: str, **params: str) -> Iterator[list[Row]]:
         """The pages of a list, each when it is wanted. The first comes even when it is empty."""
         after: dict[str, str] = {}
