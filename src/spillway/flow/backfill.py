@@ -447,7 +447,7 @@ class Backfill:
     async def _save(self) -> None:
         state = self.state
         state.changed = self._clock.wall()
-        await self._delivery.note(BackfillDocument(state.id, state.as_json(), state.has_ended))
+        await self._delivery.note(BackfillDocument(state.id, state.as_json(), state.has_ended), covering=True)
 
     async def _sleep(self, seconds: float) -> None:
         self._woken.clear()

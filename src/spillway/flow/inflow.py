@@ -94,6 +94,7 @@ class Inflow:
         self.full: str | None = None  # why the backlog is at its cap
         self.oldest_seconds = 0.0  # age of the oldest waiting message, as of the last `check_limits`
         self._gap_lsn: int | None = None  # a gap begins here that is not durable yet
+        self._gap_writes = 0  # of growing gaps
         self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
         self.busy_since = process.clock.monotonic()
         self.last_intake_at = float("-inf")
@@ -253,9 +254,13 @@ class Inflow:
                     free.append((place, place + 1))
         return free, hold
 
-    async def note(self, document: BackfillDocument) -> None:
-        """Returns when it is durable."""
-        await self._commit(Write(self.name, backfill=document))
+    async def note(self, document: BackfillDocument, *, covering: bool = False) -> None:
+        """Returns when it is durable. ``covering``: together with the position and all that is unwritten below it. What
+        the document says was delivered came after that: a restart that sent anything of before it again would not send
+        that again, and would leave the older behind (I3)."""
+        await (
+            self._write_unwritten(backfill=document) if covering else self._commit(Write(self.name, backfill=document))
+        )
 
     # -- writing ----------------------------------------------------------------------------------------------------
     def _put(self, span: Span) -> asyncio.Future[Written]:
@@ -274,6 +279,7 @@ class Inflow:
         park: Sequence[Park] = (),
         bury: Sequence[Park] = (),
         stuck: Sequence[Message] = (),
+        backfill: BackfillDocument | None = None,
     ) -> asyncio.Future[Written]:
         """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in the
         window but among the unwritten: it is forgotten when the commit is done, and so is what is held behind
@@ -294,10 +300,11 @@ class Inflow:
             Write(
                 self.name,
                 put=put,
-                position=self.tail if put else None,
+                position=self.tail if put or backfill is not None else None,
                 park=park,
                 hold=[*hold, *behind],
                 bury=[*large, *bury],
+                backfill=backfill,
             )
         )
         self._last_put = done
@@ -459,14 +466,15 @@ class Inflow:
         """Nothing from here on is confirmed before the gap as it is now is durable."""
         if self._gap_lsn is None:
             self._gap_lsn = lsn
-        gap = self.gap
+        self._gap_writes += 1
+        number = self._gap_writes
 
         def durable(written: asyncio.Future[Written]) -> None:
-            if self.gap is gap and not written.cancelled() and written.exception() is None:
+            if number == self._gap_writes and not written.cancelled() and written.exception() is None:
                 self._gap_lsn = None
                 self._moved()
 
-        self._commit(Write(self.name, gap=gap)).add_done_callback(durable)
+        self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
 
     def missed(self, first_lsn: int, last_lsn: int, reason: str, table: tuple[str, str]) -> None:
         """Changes of a table in this range were not for this sink to have, though it should have had them: a gap."""
