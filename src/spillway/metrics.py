@@ -7,8 +7,10 @@ acknowledgement. What *is* (memory, lag, backlog, state) is read at the scrape f
 Counting costs one dictionary look-up and an addition for a whole batch: the numbers are plain integers of this module
 and become Prometheus families only at the scrape. Everything is called from the event loop's thread.
 
-Cardinality is bounded: a sink has at most `MAX_REASONS` reasons, what comes after them is counted as ``other``. A value
-that is unknown (the lag of a source that cannot be reached) has no sample: a gap in the graph, never a false zero.
+Cardinality is bounded: a sink has at most `MAX_REASONS` reasons and `MAX_TABLES` tables that are being backfilled, what
+comes after them is counted as ``other``. The numbers of a backfill are those that the store keeps: they go on after a
+restart, and end with it. A value that is unknown (the lag of a source that cannot be reached) has no sample: a gap in
+the graph, never a false zero.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ DELIVERY_BUCKETS_SECONDS = (
 )  # fmt: skip
 
 MAX_REASONS = 50
-OTHER_REASON = "other"
+MAX_TABLES = 100
+OTHER = "other"
 
 # Per sink: metric, key of the status, meaning.
 _SINK_GAUGES = (
@@ -46,6 +49,14 @@ _SINK_GAUGES = (
     ("spillway_sink_memory_messages", "messages_in_memory", "Messages of the sink in memory"),
     ("spillway_sink_memory_bytes", "bytes_in_memory", "Bytes of the messages of the sink in memory"),
 )
+
+
+# Per sink and table that is being backfilled: metric, key of the item, meaning.
+_BACKFILL_COUNTERS = (
+    ("spillway_backfill_rows", "rows_processed_count", "Rows read by the backfills under way"),
+    ("spillway_backfill_superseded", "superseded", "Of these, not sent: the stream had brought something newer"),
+)
+_BACKFILL_ESTIMATE = "Rows that the backfills under way will read, by the planner's statistics"
 
 
 class _Histogram:
@@ -90,7 +101,7 @@ class Metrics:
         """The sink refused ``n`` messages for what they are."""
         reasons = self._rejected.setdefault(sink, {})
         if reason not in reasons and len(reasons) >= MAX_REASONS:
-            reason = OTHER_REASON
+            reason = OTHER
         reasons[reason] = reasons.get(reason, 0) + n
 
     def render(self, status: dict[str, object]) -> bytes:
@@ -148,6 +159,32 @@ class _Scrape(Collector):
             for name in SINK_STATES:
                 state.add_metric([str(sink["name"]), name], 1.0 if sink.get("state") == name else 0.0)
         yield state
+        yield from self._backfills([str(sink["name"]) for sink in sinks])
+
+    def _backfills(self, sinks: list[str]) -> Iterator[Metric]:
+        tables: dict[tuple[str, str], list[dict[str, object]]] = {}
+        active = dict.fromkeys(sinks, 0)
+        of_sink: dict[str, int] = {}
+        for item in _rows(self._status, "backfills"):
+            sink, table = str(item["sink"]), str(item["table"])
+            if (sink, table) not in tables:
+                of_sink[sink] = of_sink.get(sink, 0) + 1
+                table = table if of_sink[sink] <= MAX_TABLES else OTHER
+            tables.setdefault((sink, table), []).append(item)
+            active[sink] = active.get(sink, 0) + (item.get("state") == "active")
+        running = GaugeMetricFamily("spillway_backfill_active", "Backfills under way and not paused", labels=["sink"])
+        for sink, n in active.items():
+            running.add_metric([sink], n)
+        yield running
+        for metric, key, meaning in _BACKFILL_COUNTERS:
+            rows = CounterMetricFamily(metric, meaning, labels=["sink", "table"])
+            for labels, items in tables.items():
+                _add(rows, list(labels), _sum(items, key))
+            yield rows
+        estimate = GaugeMetricFamily("spillway_backfill_estimated_rows", _BACKFILL_ESTIMATE, labels=["sink", "table"])
+        for labels, items in tables.items():
+            _add(estimate, list(labels), _sum(items, "rows_initial_count"))
+        yield estimate
 
     def _process(self) -> Iterator[Metric]:
         memory = self._status.get("memory")
@@ -200,7 +237,13 @@ def _rows(status: dict[str, object], key: str) -> list[dict[str, object]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _add(family: GaugeMetricFamily, labels: list[str], value: object) -> None:
+def _sum(items: list[dict[str, object]], key: str) -> int | None:
+    """None: some of it is unknown."""
+    values = [value for item in items if isinstance(value := item.get(key), int)]
+    return sum(values) if len(values) == len(items) else None
+
+
+def _add(family: GaugeMetricFamily | CounterMetricFamily, labels: list[str], value: object) -> None:
     if isinstance(value, int | float):
         family.add_metric(labels, value)
 

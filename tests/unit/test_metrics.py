@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from spillway.metrics import MAX_REASONS, SINK_STATES, Metrics, resident_bytes
+from spillway.metrics import MAX_REASONS, MAX_TABLES, SINK_STATES, Metrics, resident_bytes
 
 STATUS: dict[str, object] = {
     "memory": {"held_bytes": 10, "limit_bytes": 100},
@@ -127,6 +127,42 @@ def test_the_histogram_counts_a_batch_at_once() -> None:
     assert value(samples, bucket, sink="jobs", le="+Inf") == 403
     assert value(samples, "spillway_delivery_seconds_count", sink="jobs") == 403
     assert value(samples, "spillway_delivery_seconds_sum", sink="jobs") == pytest.approx(400 * 0.02 + 0.025 + 1e9)
+
+
+def item(table: str, rows: int, estimate: int | None, state: str = "active") -> dict[str, object]:
+    return {
+        "sink": "jobs",
+        "table": table,
+        "state": state,
+        "rows_processed_count": rows,
+        "rows_initial_count": estimate,
+        "superseded": rows // 10,
+    }
+
+
+def test_backfills_under_way() -> None:
+    items = [
+        item("public.jobs", 100, 1000),
+        item("public.jobs", 50, 200, "paused"),
+        item("public.users", 7, None),
+    ]
+    samples = scrape(Metrics(), STATUS | {"backfills": items})
+    assert value(samples, "spillway_backfill_active", sink="jobs") == 2
+    assert value(samples, "spillway_backfill_active", sink="quiet") == 0
+    jobs = {"sink": "jobs", "table": "public.jobs"}
+    assert value(samples, "spillway_backfill_rows_total", **jobs) == 150
+    assert value(samples, "spillway_backfill_superseded_total", **jobs) == 15
+    assert value(samples, "spillway_backfill_estimated_rows", **jobs) == 1200
+    assert value(samples, "spillway_backfill_rows_total", sink="jobs", table="public.users") == 7
+    assert value(samples, "spillway_backfill_estimated_rows", sink="jobs", table="public.users") is None
+
+
+def test_the_number_of_tables_is_bounded() -> None:
+    items = [item(f"public.t{n % (MAX_TABLES + 30)}", 1, 1) for n in range(2 * (MAX_TABLES + 30))]
+    samples = scrape(Metrics(), STATUS | {"backfills": items})
+    tables = {k[1][1][1]: v for k, v in samples.items() if k[0] == "spillway_backfill_rows_total"}
+    assert len(tables) == MAX_TABLES + 1
+    assert (tables["public.t0"], tables["other"]) == (2, 60)
 
 
 def test_an_empty_status_still_renders() -> None:
