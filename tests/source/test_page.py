@@ -8,7 +8,8 @@ from source.conftest import MANY, SourceDatabase
 from source.paging import ALL, SECONDS, T, changes, pages, reading, records
 from spillway.errors import SpillwayError
 from spillway.source.connect import connect_query
-from spillway.source.page import Range, Selection, before_header
+from spillway.source.page import Range, Selection
+from spillway.source.view import before_header
 
 KEYS: dict[str, tuple[str, ...]] = {
     "int": ("-5", "-1", "0", "7", "2147483647"),

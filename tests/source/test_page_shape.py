@@ -11,7 +11,7 @@ from source.conftest import MANY, SourceDatabase
 from source.paging import ALL, SECONDS, T, changes, new_decoder, pages, reading, records, streamed
 from spillway.errors import SpillwayError
 from spillway.pgoutput.decoder import Decoder
-from spillway.source import page
+from spillway.source import view
 from spillway.source.connect import connect_query
 from spillway.source.page import LockTimeout, Selection
 
@@ -215,7 +215,7 @@ async def test_a_rewriting_alter_before_and_behind_the_lock(
         with pytest.raises(LockTimeout, match=r"public\.t is locked"):
             await records(reader)
         with monkeypatch.context() as patient:
-            patient.setattr(page, "LOCK_TIMEOUT_SECONDS", SECONDS)
+            patient.setattr(view, "LOCK_TIMEOUT_SECONDS", SECONDS)
             read = asyncio.create_task(records(reader))
             await source.until(waiting)
             await other.execute("COMMIT")

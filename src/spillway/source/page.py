@@ -30,68 +30,52 @@ One connection, one thing at a time; it is made anew by whatever comes next afte
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-import psycopg
 from psycopg import sql
-from psycopg.pq import TransactionStatus
-from psycopg.rows import DictRow
 
-from spillway.change import ACTIONS, key_values
+from spillway.change import key_values
 from spillway.chunk import Chunk
-from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.errors import SpillwayError
 from spillway.pgoutput import Decoder, Full
 from spillway.position import parse_lsn
 from spillway.source import catalog, keyspace
-from spillway.source.connect import Connection, connect_query
+from spillway.source.connect import Connection
 from spillway.source.copying import CopyOut
-from spillway.source.keyspace import Cursor, Rows
-from spillway.source.queries import fetch, fetch_one
-from spillway.source.refusal import query_refusal, quoted
+from spillway.source.keyspace import Cursor
+from spillway.source.queries import fetch
+from spillway.source.refusal import quoted
 from spillway.source.reread import Frames, begin_frame, commit_frame, row_frame
-from spillway.source.shape import Selection, Shape, rows_of
+from spillway.source.shape import Selection
 from spillway.source.snapshot import Snapshot
+from spillway.source.view import (
+    BY_CTID_SINCE,
+    BY_LIST,
+    LockTimeout,
+    PageTimeout,
+    View,
+    Views,
+    no_primary_key,
+    not_published,
+    off,
+    one,
+)
 
 __all__ = [
-    "Cursor", "LockTimeout", "NeedsCredit", "Page", "PageReader", "PageTimeout", "Range", "Selection", "before_header"
+    "Cursor", "LockTimeout", "NeedsCredit", "Page", "PageReader", "PageTimeout", "Range", "Selection"
 ]  # fmt: skip
 
-LOCK_TIMEOUT_SECONDS = 0.5
 QUESTION_TIMEOUT_SECONDS = 60.0  # of what is asked beside pages
-GRACE_SECONDS = 30.0  # on top of what the server is told to keep to; then the connection counts as dead
 KEYS_AT_ONCE = 500
-RENEW_FRAME_BYTES = 8 << 20  # libpq keeps a buffer of the largest row's size until the connection is made anew
 SAMPLED_ROWS = 10_000
 RANGE_ROWS = 1_000  # a range is not worth a connection of its own with fewer
 USUAL_ROWS_TO_A_BLOCK = 50.0  # of a table that was never analyzed
 
 _POSTGRES_EPOCH_MICROSECONDS: Final = 946_684_800_000_000
-_WAL_BLOCK_BYTES: Final = 8192
-_HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
-# SQLSTATEs of a statement that is as wrong the next time: data, syntax or access rule, not supported, cardinality; a
-# condition with a parameter ($1).
-_REFUSED_CLASSES: Final = ("22", "42", "0A", "21")
-_NO_PARAMETERS: Final = "08P01"
-_ALL_ACTIONS: Final = frozenset(ACTIONS)
-
-# Scans that the order needs, one process, no compiler: a page is short. The user's subqueries may still scan and hash.
-_BY_KEY: Final = ("enable_seqscan", "enable_bitmapscan")
-_BY_CTID: Final = (*_BY_KEY, "enable_indexscan", "enable_indexonlyscan")
-_BY_LIST: Final = (*_BY_KEY, "enable_hashjoin", "enable_mergejoin")
-
-
-class LockTimeout(SpillwayError):
-    """Somebody holds the table in ACCESS EXCLUSIVE mode, or waits for it: try again later."""
-
-
-class PageTimeout(SpillwayError):
-    """The rows took longer than allowed, or a standby wanted to go on replaying: read fewer."""
 
 
 class NeedsCredit(SpillwayError):
@@ -119,80 +103,61 @@ class Page:
     seconds: float  # for how long its transaction was open
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """What an open transaction knows of the table."""
-
-    connection: Connection
-    shape: Shape
-    rows: Rows
-    snapshot: Snapshot
-
-
-@dataclass(slots=True)
-class _Session:
-    """A connection, and what goes with it: a decoder that knows the tables as they were last seen."""
-
-    connection: Connection
-    decoder: Decoder
-    shapes: dict[tuple[str, str, str | None], Shape] = field(default_factory=dict)
-    learned: dict[int, tuple[object, object]] = field(default_factory=dict)  # by OID: relation and info
-    conditions: set[tuple[str, str, str]] = field(default_factory=set)  # found to be in order
-
-
 class PageReader:
     """See the module. Made by `open`. Every method may raise SourceUnavailable, those about a table LockTimeout and
     PageTimeout as well, and SpillwayError ``bad_condition`` for a `where` or `start` that PostgreSQL does not take."""
 
-    def __init__(
-        self, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder], page_id: bytes
-    ) -> None:
-        self.standby = False  # the connection is to a server in recovery
-        self.wal_writer_delay_seconds = 0.0
-        self._conninfo = conninfo
-        self._slot = slot
+    def __init__(self, views: Views, publication: str, page_id: bytes) -> None:
+        self._views = views
         self._publication = publication
-        self._new_decoder = new_decoder
         self._page_id = page_id
-        self._session: _Session | None = None
-        self._turn = asyncio.Lock()
-        self._closed = False
 
     @classmethod
     async def open(
         cls, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder], page_id: bytes
     ) -> PageReader:
         """``new_decoder``: as the stream's. ``page_id`` is in the metadata of the rows."""
-        reader = cls(conninfo, slot, publication, new_decoder, page_id)
-        async with reader._using(QUESTION_TIMEOUT_SECONDS):
-            return reader
+        views = Views(conninfo, slot, publication, new_decoder)
+        async with views.using(QUESTION_TIMEOUT_SECONDS):
+            return cls(views, publication, page_id)
+
+    @property
+    def standby(self) -> bool:
+        """The server is in recovery."""
+        return self._views.standby
+
+    @property
+    def wal_writer_delay_seconds(self) -> float:
+        return self._views.wal_writer_delay_seconds
 
     async def relations(self, schema: str, table: str) -> list[tuple[str, str]]:
         """The relations whose rows stream under this name: itself, or the partitions that are published by themselves.
         Raises SpillwayError ``not_published``, ``no_grant``, ``no_primary_key`` (before 14)."""
-        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+        async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
             published = await catalog.tables(session.connection, self._publication)
             role = session.connection.info.user
-        found = [one for one in published if one.name == (schema, table)]
+        found = [relation for relation in published if relation.name == (schema, table)]
         if not found:
-            raise _not_published(self._publication, schema, table)
-        for one in found:
-            if not one.readable:
+            raise not_published(self._publication, schema, table)
+        for relation in found:
+            if not relation.readable:
                 raise SpillwayError(
                     "no_grant",
-                    f"table {one.schema}.{one.table} cannot be read by {role}",
-                    f"GRANT USAGE ON SCHEMA {quoted(one.schema)} TO {quoted(role)}; "
-                    f"GRANT SELECT ON {quoted(one.schema, one.table)} TO {quoted(role)};",
+                    f"table {relation.schema}.{relation.table} cannot be read by {role}",
+                    f"GRANT USAGE ON SCHEMA {quoted(relation.schema)} TO {quoted(role)}; "
+                    f"GRANT SELECT ON {quoted(relation.schema, relation.table)} TO {quoted(role)};",
                 )
-            if not one.primary_key and (one.kind == "p" or session.connection.info.server_version < 140000):
-                raise no_primary_key(one.schema, one.table)
-        return [(one.schema, one.table) for one in found]
+            if not relation.primary_key and (
+                relation.kind == "p" or session.connection.info.server_version < BY_CTID_SINCE
+            ):
+                raise no_primary_key(relation.schema, relation.table)
+        return [(relation.schema, relation.table) for relation in found]
 
     async def split(self, selection: Selection, ranges: int) -> list[Range]:
         """At most so many ranges of about the same size that cover everything; fewer of a small table."""
         if ranges <= 1:
             return [Range()]
-        async with self._transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
+        async with self._views.transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
             blocks, rows_to_a_block = await _size(view)
             rows = max(1.0, blocks * rows_to_a_block)
             ranges = max(1, min(ranges, int(rows / RANGE_ROWS)))
@@ -207,7 +172,7 @@ class PageReader:
 
     async def estimate(self, selection: Selection) -> int:
         """How many rows there are, by the planner's statistics; never counts."""
-        async with self._transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
+        async with self._views.transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
             row = await (await view.connection.execute(view.rows.planned())).fetchone()
             assert row is not None
             return int(row[0][0]["Plan"]["Plan Rows"])
@@ -227,7 +192,7 @@ class PageReader:
         the table was rewritten or got another key: nothing but a new beginning helps)."""
         low = within.low if cursor is None else cursor
         began = time.monotonic()
-        async with self._transaction(selection, timeout_seconds) as view:
+        async with self._views.transaction(selection, timeout_seconds) as view:
             end = await self._end(view, low, within.high, max_rows)
             bounds = view.rows.between(low, within.high if end is None else end)
             by_key = view.shape.key_places(view.rows.order) is not None
@@ -257,8 +222,8 @@ class PageReader:
         wanted = list(dict.fromkeys(keys))
         plain = Selection(selection.schema, selection.table)
         missing: list[tuple[str, ...]] = []
-        async with self._transaction(plain, timeout_seconds) as view:
-            await view.connection.execute(_off(_BY_LIST))
+        async with self._views.transaction(plain, timeout_seconds) as view:
+            await view.connection.execute(off(BY_LIST))
             decoder = self._begin(view, None)
             for start in range(0, len(wanted), KEYS_AT_ONCE):
                 some = wanted[start : start + KEYS_AT_ONCE]
@@ -273,15 +238,16 @@ class PageReader:
 
     async def key_columns(self, selection: Selection) -> tuple[str, ...]:
         """The primary key's columns, in column order."""
-        async with self._transaction(Selection(selection.schema, selection.table), QUESTION_TIMEOUT_SECONDS) as view:
+        plain = Selection(selection.schema, selection.table)
+        async with self._views.transaction(plain, QUESTION_TIMEOUT_SECONDS) as view:
             return tuple(column.name for column in view.shape.relation.columns if column.in_identity)
 
     async def read_absent(self, selection: Selection, keys: Sequence[tuple[str, ...]], timeout_seconds: float) -> Page:
         """Deletes, with n = 0, of those rows with these primary keys that are not there (see `read_keys`)."""
         began = time.monotonic()
         wanted = list(dict.fromkeys(keys))
-        async with self._transaction(Selection(selection.schema, selection.table), timeout_seconds) as view:
-            await view.connection.execute(_off(_BY_LIST))
+        async with self._views.transaction(Selection(selection.schema, selection.table), timeout_seconds) as view:
+            await view.connection.execute(off(BY_LIST))
             missing: list[tuple[str, ...]] = []
             for start in range(0, len(wanted), KEYS_AT_ONCE):
                 some = wanted[start : start + KEYS_AT_ONCE]
@@ -290,39 +256,34 @@ class PageReader:
             chunk = self._deletes(view, missing)
         return Page(view.snapshot, chunk, None, missing, time.monotonic() - began)
 
-    def _deletes(self, view: _View, keys: Sequence[tuple[str, ...]]) -> Chunk:
+    def _deletes(self, view: View, keys: Sequence[tuple[str, ...]]) -> Chunk:
         """As the stream would carry them, in a transaction at the snapshot's position."""
-        assert self._session is not None
-        decoder, relation, snapshot = self._session.decoder, view.shape.relation, view.snapshot
+        decoder, relation, snapshot = self._begin(view, None), view.shape.relation, view.snapshot
         names = [column.name for column in relation.columns if column.in_identity]
         deletes = [row_frame(relation, None, dict(zip(names, key, strict=True))) for key in keys]
         begin = begin_frame(snapshot.lsn, snapshot.microseconds - _POSTGRES_EPOCH_MICROSECONDS)
-        decoder.take()
         stop = decoder.fill(Frames(begin, *deletes, commit_frame(snapshot.lsn)), sys.maxsize, len(deletes) + 2)
         assert stop is None
         return decoder.take().numbered(0)
 
     async def running(self) -> dict[int, str]:
         """Transactions (32 bits) that have an id and have not ended, and who they are. A standby has none."""
-        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+        async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
             return {row["xid"]: row["who"] for row in await fetch(session.connection, "running")}
 
     async def flushed_lsn(self) -> int:
         """What the server has on disk; of a standby what it has replayed."""
-        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
-            return parse_lsn((await _one(session.connection, "flushed"))["lsn"])
+        async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
+            return parse_lsn((await one(session.connection, "flushed"))["lsn"])
 
     async def close(self) -> None:
         """For good. Waits for what is being done: cancel it first."""
-        async with self._turn:
-            self._closed = True
-            await self._drop()
+        await self._views.close()
 
     # The rows.
 
-    def _begin(self, view: _View, low: Cursor | None) -> Decoder:
-        assert self._session is not None
-        decoder = self._session.decoder
+    def _begin(self, view: View, low: Cursor | None) -> Decoder:
+        decoder = view.decoder
         decoder.take()  # of a page that failed
         page_id = self._page_id
         if not view.shape.keyed:  # rows are told apart by the page's id and their number in it
@@ -330,16 +291,15 @@ class PageReader:
         decoder.begin_page(page_id, view.snapshot.lsn, view.snapshot.microseconds)
         return decoder
 
-    async def _rows(self, view: _View, query: sql.Composed, credit_bytes: int, max_rows: int) -> Full | None:
-        assert self._session is not None
+    async def _rows(self, view: View, query: sql.Composed, credit_bytes: int, max_rows: int) -> Full | None:
         copy = CopyOut(view.connection)
         await copy.start(query.as_bytes(view.connection))
-        full = await copy.fill(self._session.decoder, view.shape.relation.oid, credit_bytes, max_rows)
+        full = await copy.fill(view.decoder, view.shape.relation.oid, credit_bytes, max_rows)
         if full is not None:
             await copy.cancel()
         return full
 
-    async def _end(self, view: _View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
+    async def _end(self, view: View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
         """Where the page ends at the latest; None: at the end of the range."""
         if view.rows.order.physical:
             return await _end_of_blocks(view, low, high, max_rows)
@@ -347,174 +307,18 @@ class PageReader:
             return None
         return await self._nth(view, view.rows.between(low, high), max_rows, conditioned=False)
 
-    async def _nth(self, view: _View, bounds: Sequence[sql.Composable], n: int, *, conditioned: bool) -> Cursor | None:
+    async def _nth(self, view: View, bounds: Sequence[sql.Composable], n: int, *, conditioned: bool) -> Cursor | None:
         found = await _texts(view.connection, view.rows.nth(bounds, n, conditioned=conditioned))
         return (view.rows.order.tag, *found[0]) if found else None
 
-    # Transactions.
 
-    @contextlib.asynccontextmanager
-    async def _transaction(self, selection: Selection, timeout_seconds: float) -> AsyncIterator[_View]:
-        """A snapshot of the table with its lock held."""
-        async with self._using(2 * timeout_seconds) as session:
-            connection = session.connection
-            try:
-                replayed = (await _one(connection, "replayed"))["lsn"] if self.standby else None
-                await connection.execute(_begin_sql(selection, timeout_seconds))
-                yield await self._look(session, selection, replayed)
-                await connection.execute("COMMIT")
-            except (psycopg.Error, SpillwayError) as error:
-                await self._roll_back(connection)
-                if isinstance(error, psycopg.Error):
-                    raise _page_refusal(error, selection) from error
-                raise
-            if session.decoder.largest_frame_bytes > RENEW_FRAME_BYTES:
-                await self._drop()
-
-    async def _look(self, session: _Session, selection: Selection, replayed: str | None) -> _View:
-        connection, (schema, table) = session.connection, (selection.schema, selection.table)
-        seen = await _one(
-            connection,
-            "page",
-            schema=schema,
-            table=table,
-            sort_column=selection.sort_column,
-            publication=self._publication,
-        )
-        if seen["shape"] is None:
-            raise _no_table(schema, table)
-        self.standby = seen["standby"]
-        name = (schema, table, selection.sort_column)
-        shape = session.shapes.get(name)
-        if shape is None or shape.text != seen["shape"]:
-            published = await fetch_one(
-                connection, "published_table", publication=self._publication, schema=schema, table=table
-            )
-            if published is None:
-                raise _not_published(self._publication, schema, table)
-            shape = Shape.of(seen["shape"], schema, table, published, connection.info.server_version)
-            session.shapes[name] = shape
-        await self._learn(session, shape)
-        rows = rows_of(shape, selection)
-        if rows is None or (rows.order.physical and connection.info.server_version < 140000):
-            raise no_primary_key(schema, table)
-        if rows.order.physical:
-            await connection.execute(_off(_BY_CTID))
-        if selection.where is not None:
-            await _check_condition(session, rows, selection.where)
-        return _View(connection, shape, rows, _snapshot(seen, replayed))
-
-    async def _learn(self, session: _Session, shape: Shape) -> None:
-        """A type of the user's may change while the table stays: it is looked at for every page."""
-        known = session.learned.get(shape.relation.oid)
-        if known is not None and known[0] == shape.relation and not shape.has_own_types:
-            return
-        info = await catalog.describe(session.connection, shape.relation)
-        if known != (shape.relation, info):
-            session.decoder.learn(shape.relation, info, _ALL_ACTIONS)
-            session.learned[shape.relation.oid] = (shape.relation, info)
-
-    async def _roll_back(self, connection: Connection) -> None:
-        status = connection.pgconn.transaction_status
-        if status == TransactionStatus.IDLE:
-            return
-        if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-            with contextlib.suppress(psycopg.Error):  # the connection is lost: what came before says why
-                await connection.execute("ROLLBACK")
-                return
-        await self._drop()
-
-    # The connection.
-
-    @contextlib.asynccontextmanager
-    async def _using(self, seconds: float) -> AsyncIterator[_Session]:
-        async with self._turn:
-            if self._closed:
-                raise SourceUnavailable("closed", "the reader of pages was closed")
-            try:
-                async with asyncio.timeout(seconds + GRACE_SECONDS):
-                    if self._session is None or self._session.connection.closed:
-                        await self._connect()
-                    assert self._session is not None
-                    yield self._session
-            except TimeoutError as error:
-                await self._drop()
-                raise SourceUnavailable(
-                    "no_answer", f"no answer to a query in {seconds + GRACE_SECONDS:g} s"
-                ) from error
-            except SpillwayError:
-                raise
-            except BaseException:
-                # Cancelled, or a defect: nobody knows what the connection is in the middle of.
-                await self._drop()
-                raise
-
-    async def _connect(self) -> None:
-        await self._drop()
-        connection = await connect_query(self._conninfo, self._slot)
-        self._session = _Session(connection, self._new_decoder())
-        seen = await _one(connection, "reader")
-        self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
-
-    async def _drop(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.connection.close()
-
-
-def before_header(lsn: int) -> int:
-    """The same position before the page header of the WAL that it stands right behind: nobody passes that header until
-    there is a record behind it. Where a record goes on behind the header instead, no position is in between."""
-    offset = lsn % _WAL_BLOCK_BYTES
-    return lsn - offset if offset in _HEADERS_BYTES else lsn
-
-
-def _snapshot(seen: DictRow, replayed: str | None) -> Snapshot:
-    xmin, xmax, running = seen["snapshot"].split(":")
-    return Snapshot(
-        lsn=before_header(parse_lsn(seen["lsn"])),
-        xmin=int(xmin),
-        xmax=int(xmax),
-        running=frozenset(int(xid) for xid in running.split(",") if xid),
-        microseconds=seen["microseconds"],
-        replayed_lsn=None if replayed is None else parse_lsn(replayed),
-    )
-
-
-def _begin_sql(selection: Selection, timeout_seconds: float) -> sql.Composed:
-    return sql.SQL(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; "
-        "SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}; "
-        "SET LOCAL row_security = off; SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; {}; "
-        "LOCK TABLE {} IN ACCESS SHARE MODE"
-    ).format(
-        sql.Literal(int(LOCK_TIMEOUT_SECONDS * 1000)),
-        sql.Literal(max(1, int(timeout_seconds * 1000))),
-        _off(_BY_KEY),
-        sql.Identifier(selection.schema, selection.table),
-    )
-
-
-def _off(settings: Sequence[str]) -> sql.Composed:
-    return sql.SQL("; ").join(sql.SQL("SET LOCAL {} = off").format(sql.Identifier(name)) for name in settings)
-
-
-async def _check_condition(session: _Session, rows: Rows, where: str) -> None:
-    name = (rows.schema, rows.table, where)
-    if name not in session.conditions:
-        for test in keyspace.tests_of_condition(rows.source, where):
-            # Results in binary: that alone makes psycopg use the extended protocol, which takes one statement.
-            await session.connection.execute(test, binary=True)
-        session.conditions.add(name)
-
-
-async def _size(view: _View) -> tuple[int, float]:
+async def _size(view: View) -> tuple[int, float]:
     """Blocks, and rows to a block."""
-    row = await _one(view.connection, "size", oid=view.shape.relation.oid)
+    row = await one(view.connection, "size", oid=view.shape.relation.oid)
     return int(row["blocks"] or 0), float(row["rows_to_a_block"] or USUAL_ROWS_TO_A_BLOCK)
 
 
-async def _end_of_blocks(view: _View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
+async def _end_of_blocks(view: View, low: Cursor | None, high: Cursor | None, max_rows: int) -> Cursor | None:
     blocks, rows_to_a_block = await _size(view)
     first = 0
     if low is not None:
@@ -527,7 +331,7 @@ async def _end_of_blocks(view: _View, low: Cursor | None, high: Cursor | None, m
     return None if last >= limit else (view.rows.order.tag, _tid(last))
 
 
-def _in_order(view: _View, keys: Sequence[tuple[str, ...]]) -> list[list[str]]:
+def _in_order(view: View, keys: Sequence[tuple[str, ...]]) -> list[list[str]]:
     """Primary keys, whose values are in column order, in the order of its index."""
     name = f"{view.rows.schema}.{view.rows.table}"
     places = view.shape.key_places(view.rows.order)
@@ -550,12 +354,6 @@ def _last_key(chunk: Chunk) -> tuple[str, ...]:
     return key_values(schema, table, chunk.key_texts(chunk.count - 1)[0].decode())
 
 
-async def _one(connection: Connection, name: str, **parameters: object) -> DictRow:
-    row = await fetch_one(connection, name, **parameters)
-    assert row is not None, f"{name} always gives a row"
-    return row
-
-
 async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str, ...]]:
     """The rows of a query as the server writes them; none of the values is null."""
     result = (await connection.execute(query)).pgresult
@@ -563,56 +361,3 @@ async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str,
     return [
         tuple((result.get_value(i, j) or b"").decode() for j in range(result.nfields)) for i in range(result.ntuples)
     ]
-
-
-def no_primary_key(schema: str, table: str) -> SpillwayError:
-    return SpillwayError(
-        "no_primary_key",
-        f"table {schema}.{table} has no primary key to read it by (PostgreSQL 14 and later read one that is not "
-        "partitioned by its blocks)",
-        f"ALTER TABLE {quoted(schema, table)} ADD PRIMARY KEY (...);",
-    )
-
-
-def _not_published(publication: str, schema: str, table: str) -> SpillwayError:
-    return SpillwayError(
-        "not_published",
-        f"table {schema}.{table} is not in publication {publication}",
-        f"ALTER PUBLICATION {quoted(publication)} ADD TABLE {quoted(schema, table)};",
-    )
-
-
-def _no_table(schema: str, table: str) -> SpillwayError:
-    return SpillwayError("no_table", f"table {schema}.{table} does not exist", "create it, or cancel the backfill")
-
-
-def _page_refusal(error: psycopg.Error, selection: Selection) -> SpillwayError:
-    state = error.sqlstate or ""
-    name = f"{selection.schema}.{selection.table}"
-    if state == "55P03":
-        return LockTimeout(
-            "lock_timeout",
-            f"table {name} is locked, or somebody waits to lock it, in ACCESS EXCLUSIVE mode",
-            "retried; see pg_locks for who it is",
-        )
-    if state in ("57014", "40001"):
-        return PageTimeout("page_timeout", f"a page of table {name}: {_text(error)}", "retried with fewer rows")
-    if state in ("42P01", "3F000"):
-        return _no_table(selection.schema, selection.table)
-    if state == "42501":
-        return query_refusal(error)
-    if state[:2] in _REFUSED_CLASSES or state == _NO_PARAMETERS:
-        if selection.where is not None or selection.start is not None:
-            return SpillwayError(
-                "bad_condition",
-                f"table {name}: PostgreSQL does not take where or start: {_text(error)}",
-                "one boolean expression over the table's columns; functions outside of pg_catalog with their schema",
-            )
-        return SpillwayError(
-            "page", f"table {name} cannot be read: {_text(error)}", "cancel this backfill and start it again"
-        )
-    return query_refusal(error)
-
-
-def _text(error: psycopg.Error) -> str:
-    return " ".join((error.diag.message_primary or str(error)).split())

@@ -19,6 +19,8 @@ from spillway.source.keyspace import CTID, Cursor, Order, Rows
 
 _FIRST_OWN_OID = 16384  # types below came with the server
 _GENERATED_PUBLISHED_SINCE = 180000
+# What an index on the sort column gives is sorted on by the key, group by group; before, the whole table would be.
+_SORTS_ON_SINCE = 130000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Shape:
         for index in answer["indexes"] or ():
             if index["primary"]:
                 key = index["key"]
-            else:
+            elif server_version >= _SORTS_ON_SINCE:
                 leading = leading or _ordered(columns, index["key"][0])
         numbers = tuple(column["number"] for column in key)
         streamed = _streamed(answer["columns"], listed, server_version)
