@@ -35,6 +35,7 @@ from spillway.change import ACTIONS, key_values
 from spillway.chunk import Chunk, Span
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
+from spillway.flow.attempt import UNCHANGED_TOAST
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture, Turn
 from spillway.flow.pagesize import PageSize
@@ -43,7 +44,7 @@ from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Subscription
 from spillway.position import version
 from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout, Selection
-from spillway.store.base import BackfillDocument
+from spillway.store.base import BackfillDocument, Select
 
 PAGE_CREDIT_BYTES = 16 << 20  # of one reader
 PLACE_SECONDS = 60.0  # a page that finds no place in that time is read again
@@ -51,10 +52,10 @@ LOOK_SECONDS = 0.05  # a page that waits for its place looks so often whether it
 ROOM_SECONDS = 0.25
 QUIET_SECONDS = 0.05  # running transactions are looked at so often
 AGAIN_KEYS = 500  # keys that are read anew in one page
-MOST_AGAIN = 5_000  # with so many of them no further page is read
 LEAST_AHEAD = 500  # messages that may always wait for the sink when a page is read
 RETRY_CAP_SECONDS = 30.0
 RATE_SECONDS = 10.0
+HELP_SECONDS = 2.0
 
 _log = structlog.get_logger()
 
@@ -97,6 +98,7 @@ class Backfill:
         self._woken = asyncio.Event()
         self._size = PageSize(max(1, state.request.parallel))
         self._not_before = 0.0
+        self._help_at = 0.0
         self._must_wait = True  # for whatever is running, before the next page
         self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
 
@@ -143,7 +145,7 @@ class Backfill:
                 before = self.state.pages
                 try:
                     await self._work()
-                except SourceUnavailable as error:
+                except (SourceUnavailable, LockTimeout, PageTimeout) as error:
                     failures = failures + 1 if self.state.pages == before else 1
                     self.waiting = f"source: {error}"
                     await self._sleep(backoff_seconds(failures - 1, 0.25, RETRY_CAP_SECONDS))
@@ -172,9 +174,13 @@ class Backfill:
                     tasks.create_task(self._read_parts(parts))
         except* SpillwayError as group:
             raise _first(group) from None
-        if self.state.state == "active" and self.state.request.sweep:
-            await self._sweep()
+        if not all(part.done and not part.again for part in self.state.parts or ()):
+            return  # it was paused for a moment
+        if self.state.state == "active" and self.state.request.sweep and not await self._sweep():
+            return
         if self.state.state == "active":
+            self._help_at = 0.0
+            await self._help_partial_updates()
             await self.change("completed")
 
     async def _lay_out(self, reader: PageReader) -> None:
@@ -247,15 +253,24 @@ class Backfill:
                     await self._settled(placing)
                     self._advance(part, page, by_key, placing, credit)
                     await self._save()
+                    await self._help_partial_updates()
             finally:
                 self._spare.give(used)
 
-    async def _sweep(self) -> None:
+    async def _help_partial_updates(self) -> None:
+        """Updates without their TOAST columns wait for rows that the sink has not yet: those of the page may be theirs.
+        They are not left to their back-off, for until then all that comes of their keys waits, too."""
+        now = self._clock.monotonic()
+        if self._delivery.is_state and self._delivery.counters.parked_keys and now >= self._help_at:
+            self._help_at = now + HELP_SECONDS
+            await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason))
+
+    async def _sweep(self) -> bool:
         """What the sink has and the source has not is deleted, by pages of the sink's keys. What the backfill has just
-        written is known to be there, where the sink knows versions."""
+        written is known to be there, where the sink knows versions. False: it is not active any more."""
         sink, state = self._delivery.readable, self.state
         if sink is None:
-            return
+            return True
         below = version(self._epoch(), state.started_lsn, 0)
         table = (state.request.schema, state.request.table)
         reader = await self._open_reader(state.id)
@@ -276,9 +291,10 @@ class Backfill:
                 state.sweep_after = after
                 await self._save()
                 if after is None:
-                    return
+                    return True
         finally:
             await reader.close()
+        return False
 
     async def _delete_absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> bool:
         """Deletes of those that the source has not, placed as a page is. False: to be done again."""
@@ -347,8 +363,9 @@ class Backfill:
         if sink.full is not None:
             return f"the backlog of the sink is full: {sink.full}"
         counters = sink.counters
-        if max(counters.messages, sink.memory_messages) >= self._manners.run_ahead:
-            return f"{counters.messages} messages wait for the sink, backfill.run_ahead is {self._manners.run_ahead}"
+        ahead = min(sink.reads_taken - sink.reads_resolved, max(counters.messages, sink.memory_messages))
+        if ahead >= self._manners.run_ahead:
+            return f"{ahead} rows wait for the sink, backfill.run_ahead is {self._manners.run_ahead}"
         waiting = max(counters.queued, sink.memory_messages)
         if waiting >= max(LEAST_AHEAD, 2 * self._size.rows * max(1, self.state.request.parallel)):
             return f"the sink is behind: {waiting} messages come first"
@@ -371,10 +388,10 @@ class Backfill:
                 await self._sleep(QUIET_SECONDS)
                 now = await reader.running()
                 running = {xid: who for xid, who in running.items() if xid in now}
-            while reader.standby and await reader.flushed_lsn() < behind_lsn:
+            while reader.standby and self.state.state == "active" and await reader.flushed_lsn() < behind_lsn:
                 self.waiting = "waits for the standby"
                 await self._sleep(QUIET_SECONDS)
-            if not running and carried.began == began and carried.remembers:
+            if self.state.state == "active" and not running and carried.began == began and carried.remembers:
                 self._must_wait = False
                 carried.quiet = began
         return 0
@@ -401,7 +418,7 @@ class Backfill:
                 if waits.done():
                     break
                 if self._spare.wanted or seconds > PLACE_SECONDS or not self._carried.remembers:
-                    return None
+                    break
                 if seconds > 3 * reader.wal_writer_delay_seconds + LOOK_SECONDS:
                     # Whatever the snapshot saw of asynchronous commits is on disk by now, or it would not be at all;
                     # what is above was never a commit, and on an idle server nobody may write it out for long.
@@ -473,8 +490,9 @@ class _Placing:
         self.take_seconds = 0.0
 
     def _void(self) -> bool:
-        """Nobody wants it any more, or what it is judged by was forgotten."""
-        return self.abandoned or self._carried.began != self._began or not self._carried.remembers
+        """Nobody wants it any more, the sink takes no part, or what it is judged by was forgotten."""
+        taken = self._subscription.delivery.participates
+        return self.abandoned or not taken or self._carried.began != self._began or not self._carried.remembers
 
     async def __call__(self, received_lsn: int) -> bool:
         delivery = self._subscription.delivery
@@ -486,13 +504,8 @@ class _Placing:
         if self._void():
             return True
         actions = self._subscription.actions
-        stale = self._carried.stale(
-            chunk,
-            self._page.snapshot.sees,
-            lambda action: ACTIONS[action] in actions,
-            splits_key_change=self._subscription.splits_key_change,
-        )
-        if stale is None or not delivery.participates:
+        stale = self._carried.stale(chunk, self._page.snapshot.sees, lambda action: ACTIONS[action] in actions)
+        if stale is None:
             return True
         left = None
         if stale.dropped or stale.again:
@@ -507,6 +520,7 @@ class _Placing:
             if self._void():  # nothing is awaited from here on
                 return True
             delivery.intake(span, parked)
+            delivery.reads_taken += len(span)
         self.span = span
         self.dropped = len(stale.dropped)
         self.again = [_cursor(chunk, place) for place in sorted(stale.again)]

@@ -119,7 +119,7 @@ class Carried:
         self._parts = []
         self._newest = None
 
-    def stale(self, page: Chunk, sees: Sees, takes: Callable[[int], bool], *, splits_key_change: bool) -> Stale | None:
+    def stale(self, page: Chunk, sees: Sees, takes: Callable[[int], bool]) -> Stale | None:
         """Judge a page by what has been carried up to now; None: a TRUNCATE has made it void. ``takes``: whether the
         sink gets changes of this action."""
         newer: dict[bytes, bool] = {}  # by key: whether what the sink got last is whole
@@ -128,10 +128,8 @@ class Carried:
             action, flags = part.byte(index, ACTION), part.byte(index, FLAGS)
             if action == _TRUNCATE:
                 return None
-            if part.table(index) not in page.tables or not takes(action):
-                continue
-            if flags & OLD and not splits_key_change:
-                continue  # told by the update itself
+            if part.table(index) not in page.tables or not takes(action) or flags & OLD:
+                continue  # a delete of an old key goes to whoever takes the update, which tells of both
             key, was = part.key_texts(index)[:2]
             if key:
                 newer[key] = action == _DELETE or bool(flags & (WHOLE | TOO_LARGE))

@@ -99,6 +99,8 @@ class Inflow:
         self.busy_since = process.clock.monotonic()
         self.last_intake_at = float("-inf")
         self.truncates_ignored = 0
+        self.reads_taken = 0  # rows of backfills, in this run
+        self.reads_resolved = 0
         self.memory_bytes = 0
         self.memory_messages = 0
         self._read_back = 0  # spans in memory that the delivery pool covers

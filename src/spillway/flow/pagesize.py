@@ -34,7 +34,7 @@ class PageSize:
         self._row_bytes = max(found, 0.8 * self._row_bytes + 0.2 * found)
         worst = max(read_seconds / READ_SECONDS, take_seconds / self._take_seconds)
         if worst > 1:
-            self.rows = max(LEAST_ROWS, min(self.rows, int(rows / min(worst, 2.0))))
+            self.rows = min(self.rows, max(LEAST_ROWS, int(rows / min(worst, 2.0))))
         elif worst < 0.5 and rows >= 0.9 * self.rows:
             self.rows = min(MOST_ROWS, 2 * self.rows)
 

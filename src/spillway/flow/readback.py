@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from spillway.chunk import Batch, Message, Span
 from spillway.errors import SpillwayError
+from spillway.flow.attempt import UNCHANGED_TOAST
 from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Inflow, Process, SinkSpec, stored_cost
 from spillway.flow.retry import BatchSize
 from spillway.sinks.base import Sink
@@ -218,24 +219,24 @@ class Readback(Inflow):
         return self._cursor if self.stored else NOTHING_UNREAD
 
     def _heads(self, most: int, max_bytes: int, read_up_to: int, credit: int) -> list[Message]:
-        """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest of a lane goes in place
-        of its head, if the credit covers both."""
+        """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest whole image of a lane
+        goes in place of its head, if the credit covers both; and always where the head lacks what that has."""
         heads: list[Message] = []
+        lacking: list[bool] = []
         for head in self._store.due(self.name, most, max_bytes, read_up_to, self._lane_mended):
             message = head.message
             message.attempts = head.attempts
             credit -= stored_cost(message.span)
             heads.append(message)
-        if self.spec.on_reject != "latest_wins":
-            return heads
+            lacking.append(self.is_state and head.reason == UNCHANGED_TOAST.reason)
         for index, message in enumerate(heads):
+            if not lacking[index] and self.spec.on_reject != "latest_wins":
+                continue
             room = (credit - STORED_OVERHEAD_BYTES) // 2
             newest = None
             if len(message.keys) == 1 and room > 0:
                 newest = self._store.latest(self.name, message.keys[0], room)
-            if newest is None or newest.row == message.row:
-                continue
-            if newest.whole or newest.action == "delete":
+            if newest is not None and newest.row != message.row:
                 newest.attempts, newest.superseded = message.attempts, [message]
                 credit -= stored_cost(newest.span)
                 heads[index] = newest

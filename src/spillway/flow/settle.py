@@ -27,7 +27,7 @@ from spillway.store.base import Park, SinkState, Write
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
 
-_TRUNCATE = ACTIONS.index("truncate")
+_READ, _TRUNCATE = ACTIONS.index("read"), ACTIONS.index("truncate")
 
 
 class Settling(Readback):
@@ -180,6 +180,7 @@ class Settling(Readback):
                 self.spec.on_reject == "dead_letter" and result.outcome == "reject"
             ):
                 bury.append(Park(message, result.reason, result.detail, 0.0))
+                self.reads_resolved += message.action == "read"
             else:
                 park.append(Park(message, result.reason, result.detail, backoff_seconds(attempts - 1)))
         stuck = [p.message for p in park]
@@ -216,6 +217,7 @@ class Settling(Readback):
         resolved = len(ok) + len(ok.superseded)
         self.delivered += resolved
         self._metrics.delivered(self.name, resolved)
+        self.reads_resolved += _reads(ok) + sum(m.action == "read" for m in ok.superseded)
         times: list[int] = []
         for span, start, stop in ok.pieces:
             times += span.column(TIME, start, stop)
@@ -224,6 +226,10 @@ class Settling(Readback):
     def _note(self, reason: str, detail: str, now: float) -> None:
         self.last_error = f"{reason}: {detail}" if detail else reason
         self.last_failure_at = now
+
+
+def _reads(batch: Batch) -> int:
+    return sum([span.byte_column(ACTION, start, stop).count(_READ) for span, start, stop in batch.pieces])
 
 
 def _is_covered(blocked: Batch, truncates: Sequence[Batch]) -> bool:

@@ -259,7 +259,8 @@ class Store(Protocol):
         """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
 
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
-        """The newest in a key's lane, if it fits and no message with two keys is there; None otherwise."""
+        """The newest whole image or delete in a key's lane, if it fits and no message with two keys is there; None
+        otherwise."""
 
     def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent, unless

@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, cast
 
-from spillway.chunk import MOST_PLACES, PLACE_BITS, Message, Span
+from spillway.chunk import FLAGS, MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
 from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
@@ -99,9 +99,14 @@ SELECT_DUE = _heads(
 SELECT_REGARDLESS = _heads(("parked_due", "p.waits_for = 0", "p.run, p.due"), _WAITED)
 SELECT_MESSAGES = f"SELECT {COLUMNS} FROM json_each(?2) j CROSS JOIN message m ON m.id = j.value AND m.sink = ?1"
 SELECT_RUN = "SELECT run FROM sink WHERE id = ?"
+# Of the only record of ``w``, whether the flag WHOLE, the lowest bit of its byte, is set.
+_WHOLE = f"instr('13579BDF', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"
 SELECT_LATEST = f"""
     SELECT {COLUMNS} FROM message m
-    WHERE m.id = (SELECT id FROM lane WHERE sink = ?1 AND key = ?2 ORDER BY id DESC LIMIT 1) AND length(m.data) <= ?3
+    WHERE m.id = (
+        SELECT l.id FROM lane l CROSS JOIN message w ON w.id = l.id
+        WHERE l.sink = ?1 AND l.key = ?2 AND {_WHOLE} ORDER BY l.id DESC LIMIT 1)
+    AND length(m.data) <= ?3
     AND NOT EXISTS (SELECT 1 FROM lane WHERE sink = ?1 AND key = ?2 AND other IS NOT NULL)"""
 SELECT_OLDEST = """
     SELECT (SELECT commit_time FROM span WHERE sink = ?1 ORDER BY id LIMIT 1),
