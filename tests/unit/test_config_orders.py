@@ -50,7 +50,7 @@ def test_conditions() -> None:
     )
     since = read_order(BackfillOrder, {"since": "2026-01-02T03:04:05Z", "sort_column": "updated_at", "replay": True})
     assert since.since == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    assert read_order(BackfillOrder, {"gap": True, "tables": ["a", "b"]}).gap
+    assert read_order(BackfillOrder, {"gap": True, "tables": []}).gap
 
 
 @pytest.mark.parametrize("values", [("1",), ("a", "b"), ("a:b", "c\\d", "e.f"), ("", "x"), ("public.jobs", "1")])
@@ -99,6 +99,7 @@ ONE_ROW = {"keys": ["1"]}
             {"since": "2026-01-02T03:04:05Z", "sort_column": "a", "start_position": "b"},
             "since: and start_position both bound sort_column; give one of the two",
         ),
+        ({"gap": True, "table": "a"}, "gap: reads all tables that missed changes; name none, or leave gap out"),
         ({"gap": True, "where": "x"}, "gap: reads whole tables, and goes with no condition on rows"),
         ({"gap": True, **ONE_ROW}, "gap: reads whole tables, and goes with no condition on rows"),
         (

@@ -42,7 +42,9 @@ def start(
     where: Where = None,
     sort_column: Annotated[
         str | None,
-        typer.Option("--sort-column", metavar="COLUMN", help="Read by this column, which an index begins with."),
+        typer.Option(
+            "--sort-column", metavar="COLUMN", help="Read in the order of this column, where an index begins with it."
+        ),
     ] = None,
     start_position: Annotated[
         str | None, typer.Option("--start", metavar="VALUE", help="Only rows from this value of --sort-column on.")

@@ -8,8 +8,9 @@ with or without its table in front; or as a list of its parts. An order holds th
 ``sort_column`` if that is given, else by ``pg_xact_commit_timestamp(xmin)``. All that are given must hold; if none is
 given, every row is meant.
 
-``gap`` means whole tables, those that missed changes: what the sink has and the source has not is deleted afterwards,
-so it goes with no condition. ``replay`` sends again what was sent before, and must say which rows.
+``gap`` means whole tables, which the engine finds: those that missed changes. What the sink has and the source has not
+is deleted afterwards, so it goes with no condition. ``replay`` sends again what was sent before, and must say which
+rows.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class BackfillOrder(Section):
             raise Wrong("tables", "names a table twice")
         if self.gap and (said or self.keys is not None or self.replay):
             raise Wrong("gap", "reads whole tables, and goes with no condition on rows")
+        if self.gap and self.tables:
+            raise Wrong("gap", "reads all tables that missed changes; name none, or leave gap out")
         if self.keys is not None and said:
             raise Wrong(said[0], "has no meaning beside keys, which say which rows")
         if self.start_position is not None and self.sort_column is None:
