@@ -125,6 +125,29 @@ async def test_a_large_page_is_cancelled(source: SourceDatabase) -> None:
         assert (page.chunk.count, page.cursor) == (10, None)
 
 
+async def test_a_connection_that_carried_a_huge_row_is_not_kept(source18: SourceDatabase) -> None:
+    await source18.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY, body text)",
+        f"INSERT INTO public.t VALUES (1, 'x'), (2, repeat('x', {9 << 20})), (3, 'x')",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    ours = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'spillway:s' AND datname = current_database()"
+    )
+
+    async def gone() -> bool:
+        return await source18.value(ours) == 0
+
+    async with reading(source18) as reader:
+        first = await reader.read(T, ALL, None, 1, MANY, SECONDS)
+        assert await source18.value(ours) == 1
+        second = await reader.read(T, ALL, first.cursor, 1, MANY, SECONDS)
+        assert [(c.pks, c.too_large_bytes > 0) for c in changes(second)] == [(("2",), True)]
+        await source18.until(gone)
+        third = await reader.read(T, ALL, second.cursor, 1, MANY, SECONDS)
+        assert [c.pks for c in changes(third)] == [("3",)]
+
+
 async def test_many_keys_at_once(source: SourceDatabase) -> None:
     await source.execute(
         "CREATE TABLE public.t (id int PRIMARY KEY, body text)",

@@ -88,7 +88,8 @@ class NeedsCredit(SpillwayError):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Rows above ``low`` up to and including ``high``; None: no bound."""
+    """Rows above ``low`` up to and including ``high``; None: no bound. Cursors (`spillway.source.keyspace`) are made
+    here, kept by others and looked into by nobody else."""
 
     low: Cursor | None = None
     high: Cursor | None = None
@@ -271,6 +272,12 @@ class PageReader:
         async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
             return {row["xid"]: row["who"] for row in await fetch(session.connection, "running")}
 
+    async def horizon(self) -> tuple[int, int]:
+        """Of a snapshot: below the first number every transaction has ended; from the second on none had."""
+        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
+            xmin, xmax, _ = str((await _one(session.connection, "horizon"))["snapshot"]).split(":")
+            return int(xmin), int(xmax)
+
     async def flushed_lsn(self) -> int:
         """What the server has on disk; of a standby what it has replayed."""
         async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
@@ -287,7 +294,7 @@ class PageReader:
         decoder.take()  # of a page that failed
         page_id = self._page_id
         if not view.shape.keyed:  # rows are told apart by the page's id and their number in it
-            page_id += b":" + ":".join(low or ()).encode()
+            page_id += b":" + ":".join((str(view.shape.relation.oid), *(low or ()))).encode()
         decoder.begin_page(page_id, view.snapshot.lsn, view.snapshot.microseconds)
         return decoder
 
