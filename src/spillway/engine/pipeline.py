@@ -92,10 +92,10 @@ class Pipeline:
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
             self.backfills.add_sink(sink, subscription)
 
-    async def _open_reader(self, backfill_id: str) -> PageReader:
+    async def _open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
         return await PageReader.open(
-            self.database.page_conninfo(),
+            self.database.conninfo() if primary else self.database.page_conninfo(),
             self._slot,
             self.database.publication.name,
             lambda: self._new_decoder(overhead_bytes, 1 << 62),

@@ -26,8 +26,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import structlog
 
@@ -59,7 +60,11 @@ HELP_SECONDS = 2.0
 
 _log = structlog.get_logger()
 
-OpenReader = Callable[[str], Awaitable[PageReader]]
+
+class OpenReader(Protocol):
+    """Makes a reader for the backfill with this id: where pages are to be read, or on the ``primary``."""
+
+    async def __call__(self, backfill_id: str, *, primary: bool = False) -> PageReader: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,20 +386,50 @@ class Backfill:
             if carried.quiet == began and not self._must_wait:
                 return began
             behind_lsn = self._capture.received_lsn
-            running = await reader.running()
-            while running and carried.began == began and self.state.state == "active":
-                who = next(iter(running.values()))
-                self.waiting = f"waits for a transaction that was running when it began: {who}"
-                await self._sleep(QUIET_SECONDS)
-                now = await reader.running()
-                running = {xid: who for xid, who in running.items() if xid in now}
-            while reader.standby and self.state.state == "active" and await reader.flushed_lsn() < behind_lsn:
-                self.waiting = "waits for the standby"
-                await self._sleep(QUIET_SECONDS)
-            if self.state.state == "active" and not running and carried.began == began and carried.remembers:
+            primary = await self._open_reader(self.state.id, primary=True) if reader.standby else reader
+            try:
+                done = await self._all_ended(primary, began)
+                if done and reader.standby:
+                    done = await self._replayed(reader, max(behind_lsn, await primary.flushed_lsn()), began)
+            finally:
+                if primary is not reader:
+                    await primary.close()
+            if done:
                 self._must_wait = False
                 carried.quiet = began
         return 0
+
+    async def _all_ended(self, primary: PageReader, began: int) -> bool:
+        """Wait until every transaction has ended that is running now. False: that is of no use any more."""
+        if primary.standby:  # the source itself is one: what runs is not told there, but what has ended
+            _, first_after = await primary.horizon()
+            while (await primary.horizon())[0] < first_after:
+                self.waiting = "waits for transactions that were running when it began"
+                if not await self._waited(began):
+                    return False
+            return self._remembered(began)
+        running = await primary.running()
+        while running:
+            self.waiting = f"waits for a transaction that was running when it began: {next(iter(running.values()))}"
+            if not await self._waited(began):
+                return False
+            now = await primary.running()
+            running = {xid: who for xid, who in running.items() if xid in now}
+        return self._remembered(began)
+
+    async def _replayed(self, standby: PageReader, lsn: int, began: int) -> bool:
+        while await standby.flushed_lsn() < lsn:
+            self.waiting = "waits for the standby"
+            if not await self._waited(began):
+                return False
+        return self._remembered(began)
+
+    async def _waited(self, began: int) -> bool:
+        await self._sleep(QUIET_SECONDS)
+        return self._remembered(began) and self.state.state == "active"
+
+    def _remembered(self, began: int) -> bool:
+        return self._carried.began == began and self._carried.remembers
 
     async def _credit(self, needed_bytes: int) -> int:
         readers = max(1, self.state.request.parallel)
@@ -417,7 +452,9 @@ class Backfill:
                 seconds = self._clock.monotonic() - started
                 if waits.done():
                     break
-                if self._spare.wanted or seconds > PLACE_SECONDS or not self._carried.remembers:
+                if self._spare.wanted or seconds > PLACE_SECONDS or not self._remembered(began):
+                    break
+                if self.state.state != "active":
                     break
                 if seconds > 3 * reader.wal_writer_delay_seconds + LOOK_SECONDS:
                     # Whatever the snapshot saw of asynchronous commits is on disk by now, or it would not be at all;

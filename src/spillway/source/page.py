@@ -274,8 +274,8 @@ class PageReader:
 
     async def horizon(self) -> tuple[int, int]:
         """Of a snapshot: below the first number every transaction has ended; from the second on none had."""
-        async with self._using(QUESTION_TIMEOUT_SECONDS) as session:
-            xmin, xmax, _ = str((await _one(session.connection, "horizon"))["snapshot"]).split(":")
+        async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
+            xmin, xmax, _ = str((await one(session.connection, "horizon"))["snapshot"]).split(":")
             return int(xmin), int(xmax)
 
     async def flushed_lsn(self) -> int:

@@ -286,3 +286,6 @@ SELECT sum(pg_relation_size(l.oid)) / current_setting('block_size')::int AS bloc
 
 -- name: commit_timestamps
 SELECT current_setting('track_commit_timestamp')::boolean AS kept;
+
+-- name: horizon
+SELECT txid_current_snapshot()::text AS snapshot;
