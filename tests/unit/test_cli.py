@@ -303,7 +303,7 @@ def test_waiting_for_one_that_fails(fresh: FakeEngine, shell: Shell, state: str,
     fresh.progress = [{"state": state, "error": error, "waiting": "", "seconds_left": None}]
     status, out, err = shell("backfill", "start", SINK, "--wait")
     assert status == 1
-    assert err == f"error: public.jobs: {error or state}; mend the cause and start it again [backfill_failed]\n"
+    assert err == f"error: public.jobs: {error or state} [backfill_failed]\n"
     assert out.splitlines()[-1].startswith(f"public.jobs: {state}, 2500 rows")
 
 

@@ -255,7 +255,6 @@ def _change(client: Client, sink: str, id_or_table: str, verb: str, json: bool) 
 
 
 def _cells(item: output.Row) -> list[str]:
-    rate = item.get("rows_per_second")
     return [
         output.text(item.get("sink")),
         output.text(item.get("table")),
@@ -265,7 +264,7 @@ def _cells(item: output.Row) -> list[str]:
         output.text(item.get("rows_processed_count")),
         output.text(item.get("rows_initial_count")),
         progress.percent(item),
-        f"{rate:.0f}" if isinstance(rate, int | float) else "-",
+        output.text(progress.rate(item)),
         output.seconds(item.get("seconds_left")),
         output.text(progress.why(item)),
     ]

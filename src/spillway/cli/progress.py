@@ -47,9 +47,10 @@ def follow(look: Look, *, quiet: bool = False) -> list[output.Row]:
                 break
             time.sleep(LOOK_SECONDS)
     bad = [row for row in rows if row.get("state") not in WELL]
-    if bad:
-        what = "; ".join(f"{row.get('table')}: {row.get('error') or row.get('state')}" for row in bad)
-        raise SpillwayError("backfill_failed", what, "mend the cause and start it again")
+    if bad:  # an error says itself what to do
+        raise SpillwayError(
+            "backfill_failed", "; ".join(f"{row.get('table')}: {why(row) or row['state']}" for row in bad)
+        )
     return rows
 
 
@@ -95,13 +96,19 @@ def _said(row: output.Row) -> str:
     estimate, rows = row.get("rows_initial_count"), f"{row.get('rows_processed_count') or 0} rows"
     if isinstance(estimate, int) and row.get("state") not in ENDED:
         rows += f" of about {estimate} ({percent(row)})"
-    parts = (str(row.get("state")), rows, _rate(row), f"{_left(row)} left" if _left(row) else "")
+    parts = (
+        str(row.get("state")),
+        rows,
+        f"{rate(row)} rows/s" if rate(row) else "",
+        f"{_left(row)} left" if _left(row) else "",
+    )
     return ", ".join(filter(None, parts)) + (f"; {why(row)}" if why(row) else "")
 
 
-def _rate(row: output.Row) -> str:
-    rate = row.get("rows_per_second")
-    return f"{rate:,.0f} rows/s" if isinstance(rate, int | float) and row.get("state") == "active" else ""
+def rate(row: output.Row) -> str:
+    per_second = row.get("rows_per_second")
+    known = isinstance(per_second, int | float) and per_second > 0 and row.get("state") == "active"
+    return f"{per_second:,.0f}" if known else ""
 
 
 def _left(row: output.Row) -> str:
