@@ -239,14 +239,15 @@ async def test_gap_while_it_grows_and_until_it_is_acknowledged(world: World) -> 
         assert watch.look() == "gap"
         assert "takes no part since" in watch.health.reason
         assert "max_messages is 2" in watch.health.reason
-        assert "resume s" in watch.health.remedy
+        assert "spillway sinks resume s" in watch.health.remedy
+        assert "spillway backfill start s --gap" in watch.health.remedy
         assert not unready(engine)
         sink.answer = lambda _: OK
         await delivery.resume(engine.capture.received_lsn)
         await engine.settled()
         assert watch.look() == "gap", "delivering is not repairing"
         assert "missed changes from" in watch.health.reason
-        assert "reload" in watch.health.remedy
+        assert "acknowledge: spillway sinks resume s" in watch.health.remedy
         await delivery.resume(engine.capture.received_lsn)
         await delivery.check_limits()
         assert watch.look() == "caught_up"

@@ -4,12 +4,15 @@
 cursors. There is at most one active or paused backfill per sink and table.
 
 **Initial backfills.** A sink with ``initial_backfill`` gets the existing rows of its tables once: which tables have had
-theirs is a document of its own in the store, written together with the beginning. Tables that enter the publication
-later get theirs when they are noticed (`LOOK_SECONDS`).
+theirs is a document of its own in the store, written right behind the beginning; a crash in between finds the backfill
+and takes it for what it is. Tables that enter the publication later get theirs when they are noticed
+(`LOOK_SECONDS`). One that the sink cannot take is looked at again, until it can.
 
 **Gaps.** A refill reads the tables that missed changes, and sweeps: what the sink has and the source has not is
-deleted, where the sink can be read. When the last of them is complete the gap is cleared; where deletes could not be
-repaired it stays, and says so.
+deleted, where the sink can be read and takes deletes. The gap holds the tables that are still to be repaired
+(`spillway.flow.delivery.Delivery.refilled`): each that is complete leaves it, and with the last one the gap is cleared;
+where deletes could not be repaired it stays, and says so. A refill belongs to the gap as it was when it began
+(``Request.gap``): one that has grown since is not repaired by it.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ from spillway.flow.capture import Capture
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import Router, Subscription
 from spillway.source import catalog
+from spillway.source.catalog import PublishedTable
 from spillway.source.connect import querying
-from spillway.store.base import BackfillDocument, Store
+from spillway.source.tables import refusal
+from spillway.store.base import BackfillDocument, Gap, Store
 
-LOOK_SECONDS = 10.0  # tables that have entered the publication are looked for so often
+LOOK_SECONDS = 5.0  # tables that have entered the publication are looked for so often
+FIRST_LOOK_SECONDS = 0.5  # as long as there is no publication, or no source
 INITIAL = "initial"  # the id of the document that says which tables have had their initial backfill
 
 Table = tuple[str, str]
@@ -67,6 +73,8 @@ class Backfills:
         self._sinks: dict[str, tuple[Sink, Subscription]] = {}
         self._initial: dict[str, set[str]] = {}  # by sink: tables that have had theirs
         self._backfills: dict[str, Backfill] = {}  # by id: those that have not ended
+        self._starting: set[tuple[str, Table]] = set()  # sink and table, while the beginning is being written
+        self._told: set[tuple[str, Table, str]] = set()  # what initial backfills were refused for
         self._tasks: asyncio.TaskGroup | None = None
         self._look = asyncio.Event()
 
@@ -90,11 +98,13 @@ class Backfills:
             self._tasks = tasks
             for backfill in list(self._backfills.values()):
                 tasks.create_task(self._run(backfill))
+            for sink in list(self._sinks):
+                await self._note_refilled(sink)
             while True:
                 self._look.clear()
-                await self._start_initial()
+                known = await self._start_initial()
                 with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(LOOK_SECONDS):
+                    async with self._clock.timeout(LOOK_SECONDS if known else FIRST_LOOK_SECONDS):
                         await self._look.wait()
 
     def wake(self) -> None:
@@ -108,7 +118,7 @@ class Backfills:
         self._backfills.pop(state.id, None)
         _log.info("backfill ended", sink=state.sink, table=_name(state), state=state.state, rows=state.rows)
         if state.request.origin == "gap" and state.state == "completed":
-            await self._gap_filled(state.sink)
+            await self._refilled([state])
 
     def _own(self, state: BackfillState) -> Backfill:
         sink, subscription = self._sinks[state.sink]
@@ -129,92 +139,163 @@ class Backfills:
         return backfill
 
     # -- what begins by itself --------------------------------------------------------------------------------------
-    async def _start_initial(self) -> None:
+    async def _start_initial(self) -> bool:
+        """False: what is published is not known yet."""
         waiting = [name for name, (sink, _) in self._sinks.items() if sink.initial_backfill]
         if not waiting:
-            return
+            return True
         try:
-            tables = await self._published()
+            published = await self._published()
         except SpillwayError as error:
             _log.info("tables of the publication are not known", database=self._database.name, error=str(error))
-            return
+            return False
+        tables = _names(published)
         for name in waiting:
-            sink, _ = self._sinks[name]
-            for table, request in _initial_requests(sink, tables).items():
+            if name not in self._sinks:  # it has left meanwhile
+                continue
+            for table, request in _initial_requests(self._sinks[name][0], tables).items():
                 if ".".join(table) not in self._initial[name]:
-                    await self._begin_initial(name, request)
+                    await self._begin_initial(name, request, published)
+        return bool(published)
 
-    async def _begin_initial(self, sink: str, request: Request) -> None:
-        name = f"{request.schema}.{request.table}"
-        try:
-            await self.start(sink, request)
-        except SpillwayError as error:
-            if error.code != "backfill_active":
-                _log.warning("no initial backfill", sink=sink, table=name, error=str(error), remedy=error.remedy)
+    async def _begin_initial(self, sink: str, request: Request, published: Sequence[PublishedTable]) -> None:
+        table = (request.schema, request.table)
+        active = self._active_of(sink, table)
+        if active is None:
+            try:
+                self._check(sink, table, published)
+                await self._begin(sink, request)
+            except SpillwayError as error:
+                if (sink, table, error.code) not in self._told:
+                    self._told.add((sink, table, error.code))
+                    _log.warning("no initial backfill", sink=sink, table=".".join(table), error=str(error))
                 return
-        self._initial[sink].add(name)
+        elif active.state.request.origin != "initial":
+            return  # it may read some rows only: after it
+        self._initial[sink].add(".".join(table))
         document = BackfillDocument(INITIAL, orjson.dumps(sorted(self._initial[sink])), ended=False)
         await self._sinks[sink][1].delivery.note(document)
 
-    async def _published(self) -> list[Table]:
+    async def _published(self) -> list[PublishedTable]:
         async with querying(self._database.conninfo(), self._database.slot.name) as query:
-            found = await catalog.tables(query, self._database.publication.name)
-        return sorted({table.name for table in found})
+            return await catalog.tables(query, self._database.publication.name)
 
     # -- what people ask for ----------------------------------------------------------------------------------------
     async def tables(self, sink: str) -> list[Table]:
         """The published tables that the sink takes."""
         selects = self._sinks[sink][0].source.selects
-        return [table for table in await self._published() if selects(*table)]
+        return [table for table in _names(await self._published()) if selects(*table)]
 
     async def start(self, sink: str, request: Request) -> BackfillState:
         """Durable when this returns. Raises SpillwayError: one is active, or the sink does not take the table."""
-        configured, subscription = self._sinks[sink]
-        name = f"{request.schema}.{request.table}"
-        if not configured.source.selects(request.schema, request.table):
+        table = (request.schema, request.table)
+        self._check(sink, table, ())
+        self._check(sink, table, await self._published())
+        return await self._begin(sink, request)
+
+    def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
+        """Whether a backfill may begin. Raises SpillwayError."""
+        configured, name = self._sinks[sink][0], ".".join(table)
+        if not configured.source.selects(*table):
             raise SpillwayError(
                 "table_not_taken", f"sink {sink} does not take {name}", "add it to the sink's source, or name another"
             )
-        refused = self._router().refused.get((sink, request.schema, request.table))
+        refused = self._router().refused.get((sink, *table))
+        if refused is None:
+            refused = refusal(configured, [relation for relation in published if relation.name == table])
         if refused is not None:
             raise SpillwayError.of(refused)
-        for other in self._backfills.values():
-            if other.state.sink == sink and _name(other.state) == name and not other.state.has_ended:
-                raise SpillwayError(
-                    "backfill_active",
-                    f"a backfill of {name} into {sink} is {other.state.state} already",
-                    f"wait for it, or: spillway backfill cancel {sink} {name}",
-                )
+        active = self._active_of(sink, table)
+        if active is not None or (sink, table) in self._starting:
+            raise SpillwayError(
+                "backfill_active",
+                f"a backfill of {name} into {sink} is {'active' if active is None else active.state.state} already",
+                f"wait for it, or: spillway backfill cancel {sink} {name}",
+            )
+
+    async def _begin(self, sink: str, request: Request) -> BackfillState:
+        """Nothing is awaited between `_check` and this."""
         now = self._clock.wall()
         state = BackfillState(str(uuid.uuid4()), sink, request, created=now, changed=now)
-        await subscription.delivery.note(BackfillDocument(state.id, state.as_json(), ended=False))
-        self._own(state)
+        if request.gap is not None:
+            state.started_lsn = request.gap[0]  # nothing that the sink has from before is above
+        starting = (sink, (request.schema, request.table))
+        self._starting.add(starting)
+        try:
+            delivery = self._sinks[sink][1].delivery
+            await delivery.note(BackfillDocument(state.id, state.as_json(), ended=False))
+            self._own(state)
+        finally:
+            self._starting.discard(starting)
         return state
 
+    def _active_of(self, sink: str, table: Table) -> Backfill | None:
+        """The one that has not ended."""
+        for backfill in self._backfills.values():
+            state = backfill.state
+            if state.sink == sink and (state.request.schema, state.request.table) == table and not state.has_ended:
+                return backfill
+        return None
+
     async def refill(self, sink: str) -> list[BackfillState]:
-        """After a gap: the tables that missed changes, swept. Raises SpillwayError without a gap that has ended."""
-        delivery = self._sinks[sink][1].delivery
-        gap = delivery.gap
-        if gap is None:
-            raise SpillwayError("no_gap", f"sink {sink} has no gap", "name the tables to backfill")
-        if gap.last_lsn is None:
-            raise SpillwayError(
-                "gap_open", f"sink {sink} takes no part yet: {gap.reason}", f"spillway sinks resume {sink}, then again"
+        """After a gap: the tables that missed changes, swept; those whose refill is under way go on. Raises
+        SpillwayError without a gap that has ended, or if one of the tables cannot be read into the sink."""
+        configured, subscription = self._sinks[sink]
+        delivery = subscription.delivery
+        _ended_gap(sink, delivery.gap)
+        published = await self._published()
+        gap = _ended_gap(sink, delivery.gap)
+        if gap.tables == () and delivery.readable is None:
+            raise SpillwayError("nothing_missed", f"sink {sink} has no rows to refill", _acknowledge(sink))
+        taken = [table for table in _names(published) if configured.source.selects(*table)]
+        missed = [table for table in taken if gap.tables is None or table in gap.tables]
+        token = _token(gap)
+        going_on: list[BackfillState] = []
+        for table in missed:
+            active = self._active_of(sink, table)
+            if active is None or active.state.request.origin != "gap":
+                self._check(sink, table, published)
+            elif active.state.request.gap == token:
+                going_on.append(active.state)
+        # Tables that are no longer there to be read cannot be repaired, and are not the sink's any more.
+        await delivery.refilled(missed)
+        started = list(going_on)
+        sweep = delivery.readable is not None and "delete" in configured.actions
+        for table in missed:
+            active = self._active_of(sink, table)
+            if active is not None and active.state in going_on:
+                continue
+            if active is not None and active.state.request.origin == "gap":
+                await active.change("cancelled")  # of a gap that has grown since
+            self._check(sink, table, published)
+            limits = configured.backfill
+            request = Request(
+                *table,
+                "gap",
+                parallel=limits.parallel,
+                max_rows_per_second=limits.max_rows_per_second,
+                sweep=sweep,
+                gap=token,
             )
-        missed = set(gap.tables) if gap.tables is not None else None
-        parallel = self._sinks[sink][0].backfill.parallel
-        started = []
-        for schema, table in await self.tables(sink):
-            if missed is None or (schema, table) in missed:
-                request = Request(schema, table, "gap", parallel=parallel, sweep=delivery.readable is not None)
-                started.append(await self.start(sink, request))
+            started.append(await self._begin(sink, request))
         return started
 
-    async def _gap_filled(self, sink: str) -> None:
-        """A refill is complete: when it was the last, the gap is repaired."""
-        if any(b.state.sink == sink and b.state.request.origin == "gap" for b in self._backfills.values()):
+    async def _note_refilled(self, sink: str) -> None:
+        """A crash may have come between the end of a refill and the gap's."""
+        if self._sinks[sink][1].delivery.gap is None:
             return
-        await self._sinks[sink][1].delivery.refilled()
+        states = [of_json(d) for number, d in self._store.backfills(sink, ended=True) if number != INITIAL]
+        await self._refilled([s for s in states if s.request.origin == "gap" and s.state == "completed"])
+
+    async def _refilled(self, states: Sequence[BackfillState]) -> None:
+        """These refills, all of one sink, are complete: their tables leave the gap, if it is still theirs."""
+        for state in states:
+            delivery = self._sinks[state.sink][1].delivery
+            gap = delivery.gap
+            table = (state.request.schema, state.request.table)
+            if gap is None or gap.tables is None or table not in gap.tables or state.request.gap != _token(gap):
+                continue
+            await delivery.refilled([other for other in gap.tables if other != table])
 
     async def change(
         self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
@@ -238,6 +319,29 @@ class Backfills:
         states = [of_json(d) for number, d in self._store.backfills(sink, ended=True) if number != INITIAL]
         known = [self._backfills.get(state.id) for state in states]
         return [item(b.state if b else s, b) for s, b in zip(states, known, strict=True)]
+
+
+def _names(published: Sequence[PublishedTable]) -> list[Table]:
+    return sorted({relation.name for relation in published})
+
+
+def _token(gap: Gap) -> tuple[int, float] | None:
+    """Which gap it is, and that it has not grown since; None: it is growing."""
+    return None if gap.last_lsn is None else (gap.last_lsn, gap.since)
+
+
+def _acknowledge(sink: str) -> str:
+    return f"acknowledge the gap: spillway sinks resume {sink}"
+
+
+def _ended_gap(sink: str, gap: Gap | None) -> Gap:
+    if gap is None:
+        raise SpillwayError("no_gap", f"sink {sink} has no gap", "name the tables to backfill")
+    if gap.last_lsn is None:
+        raise SpillwayError(
+            "gap_open", f"sink {sink} takes no part yet: {gap.reason}", f"spillway sinks resume {sink}, then again"
+        )
+    return gap
 
 
 def _initial_requests(sink: Sink, tables: Sequence[Table]) -> dict[Table, Request]:

@@ -190,17 +190,20 @@ class Delivery(Settling):
             self.gap = None
         self.try_now()
 
-    async def refilled(self) -> None:
-        """What the gap has missed was read anew, and what is too much was deleted as far as the sink can be read."""
+    async def refilled(self, left: Sequence[tuple[str, str]]) -> None:
+        """Of what the gap has missed these tables are still to be read anew (and swept, as far as the sink can be
+        read). None are left: the gap is repaired, but for the deletes in a sink that cannot be read."""
         if self.gap is None or self.gap.last_lsn is None:
             return
-        if self.readable is not None:
+        if left or self.readable is None:
+            reason = self.gap.reason
+            if not left:
+                reason = f"rows are refilled; deletes are not repaired, for this sink cannot be read ({reason})"
+            self.gap = replace(self.gap, tables=tuple(left), reason=reason)
+            await self._commit(Write(self.name, gap=self.gap))
+        else:
             self.gap = None
             await self._commit(Write(self.name, clear_gap=True))
-        else:
-            reason = f"rows are refilled; deletes are not repaired, for this sink cannot be read ({self.gap.reason})"
-            self.gap = replace(self.gap, reason=reason)
-            await self._commit(Write(self.name, gap=self.gap))
 
     def try_now(self) -> None:
         """Forget back-off: whatever waits is tried at once."""

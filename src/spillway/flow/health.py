@@ -5,7 +5,7 @@ that applies in this order:
 
 ========== ============================================================================================
 paused     somebody paused it; it takes in, and delivers nothing
-gap        it missed changes, knowingly and on record; nothing but a reload of its tables repairs that
+gap        it missed changes, knowingly and on record; nothing but a refill of its tables repairs that
 full       its backlog is at its cap
 down       the sink as a whole does not answer or refuses us; the breaker probes it
 retrying   all that is sent fails; the stream is narrowed to probes
@@ -19,6 +19,7 @@ idle       everything is delivered, and nothing has come for a minute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -30,6 +31,7 @@ from spillway.position import format_lsn
 STALLED_SECONDS = 60.0
 IDLE_SECONDS = 60.0
 BEHIND_SECONDS = 5.0
+NAMED_TABLES = 10  # so many of a gap are named
 
 _log = structlog.get_logger()
 
@@ -98,11 +100,21 @@ def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
 def _gap(delivery: Delivery) -> tuple[str, str, str]:
     gap, name = delivery.gap, delivery.name
     assert gap is not None
+    resume, refill = f"spillway sinks resume {name}", f"spillway backfill start {name} --gap"
     if gap.last_lsn is None:
         reason = f"takes no part since {format_lsn(gap.first_lsn)}: {gap.reason}; what it misses is not kept"
-        return "gap", reason, f"spillway sinks resume {name}, then reload its tables in the sink"
-    reason = f"missed changes from {format_lsn(gap.first_lsn)} to {format_lsn(gap.last_lsn)}: {gap.reason}"
-    return "gap", reason, f"reload its tables in the sink, then acknowledge: spillway sinks resume {name}"
+        return "gap", reason, f"mend what it says, then: {resume}; then, for what it missed: {refill}"
+    missed = "changes" if not gap.tables else f"changes of {_listed(gap.tables)}"
+    reason = f"missed {missed} from {format_lsn(gap.first_lsn)} to {format_lsn(gap.last_lsn)}: {gap.reason}"
+    if gap.tables == ():  # nothing is left to read
+        return "gap", reason, f"mend in the sink what is still wrong there, then acknowledge: {resume}"
+    return "gap", reason, f"{refill}; or mend it in the sink, then acknowledge: {resume}"
+
+
+def _listed(tables: Sequence[tuple[str, str]]) -> str:
+    names = [".".join(table) for table in tables[:NAMED_TABLES]]
+    more = len(tables) - len(names)
+    return ", ".join([*names, f"{more} more tables"] if more else names)
 
 
 def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:

@@ -35,6 +35,7 @@ class Request:
     parallel: int = 1
     max_rows_per_second: int | None = None
     sweep: bool = False  # afterwards, delete what the sink has and the source has not
+    gap: tuple[int, float] | None = None  # which gap is refilled: its last LSN, and since when it is there
 
 
 @dataclass(slots=True)

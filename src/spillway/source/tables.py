@@ -51,6 +51,12 @@ def named(sinks: Sequence[Sink]) -> list[TableName]:
     return sorted(names | {table.name for sink in sinks for table in sink.tables})
 
 
+def refusal(sink: Sink, relations: Sequence[PublishedTable]) -> Finding | None:
+    """Why the sink cannot take what is published under one table's name."""
+    found = (finding for relation in relations for finding in _keys(sink, relation))
+    return next((finding for finding in found if finding.severity == "error"), None)
+
+
 def _refused_updates(table: PublishedTable) -> Iterator[Finding]:
     """PostgreSQL refuses the application's own UPDATE and DELETE: wanted by a sink or not, this hurts."""
     for leaf in _rows_of(table):
