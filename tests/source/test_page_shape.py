@@ -157,6 +157,20 @@ async def test_a_child_by_inheritance_is_another_table(source18: SourceDatabase)
         assert await records(reader) == [b'{"id":1}']
 
 
+async def test_a_partition_that_is_attached_between_two_pages(source18: SourceDatabase) -> None:
+    await source18.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY)",
+        "CREATE TABLE public.root (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+        "INSERT INTO public.t VALUES (1), (2)",
+    )
+    async with reading(source18) as reader:
+        first = await reader.read(T, ALL, None, 1, MANY, SECONDS)
+        await source18.execute("ALTER TABLE public.root ATTACH PARTITION public.t FOR VALUES FROM (0) TO (9)")
+        second = await reader.read(T, ALL, first.cursor, 1, MANY, SECONDS)
+        assert [c.key for one in (first, second) for c in changes(one)] == ["public.t:1", "public.root:2"]
+
+
 async def test_an_alter_between_two_pages(source: SourceDatabase) -> None:
     await source.execute(
         "CREATE TYPE public.pair AS (n int)",

@@ -194,6 +194,9 @@ SELECT txid_current_snapshot()::text AS snapshot,
                'oid', c.oid::bigint,
                'kind', c.relkind,
                'file', pg_relation_filenode(c.oid)::bigint,
+               'root', (SELECT jsonb_build_array(n.nspname, r.relname)
+                          FROM pg_class r JOIN pg_namespace n ON n.oid = r.relnamespace
+                         WHERE c.relispartition AND r.oid = pg_partition_root(c.oid)),
                'columns', (
                    SELECT jsonb_agg(jsonb_build_object(
                               'number', a.attnum, 'name', a.attname, 'type_oid', a.atttypid::bigint,

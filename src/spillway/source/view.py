@@ -22,7 +22,7 @@ from psycopg.rows import DictRow
 from spillway.change import ACTIONS
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.pgoutput import Decoder
-from spillway.pgoutput.relation import Relation, TableInfo
+from spillway.pgoutput.relation import TableInfo
 from spillway.position import parse_lsn
 from spillway.source import catalog, keyspace
 from spillway.source.connect import Connection, connect_query
@@ -77,7 +77,7 @@ class _Session:
     connection: Connection
     decoder: Decoder
     shapes: dict[tuple[str, str, str | None], Shape] = field(default_factory=dict)
-    learned: dict[int, tuple[Relation, TableInfo]] = field(default_factory=dict)  # by OID
+    learned: dict[int, tuple[Shape, TableInfo]] = field(default_factory=dict)  # by OID
     conditions: set[tuple[str, str, str]] = field(default_factory=set)  # found to be in order
 
 
@@ -148,13 +148,14 @@ class Views:
 
     async def _learn(self, session: _Session, shape: Shape) -> None:
         """A type of the user's may change while the table stays: it is looked at for every page."""
-        known = session.learned.get(shape.relation.oid)
-        if known is not None and known[0] == shape.relation and not shape.has_own_types:
+        oid = shape.relation.oid
+        known = session.learned.get(oid)
+        if known is not None and known[0] is shape and not shape.has_own_types:
             return
         info = await catalog.describe(session.connection, shape.relation)
-        if known != (shape.relation, info):
+        if known is None or known[0] is not shape or known[1] != info:
             session.decoder.learn(shape.relation, info, _ALL_ACTIONS)
-            session.learned[shape.relation.oid] = (shape.relation, info)
+            session.learned[oid] = (shape, info)
 
     async def _roll_back(self, connection: Connection) -> None:
         status = connection.pgconn.transaction_status
