@@ -53,7 +53,8 @@ LOOK_SECONDS = 0.05  # a page that waits for its place looks so often whether it
 ROOM_SECONDS = 0.25
 QUIET_SECONDS = 0.05  # running transactions are looked at so often
 AGAIN_KEYS = 500  # keys that are read anew in one page
-LEAST_AHEAD = 500  # messages that may always wait for the sink when a page is read
+TAKEN_SECONDS = 2.0  # so long a page is waited for at most, when it is durable
+LEAST_AHEAD = 50  # messages that may always wait for the sink when a page is read
 RETRY_CAP_SECONDS = 30.0
 RATE_SECONDS = 10.0
 HELP_SECONDS = 2.0
@@ -204,7 +205,7 @@ class Backfill:
             ranges = await reader.split(selection, request.parallel)
             parts += [Part(schema, table, one.low, one.high) for one in ranges]
         self.state.parts = parts
-        self.state.started_lsn = self._capture.received_lsn
+        self.state.started_lsn = max(self.state.started_lsn, self._capture.received_lsn)
         self.state.estimate_rows = estimate
         await self._save()
 
@@ -220,11 +221,12 @@ class Backfill:
     async def _read_part(self, reader: PageReader, part: Part) -> None:
         needed_bytes = 0  # more than usual, for a large row
         failures = 0
+        most_keys = AGAIN_KEYS
         while (not part.done or part.again) and await self._room():
             began = await self._quiet(reader)
             if not began:
                 return
-            by_key = part.again[:AGAIN_KEYS] if part.done or len(part.again) >= AGAIN_KEYS else []
+            by_key = part.again[:most_keys] if part.done or len(part.again) >= AGAIN_KEYS else []
             credit = await self._credit(needed_bytes)
             used = 0
             view = self._carried.open()
@@ -240,6 +242,9 @@ class Backfill:
                 await self._sleep(backoff_seconds(failures, 0.05, RETRY_CAP_SECONDS))
                 continue
             except NeedsCredit as error:
+                if len(by_key) > 1:
+                    most_keys = len(by_key) // 2
+                    continue
                 needed_bytes = error.needed_bytes
                 if needed_bytes > self._spare.most_bytes:
                     raise
@@ -249,18 +254,24 @@ class Backfill:
                 if not used:
                     self._carried.close(view)
             failures = needed_bytes = 0
+            most_keys = AGAIN_KEYS
             try:
                 try:
                     placing = await self._place(reader, page, began)
                 finally:
                     self._carried.close(view)
                 if placing is not None:
+                    placing.placed_at = self._clock.monotonic()
                     await self._settled(placing)
-                    self._advance(part, page, by_key, placing, credit)
+                    self._advance(part, page, by_key, placing)
                     await self._save()
-                    await self._help_partial_updates()
             finally:
                 self._spare.give(used)
+            if placing is not None:
+                await self._help_partial_updates()
+                seconds = await self._taken(placing)
+                if not by_key:
+                    self._size.took(page.chunk.count, used, page.seconds, seconds)
 
     async def _help_partial_updates(self) -> None:
         """Updates without their TOAST columns wait for rows that the sink has not yet: those of the page may be theirs.
@@ -471,12 +482,29 @@ class Backfill:
     async def _settled(self, placing: _Placing) -> None:
         """Wait until what was placed is resolved, or durable in the store."""
         span = placing.span
-        placed_at = self._clock.monotonic()
         while span is not None and span.left and not span.durable:
             await self._sleep(ROOM_SECONDS)
-        placing.take_seconds = self._clock.monotonic() - placed_at
 
-    def _advance(self, part: Part, page: Page, by_key: Sequence[Cursor], placing: _Placing, credit: int) -> None:
+    async def _taken(self, placing: _Placing) -> float:
+        """Wait until the sink has done with it, though it may be durable long before: what it has in front of it, live
+        changes have, too. Not for a sink that does not deliver; `_room` does that. Returns seconds since it was placed.
+        """
+        span, sink = placing.span, self._delivery
+        while span is not None and span.left and self.state.state == "active":
+            seconds = self._clock.monotonic() - placing.placed_at
+            if span.durable and (
+                not sink.counters.queued
+                or sink.reads_resolved >= placing.reads
+                or seconds > TAKEN_SECONDS
+                or sink.paused
+                or sink.breaker.open
+                or not sink.participates
+            ):
+                break
+            await self._sleep(LOOK_SECONDS)
+        return self._clock.monotonic() - placing.placed_at
+
+    def _advance(self, part: Part, page: Page, by_key: Sequence[Cursor], placing: _Placing) -> None:
         state = self.state
         rows = page.chunk.count
         state.rows += rows
@@ -488,7 +516,6 @@ class Backfill:
             part.again += placing.again
             part.cursor = page.cursor
             part.done = page.cursor is None
-            self._size.took(rows, min(credit, 4 * page.chunk.cost), page.seconds, placing.take_seconds)
         now = self._clock.monotonic()
         rate = state.request.max_rows_per_second
         if rate is not None:
@@ -524,7 +551,8 @@ class _Placing:
         self.span: Span | None = None  # what the sink was given, if anything was left
         self.dropped = 0
         self.again: list[Cursor] = []
-        self.take_seconds = 0.0
+        self.placed_at = 0.0
+        self.reads = 0  # of the sink, this page's included
 
     def _void(self) -> bool:
         """Nobody wants it any more, the sink takes no part, or what it is judged by was forgotten."""
@@ -558,6 +586,7 @@ class _Placing:
                 return True
             delivery.intake(span, parked)
             delivery.reads_taken += len(span)
+        self.reads = delivery.reads_taken
         self.span = span
         self.dropped = len(stale.dropped)
         self.again = [_cursor(chunk, place) for place in sorted(stale.again)]

@@ -7,11 +7,11 @@ it. Both times are aimed at; the size doubles at most from page to page and is h
 
 from __future__ import annotations
 
-FIRST_ROWS = 500
+FIRST_ROWS = 50
 LEAST_ROWS = 10
 MOST_ROWS = 50_000
 READ_SECONDS = 0.5
-TAKE_SECONDS = 0.04
+TAKE_SECONDS = 0.02
 
 
 class PageSize:

@@ -220,7 +220,8 @@ class Settling(Readback):
         self.reads_resolved += _reads(ok) + sum(m.action == "read" for m in ok.superseded)
         times: list[int] = []
         for span, start, stop in ok.pieces:
-            times += span.column(TIME, start, stop)
+            if span.byte_column(ACTION, start, start + 1)[0] != _READ:  # how old a row is says nothing
+                times += span.column(TIME, start, stop)
         self._metrics.delivery_seconds(self.name, self._clock.wall(), times)
 
     def _note(self, reason: str, detail: str, now: float) -> None:
