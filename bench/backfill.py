@@ -1,7 +1,7 @@
 """Backfills: how fast beside COPY, what they do to live changes, and where a broken sink stops them.
 
-    python bench/backfill.py                            10,000,000 rows, three rounds
-    python bench/backfill.py --rows 300000 --rounds 1 --out /tmp/look
+    python bench/backfill.py                                         10,000,000 rows, three rounds
+    python bench/backfill.py rate --rows 300000 --rounds 1 --out /tmp/look
 
 **Rate.** One table is backfilled into the null sink under a limit of `LIMIT_MB`, by one, two and four readers. Time is
 from the POST until ``delivered`` of the status is the number of rows, seen to 10 ms; the backfill must then say that it
@@ -16,9 +16,11 @@ key of two texts that lies across the order of the heap (a tenth of the rows).
 
 **Live.** Commits of single rows of another table to a webhook (the receiver and the writer of ``bench/speed``), alone,
 beside a backfill into the same sink, and beside one into a null sink: 500 a second to a webhook that takes batches of
-1,000, and 100 a second to one that takes one message a request, which is slow. A backfill that comes to its end is
-started again. Live messages are told from backfilled ones by their commit timestamps, which PostgreSQL
-keeps; those that a page happens to share (a microsecond) are left out. The first second is left out.
+1,000, and 100 a second to one that takes one message a request, which is slow. *After a hiccup*: the receiver stands
+still for a second, so that what waits goes to the store, and what is committed in the second half of the run counts;
+else all but the first second does. A backfill that comes to its end is started again. Live messages are told from
+backfilled ones by their commit timestamps, which PostgreSQL keeps; those that a page happens to share (a microsecond)
+are left out.
 
 **Broken.** How many rows the server has read (``pg_stat_user_tables``) and the sink has not got, when nothing moves any
 more: with a sink that refuses connections from the start, with one that dies under way, and with one that falls silent
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -61,6 +64,7 @@ READERS = (1, 2, 4)
 RATIO_BOUND = 0.5
 RSS_BOUND_MB = LIMIT_MB + 100
 LIVE_SECONDS = 16
+LEFT_OUT_SECONDS = 1.0
 LIVE_TIMES_BOUND, LIVE_MORE_MS_BOUND = 2.0, 50.0
 RUN_AHEAD = 10_000
 STILL_SECONDS = 5.0  # nothing has moved for so long
@@ -74,6 +78,9 @@ HOOKS = {
 }
 LIVE_RATES = {BATCHES: 500, ONE_BY_ONE: 100}
 ALONE, SAME, OTHER = "alone", "backfill into the same sink", "backfill into another sink"
+HICCUP = "backfill into the same sink, after a hiccup"
+INTO = {ALONE: None, SAME: "hook", OTHER: "null", HICCUP: "hook"}
+HICCUP_SECONDS = 1.0
 PSQL, PSYCOPG = "COPY, psql", "COPY, psycopg"
 
 _LIVE = ten_columns(200, name="latency")
@@ -241,8 +248,8 @@ class Backfills:
         p99: dict[str, list[float]] = {}
         beside: dict[str, list[float]] = {}
         for number in range(self._rounds):
-            for name, into in ((ALONE, None), (SAME, "hook"), (OTHER, "null")):
-                took, rate = self._live_run(waiting, writer, HOOKS[hook], load, into)
+            for name in INTO:
+                took, rate = self._live_run(waiting, writer, HOOKS[hook], load, name)
                 p50.setdefault(name, []).append(stage.percentile(took, 0.5))
                 p99.setdefault(name, []).append(stage.percentile(took, 0.99))
                 beside.setdefault(name, []).append(rate)
@@ -251,7 +258,7 @@ class Backfills:
                     f" {took[-1]:.1f} ms, of {len(took)}; the backfill came to {rate:,.0f} rows/s"
                 )
         alone = statistics.median(p99[ALONE])
-        for name in (ALONE, SAME, OTHER):
+        for name in INTO:
             self._report.inform(f"{hook}, {name}: p50", statistics.median(p50[name]), "ms")
             if name == ALONE:
                 self._report.inform(f"{hook}, {name}: p99", alone, "ms")
@@ -261,7 +268,7 @@ class Backfills:
             self._report.inform(f"{hook}, {name}: the backfill meanwhile", statistics.median(beside[name]), "rows/s")
 
     def _live_run(
-        self, waiting: Waiting, writer: Writer, hook: Json, load: Load, into: str | None
+        self, waiting: Waiting, writer: Writer, hook: Json, load: Load, name: str
     ) -> tuple[list[float], float]:
         """Milliseconds from commit to arrival, in order, and how many rows a second the backfill came to meanwhile."""
         sinks = [hook, sink("null", BLACKHOLE)]
@@ -274,13 +281,20 @@ class Backfills:
             ThreadPoolExecutor(1) as aside,
         ):
             life.wait_streaming()
+            into = INTO[name]
             keeper = _Keeper(life, into) if into else None
             if keeper is not None:
                 keeper.wait_reading()
             began, before = time.monotonic(), keeper.rows() if keeper is not None else 0
             writing = aside.submit(writer.write, load)
+            hiccup_at = began + load.seconds / 4 if name == HICCUP else math.inf
             while not writing.done():
                 time.sleep(0.25)
+                if time.monotonic() > hiccup_at:
+                    hiccup_at = math.inf
+                    receiver.suspend()
+                    time.sleep(HICCUP_SECONDS)
+                    receiver.resume()
                 if keeper is not None:
                     keeper.rows()
             rate = (keeper.rows() - before) / (time.monotonic() - began) if keeper is not None else 0.0
@@ -289,9 +303,9 @@ class Backfills:
             written = writing.result()
             if written < 0.95 * load.per_second:
                 raise ProductFailed(f"the writer came to {written:.0f} commits/s beside it, not {load.per_second}")
-            return self._live_latencies(receiver, load), rate
+            return self._live_latencies(receiver, load, load.seconds / 2 if name == HICCUP else LEFT_OUT_SECONDS), rate
 
-    def _live_latencies(self, receiver: Receiver, load: Load) -> list[float]:
+    def _live_latencies(self, receiver: Receiver, load: Load, left_out_seconds: float) -> list[float]:
         query = "SELECT (extract(epoch FROM pg_xact_commit_timestamp(xmin)) * 1000000)::bigint FROM latency"
         with self._source.connect() as connection:
             committed = {int(str(row[0])) for row in connection.execute(query)}
@@ -304,9 +318,9 @@ class Backfills:
             if time.monotonic() > deadline:
                 raise ProductFailed(f"{len(times)} of {len(committed)} live messages came within {WITHIN_SECONDS} s")
             time.sleep(0.2)
-        start = min(committed) + load.left_out_seconds * 1_000_000
+        start = min(committed) + left_out_seconds * 1_000_000
         took = sorted((at - when) / 1000 for at, when in arrivals if when >= start and times[when] == 1)
-        if len(took) < 0.98 * load.per_second * (load.seconds - load.left_out_seconds - 1):
+        if len(took) < 0.98 * load.per_second * (load.seconds - left_out_seconds - 1):
             raise ProductFailed(f"only {len(took)} live messages can be told from backfilled ones")
         return took
 
