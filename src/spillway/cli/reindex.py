@@ -30,6 +30,10 @@ def reindex(
     derive_mapping: Annotated[
         bool, typer.Option("--derive-mapping", help="Make the mapping from the table's columns.")
     ] = False,
+    replace_index: Annotated[
+        bool,
+        typer.Option("--replace-index", help="Delete the index that has the alias's name when the alias takes it."),
+    ] = False,
     parallel: Parallel = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Show progress until the switch; status 1 if it failed.")
@@ -50,11 +54,14 @@ def reindex(
     """
     if (into is not None) + status + cancel + drop_old != 1:
         raise UsageError("what to do is not clear", "give one of --into NAME, --status, --cancel, --drop-old")
-    if into is None and (mapping is not None or derive_mapping or wait or parallel is not None):
-        raise UsageError("this goes with --into alone", "leave out --mapping, --derive-mapping, --parallel and --wait")
+    if into is None and (mapping is not None or derive_mapping or replace_index or wait or parallel is not None):
+        raise UsageError("what says how to make the new index goes with --into", "give --into NAME, or leave it out")
     if sink is None and not status:
         raise UsageError("the sink is missing", "give SINK; see `spillway sinks list`")
     order: output.Row = {"into": into, "derive_mapping": derive_mapping or None, "parallel": parallel}
+    if replace_index:
+        confirm(f"Delete the index whose name becomes the alias of {into}, once that is filled?", yes)
+        order["replace_index"] = True
     if mapping is not None:
         order["mapping"] = _read(mapping)
     if drop_old:

@@ -108,10 +108,15 @@ class ReindexOrder(Section):
     into: IndexName
     mapping: dict[str, object] | None = None  # the body of the new index, ``{"mappings": ..., "settings": ...}``
     derive_mapping: Flag = False  # from the table's columns
+    replace_index: Flag = False  # an index that has the alias's name may be deleted at the switch
     parallel: Parallel | None = None
 
     @model_validator(mode="after")
     def _either(self) -> ReindexOrder:
+        if self.mapping is not None:
+            unknown = self.mapping.keys() - {"mappings", "settings"}
+            if unknown or not all(isinstance(part, dict) for part in self.mapping.values()):
+                raise Wrong("mapping", 'must be {"mappings": {...}, "settings": {...}}')
         if self.mapping is not None and self.derive_mapping:
             raise Wrong("derive_mapping", "give either mapping or derive_mapping")
         return self

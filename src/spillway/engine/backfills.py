@@ -29,6 +29,7 @@ import structlog
 
 from spillway.clock import Clock
 from spillway.config import Database, Sink
+from spillway.engine.shadow import REINDEX
 from spillway.errors import SpillwayError
 from spillway.flow.backfill import Backfill, Manners, OpenReader
 from spillway.flow.budget import Spare
@@ -85,7 +86,7 @@ class Backfills:
         for number, document in self._store.backfills(sink.name, ended=False):
             if number == INITIAL:
                 self._initial[sink.name] = set(orjson.loads(document))
-            else:
+            elif number != REINDEX:
                 self._own(of_json(document))
         self._look.set()
 
@@ -284,7 +285,9 @@ class Backfills:
         """A crash may have come between the end of a refill and the gap's."""
         if self._sinks[sink][1].delivery.gap is None:
             return
-        states = [of_json(d) for number, d in self._store.backfills(sink, ended=True) if number != INITIAL]
+        states = [
+            of_json(d) for number, d in self._store.backfills(sink, ended=True) if number not in (INITIAL, REINDEX)
+        ]
         await self._refilled([s for s in states if s.request.origin == "gap" and s.state == "completed"])
 
     async def _refilled(self, states: Sequence[BackfillState]) -> None:
@@ -316,7 +319,9 @@ class Backfills:
 
     def all(self, sink: str) -> list[dict[str, object]]:
         """Those that have ended, too, the newest last. Reads the store."""
-        states = [of_json(d) for number, d in self._store.backfills(sink, ended=True) if number != INITIAL]
+        states = [
+            of_json(d) for number, d in self._store.backfills(sink, ended=True) if number not in (INITIAL, REINDEX)
+        ]
         known = [self._backfills.get(state.id) for state in states]
         return [item(b.state if b else s, b) for s, b in zip(states, known, strict=True)]
 

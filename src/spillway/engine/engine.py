@@ -18,10 +18,11 @@ import structlog
 from spillway import impl
 from spillway.clock import SystemClock
 from spillway.config import Config, Sink
-from spillway.config.orders import BackfillOrder
+from spillway.config.orders import BackfillOrder, ReindexOrder
 from spillway.engine.listing import Page, dead_page, waiting_page
 from spillway.engine.ordered import requests
 from spillway.engine.pipeline import Pipeline
+from spillway.engine.reindexes import Reindexes
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Budget
 from spillway.flow.delivery import Delivery
@@ -49,6 +50,9 @@ class Engine:
         self._tasks: asyncio.TaskGroup
         self._deliveries: dict[str, asyncio.Task[None]] = {}
         self.pipelines = [Pipeline(config, database, process) for database in config.databases]
+        self._reindexes = Reindexes(
+            config, self.pipelines, self._store, self._budget.pages, process.clock, self.enlist, self.dismiss
+        )
 
     # -- life -------------------------------------------------------------------------------------------------------
     async def run(self, stop: asyncio.Event) -> None:
@@ -69,6 +73,7 @@ class Engine:
                 background = [tasks.create_task(self._tick()), tasks.create_task(self._store_failure())]
                 background += [tasks.create_task(p.watch_lag()) for p in self.pipelines]
                 backfills = [tasks.create_task(p.backfills.run(), name="backfills") for p in self.pipelines]
+                backfills.append(tasks.create_task(self._reindexes.run(), name="re-indexes"))
                 await stop.wait()
                 _log.info("stopping")
                 for task in backfills:  # a page that is under way is read again
@@ -95,14 +100,15 @@ class Engine:
         delivery = pipeline.enlist(sink, told_as)
         self._deliver(delivery)
         await pipeline.rewire()
+        pipeline.joined(sink)
         return delivery
 
     async def dismiss(self, pipeline: Pipeline, name: str) -> None:
         """A sink leaves while the process runs, and what waits for it is gone."""
         delivery = self._of(name)[1]
         pipeline.dismiss(name)
-        await pipeline.rewire()
         delivery.stop()
+        await pipeline.rewire()
         task = self._deliveries.pop(name)
         _, late = await asyncio.wait([task], timeout=STOP_SECONDS)
         if late:
@@ -258,6 +264,19 @@ class Engine:
     ) -> dict[str, object]:
         return await self._of(sink)[0].backfills.change(sink, id_or_table, verb)
 
+    # -- re-indexes --------------------------------------------------------------------------------------------------
+    async def reindexes(self) -> list[dict[str, object]]:
+        """The last of each sink, as `spillway.engine.shadow.ReindexState.as_item` makes it."""
+        return self._reindexes.items()
+
+    async def reindex(self, sink: str, order: ReindexOrder) -> dict[str, object]:
+        return await self._reindexes.start(self._of(sink)[0], sink, order)
+
+    async def change_reindex(self, sink: str, verb: Literal["cancel", "drop_old"]) -> dict[str, object]:
+        self._of(sink)
+        return await self._reindexes.change(sink, verb)
+
+    # -- backlog and dead letters ------------------------------------------------------------------------------------
     async def waiting(self, sink: str, after: str | None, limit: int, reason: str | None = None) -> Page:
         """What waits (`waiting_page`)."""
         self._of(sink)

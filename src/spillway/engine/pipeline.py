@@ -17,6 +17,7 @@ from spillway import sinks
 from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills
+from spillway.engine.shadow import shadows
 from spillway.errors import Finding, SpillwayError
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
@@ -66,6 +67,8 @@ class Pipeline:
         self._process = process
         for sink in self.sinks:
             self._add(sink)
+        for shadow, told_as in shadows(self.sinks, self._store):
+            self.enlist(shadow, told_as)
         self.router = Router(self._wants)
         self._max_message_bytes = max((s.max_message_bytes for s in self.sinks), default=1 << 20)
         self.capture = Capture(
@@ -85,14 +88,14 @@ class Pipeline:
             lambda: self.router,
             process.budget.pages,
             self._store,
-            self._open_reader,
+            self.open_reader,
             lambda: self.identity.epoch if self.identity is not None else 1,
             self._clock,
         )
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
             self.backfills.add_sink(sink, subscription)
 
-    async def _open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
+    async def open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
         return await PageReader.open(
             self.database.conninfo() if primary else self.database.page_conninfo(),
@@ -151,6 +154,10 @@ class Pipeline:
         delivery = self._add(sink, told_as)
         self.sinks.append(sink)
         return delivery
+
+    def joined(self, sink: Sink) -> None:
+        """After `rewire`: its backfills may begin."""
+        self.backfills.add_sink(sink, self._wants[self.sinks.index(sink)])
 
     def dismiss(self, name: str) -> None:
         """The sink is no more; after `rewire` nothing comes for it."""

@@ -107,7 +107,7 @@ class Http:
 
     async def request(
         self,
-        method: Literal["GET", "HEAD", "PUT", "POST"],
+        method: Literal["GET", "HEAD", "PUT", "POST", "DELETE"],
         url: httpx.URL,
         headers: Mapping[str, str],
         content: Body | None = None,

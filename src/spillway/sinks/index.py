@@ -1,4 +1,5 @@
-"""Indexes and aliases of Elasticsearch and OpenSearch: what is there, creating one, moving an alias, reading it all.
+"""Indexes and aliases of Elasticsearch and OpenSearch: what is there, creating and deleting one, moving an alias,
+reading it all.
 
 Everything here is one request of a few bytes, made by command or at a start, and both servers answer it alike. What
 they refuse is a SpillwayError ``sink_refused``; no answer, 429 and 5xx are ``sink_unreachable``.
@@ -20,8 +21,9 @@ Checked against OpenSearch 2.19.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict, cast
 from urllib.parse import quote
 
@@ -46,6 +48,7 @@ class Target:
     alias: bool
     indices: tuple[str, ...]
     write_index: str | None
+    options: Mapping[str, object] = field(default_factory=dict)  # of the alias there: its filter, its routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,24 @@ class Hit:
     version: int
     seq_no: int
     source: Source | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A document by its id. ``source`` None: the index does not keep it."""
+
+    version: int
+    source: Source | None
+
+
+class _Got(TypedDict):
+    """As `parsed` gives it."""
+
+    _id: str
+    found: NotRequired[bool]
+    _version: NotRequired[str]
+    _source: NotRequired[Source]
+    error: NotRequired[dict[str, object]]
 
 
 class _Hit(TypedDict):
@@ -90,6 +111,29 @@ class Indexes:
         self._good(answer, f"create the index {name}")
         return True
 
+    async def delete(self, name: str) -> None:
+        """Whether there is one or not. Never an alias: the server refuses that."""
+        answer = await self._http.request("DELETE", self.url(name), self._headers)
+        if not (isinstance(answer, Answer) and answer.status == 404):
+            self._good(answer, f"delete the index {name}")
+
+    async def owner(self, name: str) -> object:
+        """What the index says under ``_meta.OWNER`` of its mapping; None: nothing, or there is no such index."""
+        url = self.url(name, "/_mapping").copy_with(params={"filter_path": "*.mappings._meta"})
+        answer = await self._ask("GET", url, None, f"read the mapping of {name}", missing=True)
+        if answer is None:
+            return None
+        for index in orjson.loads(answer.body).values():
+            return index["mappings"]["_meta"].get(OWNER)
+        return None
+
+    async def aliases(self, index: str) -> tuple[str, ...]:
+        """The names that stand for it; none also where it is not there."""
+        answer = await self._ask("GET", self.url(index, "/_alias"), None, f"look up {index}", missing=True)
+        if answer is None:
+            return ()
+        return tuple(sorted(name for found in orjson.loads(answer.body).values() for name in found["aliases"]))
+
     async def target(self, name: str) -> Target | None:
         """What there is under a name; None: nothing."""
         answer = await self._ask("GET", self.url(name, "/_alias"), None, f"look up {name}", missing=True)
@@ -103,10 +147,14 @@ class Indexes:
         chosen = [index for index in indices if says[index] is True]
         if not chosen and len(indices) == 1 and says[indices[0]] is not False:
             chosen = list(indices)
-        return Target(name, True, indices, chosen[0] if chosen else None)
+        write_index = chosen[0] if chosen else None
+        given = found[write_index]["aliases"][name] if write_index is not None else {}
+        options = {option: value for option, value in given.items() if option != "is_write_index"}
+        return Target(name, True, indices, write_index, options)
 
     async def move_alias(self, alias: str, index: str, *, delete_index: bool = False) -> tuple[str, ...]:
-        """Let the alias stand for this index alone, in one step; returns what it stood for before.
+        """Let the alias, with the options that it has, stand for this index alone, in one step; returns what it stood
+        for before. When this returns no request that comes is answered by another.
 
         ``delete_index``: if the name is an index itself, that index is deleted in the same step; else this raises
         SpillwayError ``alias_is_index``. Repeatable.
@@ -123,9 +171,13 @@ class Indexes:
             actions.append({"remove_index": {"index": alias}})
         elif before is not None:
             actions += [{"remove": {"index": old, "alias": alias}} for old in before.indices if old != index]
-        actions.append({"add": {"index": index, "alias": alias, "is_write_index": True}})
+        options = {} if before is None else before.options
+        actions.append({"add": {**options, "index": index, "alias": alias, "is_write_index": True}})
         body = Body((orjson.dumps({"actions": actions}),))
-        await self._ask("POST", self._root.join("_aliases"), body, f"point the alias {alias} to {index}")
+        what = f"point the alias {alias} to {index}"
+        answer = cast(Answer, await self._ask("POST", self._root.join("_aliases"), body, what))
+        if not orjson.loads(answer.body)["acknowledged"]:
+            raise _unreachable(what, "not all nodes have confirmed it yet")
         return () if before is None else before.indices
 
     async def refresh(self, name: str) -> None:
@@ -174,6 +226,24 @@ class Indexes:
                 for hit in cast("dict[str, dict[str, list[_Hit]]]", found)["hits"]["hits"]
             ]
 
+    async def documents(self, index: str, ids: Sequence[str], max_answer_bytes: int) -> dict[str, Found] | None:
+        """What there is under these ids just now, whether refreshed or not. None: they need more bytes than that."""
+        what = f"read {index}"
+        body = Body((orjson.dumps({"ids": list(ids)}),))
+        answer = await self._http.request(
+            "POST", self.url(index, "/_mget"), self._headers, body, max_answer_bytes=max_answer_bytes
+        )
+        if isinstance(answer, Answer) and answer.status == 200 and not answer.whole:
+            return None
+        body_bytes = self._good(answer, what).body
+        found: dict[str, Found] = {}
+        for one in cast("dict[str, list[_Got]]", await asyncio.to_thread(parsed, body_bytes))["docs"]:
+            if "error" in one:
+                raise _unreachable(what, " ".join(describe(one["error"])))
+            if one.get("found"):
+                found[one["_id"]] = Found(int(one["_version"]), one.get("_source"))
+        return found
+
     async def _ask(
         self, method: Literal["GET", "POST"], url: httpx.URL, body: Body | None, what: str, *, missing: bool = False
     ) -> Answer | None:
@@ -210,6 +280,7 @@ class Indexes:
         return answer
 
 
+OWNER = "spillway_reindex"
 ALREADY_THERE = "resource_already_exists_exception"
 
 

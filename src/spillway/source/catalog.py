@@ -116,6 +116,12 @@ async def existing(query: Connection, names: Sequence[tuple[str, str]]) -> list[
     return await fetch(query, "existing", schemas=[schema for schema, _ in names], tables=[table for _, table in names])
 
 
+async def column_types(query: Connection, oid: int) -> dict[str, str]:
+    """By column: the type that its values are made of, as ``format_type`` names it: the base of a domain, the elements
+    of an array; any enum is ``enum``."""
+    return {row["name"]: row["type"] for row in await fetch(query, "column_types", oid=oid)}
+
+
 async def by_oid(query: Connection, oids: Sequence[int]) -> list[PublishedTable]:
     """Tables as a publication without column lists and filters would hold them."""
     return await _tables(query, {oid: {} for oid in oids})

@@ -143,6 +143,24 @@ SELECT t.attname::text AS name, t.atttypid AS type_oid, t.attgenerated <> '' AS 
  WHERE t.attrelid = %(oid)s AND t.attnum > 0 AND NOT t.attisdropped
  ORDER BY t.attnum;
 
+-- name: column_types
+-- By what a column's values are made of: the base of a domain, the elements of an array.
+WITH RECURSIVE made (number, name, oid) AS (
+    SELECT t.attnum, t.attname::text, t.atttypid
+      FROM pg_attribute t
+     WHERE t.attrelid = %(oid)s AND t.attnum > 0 AND NOT t.attisdropped
+     UNION ALL
+    SELECT made.number, made.name, CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.typelem END
+      FROM made
+      JOIN pg_type t ON t.oid = made.oid
+     WHERE t.typtype = 'd' OR EXISTS (SELECT FROM pg_type e WHERE e.oid = t.typelem AND e.typarray = t.oid)
+)
+SELECT made.name, CASE WHEN t.typtype = 'e' THEN 'enum' ELSE format_type(t.oid, NULL) END AS type
+  FROM made
+  JOIN pg_type t ON t.oid = made.oid
+ WHERE t.typtype <> 'd' AND NOT EXISTS (SELECT FROM pg_type e WHERE e.oid = t.typelem AND e.typarray = t.oid)
+ ORDER BY made.number;
+
 -- name: root
 SELECT n.nspname::text AS schema, r.relname::text AS "table"
   FROM pg_class c

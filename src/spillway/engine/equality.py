@@ -1,0 +1,292 @@
+"""Whether a new index is equal to the source, row by row, while both change.
+
+1. Every row of the source is read in pages and compared with its document, which is asked for by its id.
+2. Every key of the index is looked for in the source. (Not for rows of several tables without Sequin's message around
+   them: nobody can tell there of which table a document is.)
+
+A document counts as equal if it holds the row of the page, or if its version (spillway.position.version) is above all
+that the page's snapshot sees: then it was brought by the stream since, as a whole. What differs is usually a change on
+its way, so it is looked at again, by key: the row is read, a second passes, in which a sink that keeps up has brought
+it, and the document is asked for. What still differs after `LOOKS` of these is a difference.
+
+What the sink leaves out on purpose is none: changes of actions that it does not take, columns that it may omit
+(``toast: omit``), rows above its ``max_message_bytes``.
+
+Credit for a page and for its documents is taken from what nobody else wants, before they are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spillway.change import Change
+from spillway.clock import Clock
+from spillway.config import Search, Sink
+from spillway.engine.shadow import ReindexState
+from spillway.errors import SpillwayError
+from spillway.flow.backfill import OpenReader
+from spillway.flow.budget import Spare
+from spillway.position import version
+from spillway.sinks.document import document_id, parsed
+from spillway.sinks.index import Found
+from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout, Range, Selection
+
+if TYPE_CHECKING:
+    from spillway.sinks.search import SearchSink
+
+LOOKS = 10
+LOOK_SECONDS = 1.0
+PAGE_ROWS = 500
+KEYS_AT_ONCE = 100  # that are looked at again together
+LOOKED_AT_ONCE = 1_000  # of so many that differ, the reading waits until they have been looked at again
+ENOUGH = 100  # differences, and the rest is not of interest
+CREDIT_BYTES = 8 << 20
+CREDIT_PARTS = 4  # one for a page; the others for what the index answers, and for comparing
+CREDIT_SECONDS = 0.05
+_ANSWER_BYTES = 64 * 1024
+_ANSWER_DOCUMENT_BYTES = 1024
+
+MISSING = "is not in the new index"
+UNEQUAL = "is another in the new index"
+TOO_MUCH = "is in the new index alone"
+
+Keys = dict[Cursor, str]  # what differs, and how
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from."""
+
+    open_reader: OpenReader
+    spare: Spare
+    timeout_seconds: float  # of the statement of a page
+
+
+class Equality:
+    def __init__(
+        self,
+        index: SearchSink,
+        sink: Sink,
+        state: ReindexState,
+        source: Source,
+        settled: Callable[[], Awaitable[None]],
+        clock: Clock,
+    ) -> None:
+        """``settled``: returns when the shadow has delivered all but the youngest changes. Raises when nobody wants to
+        know any more."""
+        assert isinstance(sink.destination, Search)
+        self._index = index
+        self._sink = sink
+        self._bare = sink.destination.document == "record"
+        self._state = state
+        self._source = source
+        self._settled = settled
+        self._clock = clock
+        self._needed_bytes = 0  # of credit, for a large row
+        self.found: dict[str, str] = {}  # what stays different, by table and key
+
+    async def compare(self, tables: Sequence[tuple[str, str]]) -> None:
+        """Afterwards `found` is what differs."""
+        self._state.documents = self._state.differing = 0
+        for table in tables:
+            reader = await self._source.open_reader(self._state.id)
+            try:
+                relations = [Selection(*name) for name in await reader.relations(*table)]
+                for relation in relations:
+                    await self._rows(reader, table, relations, relation)
+                if "delete" in self._sink.actions and not (self._bare and len(tables) > 1):
+                    await self._keys(reader, table, relations)
+            finally:
+                await reader.close()
+
+    # -- the two walks ----------------------------------------------------------------------------------------------
+    async def _rows(
+        self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection], relation: Selection
+    ) -> None:
+        cursor: Cursor | None = None
+        rows = PAGE_ROWS
+        differing: Keys = {}
+        while len(self.found) < ENOUGH:
+            await self._settled()
+            async with self._credit() as credit:
+                try:
+                    page = await reader.read(relation, Range(), cursor, rows, credit, self._source.timeout_seconds)
+                except (LockTimeout, PageTimeout):
+                    rows = max(1, rows // 2)
+                    await self._clock.sleep(LOOK_SECONDS)
+                    continue
+                except NeedsCredit as error:
+                    self._needed_bytes = error.needed_bytes
+                    continue
+                differing |= await self._unequal(page)
+            self._needed_bytes = 0
+            self._state.documents += page.chunk.count
+            self._state.differing = len(differing)
+            cursor = page.cursor
+            if cursor is None or len(differing) >= LOOKED_AT_ONCE:
+                await self._look_again(reader, table, relations, differing)
+                differing = {}
+            if cursor is None:
+                break
+            if self._sink.backfill.max_rows_per_second is not None:
+                await self._clock.sleep(page.chunk.count / self._sink.backfill.max_rows_per_second)
+
+    async def _keys(self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection]) -> None:
+        columns = await reader.key_columns(relations[0])
+        after: str | None = None
+        while len(self.found) < ENOUGH:
+            await self._settled()
+            keys, after = await self._index.keys(table, columns, after, PAGE_ROWS, None)
+            for relation in relations:
+                keys = await self._absent(reader, relation, keys)
+            self._state.differing = len(keys)
+            await self._look_again(reader, table, relations, dict.fromkeys(keys, TOO_MUCH))
+            if after is None:
+                break
+
+    async def _absent(self, reader: PageReader, relation: Selection, keys: list[Cursor]) -> list[Cursor]:
+        while keys:
+            try:
+                return (await reader.read_absent(relation, keys, self._source.timeout_seconds)).missing
+            except (LockTimeout, PageTimeout):
+                await self._clock.sleep(LOOK_SECONDS)
+                await self._settled()
+        return []
+
+    # -- what differs -----------------------------------------------------------------------------------------------
+    async def _look_again(
+        self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection], differing: Keys
+    ) -> None:
+        for _ in range(LOOKS):
+            if not differing:
+                break
+            keys = list(differing)
+            differing = {}
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                differing |= await self._looked_at(reader, relations, keys[start : start + KEYS_AT_ONCE])
+            self._state.differing = len(differing)
+        for key, how in differing.items():
+            self.found[f"{'.'.join(table)}:{':'.join(key)}"] = how
+
+    async def _looked_at(self, reader: PageReader, relations: Sequence[Selection], keys: list[Cursor]) -> Keys:
+        """Those that differ still. Each page is read a second before its documents."""
+        differing: Keys = {}
+        newest = 0
+        for relation in relations:
+            rest = list(keys)
+            keys = []
+            while rest:
+                await self._settled()
+                some = rest[: KEYS_AT_ONCE if not self._needed_bytes else 1]
+                async with self._credit() as credit:
+                    try:
+                        page = await reader.read_keys(relation, some, credit, self._source.timeout_seconds)
+                    except (LockTimeout, PageTimeout):
+                        await self._clock.sleep(LOOK_SECONDS)
+                        continue
+                    except NeedsCredit as error:
+                        self._needed_bytes = error.needed_bytes if len(some) == 1 else 1
+                        continue
+                    self._needed_bytes = 0
+                    rest = rest[len(some) :]
+                    keys += page.missing
+                    if page.chunk.count:
+                        await self._second()
+                        differing |= await self._unequal(page)
+                    newest = self._newest(page)
+        if keys and "delete" in self._sink.actions:
+            await self._second()
+            found = await self._documents({document_id(key): key for key in keys}, 0)
+            differing |= {key: TOO_MUCH for key, one in found.items() if one is None or one.version <= newest}
+        return differing
+
+    async def _unequal(self, page: Page) -> Keys:
+        """The rows of a page that the index has not, or has otherwise."""
+        rows = {row.pks: row for row in map(page.chunk.change, range(page.chunk.count)) if self._is_taken(row)}
+        found = await self._documents(
+            {document_id(key): key for key in rows}, sum(len(row.body) for row in rows.values())
+        )
+        newest = self._newest(page)
+        return await asyncio.to_thread(self._judged, rows, found, newest)
+
+    def _judged(self, rows: Mapping[Cursor, Change], found: Mapping[Cursor, Found | None], newest: int) -> Keys:
+        differing: Keys = {}
+        for key, row in rows.items():
+            if key not in found:
+                if "insert" in self._sink.actions:
+                    differing[key] = MISSING
+                continue
+            document = found[key]
+            if document is not None and (
+                document.version > newest or "update" not in self._sink.actions or self._is_equal(row, document)
+            ):
+                continue
+            differing[key] = UNEQUAL
+        return differing
+
+    def _is_equal(self, row: Change, document: Found) -> bool:
+        held = document.source
+        if held is not None and not self._bare:
+            record = held.get("record")
+            held = record if isinstance(record, dict) else None
+        whole = parsed(row.record)
+        if held is None or not isinstance(whole, dict):
+            return False
+        if self._sink.toast == "omit":
+            whole = {name: value for name, value in whole.items() if name in held}
+        return whole == held
+
+    def _is_taken(self, row: Change) -> bool:
+        return not row.too_large_bytes and len(row.body) <= self._sink.max_message_bytes
+
+    def _newest(self, page: Page) -> int:
+        """The highest version of anything that the page's snapshot may see."""
+        return version(self._state.epoch, page.snapshot.lsn, 0xFF)
+
+    async def _documents(self, ids: Mapping[str, Cursor], bodies_bytes: int) -> dict[Cursor, Found | None]:
+        """By key; None: there is one, but so large that it cannot be equal."""
+        found: dict[Cursor, Found | None] = {}
+        pending = [list(ids)] if ids else []
+        most_bytes = _ANSWER_BYTES + 2 * bodies_bytes + _ANSWER_DOCUMENT_BYTES * len(ids)
+        while pending:
+            some = pending.pop()
+            documents = await self._index.indexes.documents(self._state.into, some, most_bytes)
+            if documents is not None:
+                found |= {ids[identity]: one for identity, one in documents.items()}
+            elif len(some) == 1:
+                found[ids[some[0]]] = None
+            else:
+                half = len(some) // 2
+                pending += [some[:half], some[half:]]
+        return found
+
+    # -- credit -----------------------------------------------------------------------------------------------------
+    async def _second(self) -> None:
+        """Passes with credit in hand: less, if somebody wants that. What then differs is looked at once more."""
+        until = self._clock.monotonic() + LOOK_SECONDS
+        while self._clock.monotonic() < until and not self._source.spare.wanted:
+            await self._clock.sleep(CREDIT_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _credit(self) -> AsyncIterator[int]:
+        """For a page; as much again, some times over, is held beside."""
+        spare = self._source.spare
+        if self._needed_bytes > spare.most_bytes:
+            raise SpillwayError(
+                "memory_limit",
+                f"a row needs {self._needed_bytes} bytes to be compared: memory.limit_mb is too small",
+                "raise memory.limit_mb",
+            )
+        least = max(self._needed_bytes, min(CREDIT_BYTES, spare.limit_bytes) // CREDIT_PARTS)
+        whole = min(CREDIT_PARTS * least, spare.most_bytes)
+        while not spare.try_take(whole):
+            await self._clock.sleep(CREDIT_SECONDS)
+            await self._settled()
+        try:
+            yield least
+        finally:
+            spare.give(whole)

@@ -1,0 +1,491 @@
+"""One re-index: a new index is filled beside the one that a search sink fills, compared, and put in its place.
+
+::
+
+    backfilling   the shadow (spillway.engine.shadow) has joined, and gets everything committed from then on; a backfill
+                  into it for each table of the sink
+    catching_up   nothing waits for the shadow, and nothing that was rejected or given up on; its oldest open change is
+                  younger than `YOUNG_SECONDS`
+    verifying     every row of the source is in the new index, and nothing else (spillway.engine.equality); then the
+                  new index is refreshed, the shadow has caught up again, and the alias moves, in one request
+    swapped       the shadow goes on until it has delivered everything that the stream had carried when the alias moved:
+                  requests of the main sink that were under way went to the old index
+    done          the shadow has left; the old index stays until it is dropped by command
+
+The main sink is not touched: it writes through the alias. Both write the same versions (external_gte), so what is
+written twice is written once.
+
+Each step may be repeated, so a restart goes on with the one that it finds. Whether the alias has moved is asked of the
+server: it is known there alone. What was decided (``ending``) is durable before it is done. Until the alias moves a
+cancel leaves everything as it was; the new index, which is deleted then, says in its mapping whose it is.
+
+What concerns the servers for a while is tried again, with back-off; what somebody must mend fails the re-index. The
+index of one that has failed stays to be looked at, until it is cancelled or begun anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import structlog
+
+from spillway.clock import Clock
+from spillway.config import Search, Sink
+from spillway.engine.equality import ENOUGH, Equality, Source
+from spillway.engine.pipeline import Pipeline
+from spillway.engine.shadow import ReindexState, Step, shadow_of
+from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
+from spillway.flow.budget import Spare
+from spillway.flow.delivery import Delivery
+from spillway.flow.progress import Request
+from spillway.flow.retry import backoff_seconds
+from spillway.sinks.index import OWNER, Target
+from spillway.source.page import LockTimeout, PageTimeout
+from spillway.store.base import Select, Store, Write
+
+if TYPE_CHECKING:
+    from spillway.sinks.search import SearchSink
+
+LOOK_SECONDS = 0.25
+SWAP_LOOK_SECONDS = 0.02
+YOUNG_SECONDS = 1.0
+REFRESH_SECONDS = 1.0  # a refresh that took longer is repeated: much has come meanwhile
+REFRESHES = 5
+RETRY_CAP_SECONDS = 15.0
+EXAMPLES = 5
+DISCARDED_AT_ONCE = 1_000
+
+_log = structlog.get_logger()
+
+
+class _Ended(Exception):
+    """It is to end, whatever was being done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    pipeline: Pipeline
+    store: Store
+    spare: Spare
+    clock: Clock
+    enlist: Callable[[Sink, Sink], Awaitable[object]]  # a sink, and the one that its messages name
+    dismiss: Callable[[str], Awaitable[None]]
+
+
+class Reindex:
+    def __init__(self, state: ReindexState, sink: Sink, index: SearchSink, around: Surroundings) -> None:
+        """``index``: a sink for the new index that is never sent anything; it is closed with this."""
+        self.state = state
+        self.waiting = ""
+        self._sink = sink
+        self._index = index
+        self._around = around
+        self._pipeline = around.pipeline
+        self._clock = around.clock
+        self._moving = False  # the alias may have moved: there is no way back
+        self._woken = asyncio.Event()
+
+    # -- what people do ---------------------------------------------------------------------------------------------
+    def as_item(self) -> dict[str, object]:
+        state = self.state
+        backfills = state.ended_backfills
+        if state.under_way:
+            mine = set(state.backfills.values())
+            backfills = [item for item in self._pipeline.backfills.all(state.shadow) if item["id"] in mine]
+        return state.as_item(self.waiting if state.under_way else "", backfills)
+
+    async def check(self, last: ReindexState | None) -> None:
+        """Before it begins. Raises SpillwayError for what forbids it. ``last``: the one before it."""
+        state, indexes = self.state, self._index.indexes
+        target = await self._target()
+        if target is None:
+            raise SpillwayError(
+                "no_index", f"there is no index {state.alias} yet", f"resume the sink {state.sink}, which creates it"
+            )
+        if not target.alias and not state.replace_index:
+            raise SpillwayError(
+                "alias_is_index",
+                f"{state.alias} is an index and no alias: at the switch it would have to be deleted",
+                "allow that: --replace-index",
+            )
+        if len(target.indices) > 1:
+            raise SpillwayError(
+                "alias_of_several",
+                f"the alias {state.alias} stands for {', '.join(target.indices)}; after the switch it would stand for "
+                f"{state.into} alone",
+                "take the others off the alias",
+            )
+        if await indexes.target(state.into) is not None:
+            ours = last is not None and last.state == "failed" and await indexes.owner(state.into) == last.id
+            if not ours or await indexes.aliases(state.into):
+                raise index_exists(state.into)
+            await indexes.delete(state.into)
+
+    async def cancel(self) -> None:
+        """Durable when this returns; `run` does it. The index of one that has failed is deleted at once."""
+        state = self.state
+        if state.state == "failed":
+            await self.remove()
+            state.state = "cancelled"
+            await self._save()
+            return
+        if not state.under_way:
+            raise SpillwayError("reindex_ended", f"the re-index into {state.into} is {state.state}", "begin another")
+        if self._moving or state.state == "swapped":
+            raise SpillwayError(
+                "reindex_swapped",
+                f"the alias {state.alias} stands for {state.into} already, or is about to",
+                "to go back, re-index into another index",
+            )
+        await self._end_as("cancelled", "")
+
+    async def drop_old(self) -> None:
+        """Delete the indexes that the alias stood for. Refused while any alias stands for one of them."""
+        state, indexes = self.state, self._index.indexes
+        if state.under_way:
+            raise SpillwayError(
+                "reindex_active", f"the re-index into {state.into} is {state.state}", "wait for it, or cancel it"
+            )
+        for index in list(state.old):
+            aliases = await indexes.aliases(index)
+            if aliases:
+                raise SpillwayError(
+                    "index_in_use",
+                    f"{index} is not deleted: the alias {', '.join(aliases)} stands for it",
+                    "move the alias, or delete the index yourself",
+                )
+            await indexes.delete(index)
+            state.old.remove(index)
+            await self._save()
+
+    async def close(self) -> None:
+        await self._index.close()
+
+    async def _end_as(self, ending: Literal["failed", "cancelled"], reason: str) -> None:
+        self.state.ending = ending
+        self.state.reason = reason
+        self._woken.set()
+        await self._save()
+
+    # -- the work ---------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Until it has ended."""
+        failures = 0
+        try:
+            while self.state.under_way:
+                before = self.state.state
+                try:
+                    await self._step()
+                    failures = 0
+                except _Ended:
+                    continue
+                except StoreFailed:
+                    raise
+                except SpillwayError as error:
+                    if self.state.state != "swapped" and self.state.ending is None and not _passes(error):
+                        await self._fail(f"{error} [{error.code}]")
+                        continue
+                    failures = failures + 1 if self.state.state == before else 1
+                    self.waiting = str(error)
+                    await self._sleep(backoff_seconds(failures - 1, 0.25, RETRY_CAP_SECONDS))
+        finally:
+            await self.close()
+
+    async def _step(self) -> None:
+        state = self.state
+        if state.ending is not None:
+            await self._end()
+            return
+        if state.state != "swapped":
+            destination = self._sink.destination
+            identity = self._pipeline.identity
+            if not isinstance(destination, Search) or destination.index_name != state.alias:
+                await self._fail(f"destination.index_name of {state.sink} is {state.alias} no more")
+                return
+            if identity is not None and identity.epoch != state.epoch:
+                await self._fail("the state was adopted for another history of the source")
+                return
+        match state.state:
+            case "backfilling":
+                await self._backfill()
+            case "catching_up":
+                await self._caught_up()
+                await self._enter("verifying")
+            case "verifying":
+                await self._verify()
+            case _:
+                await self._drain()
+
+    async def _enter(self, step: Step) -> None:
+        state = self.state
+        state.state = step
+        self.waiting = ""
+        _log.info("re-index", sink=state.sink, into=state.into, state=state.state)
+        await self._save()
+
+    async def _fail(self, reason: str) -> None:
+        _log.warning("re-index failed", sink=self.state.sink, into=self.state.into, reason=reason)
+        await self._end_as("failed", reason)
+
+    # -- backfilling ------------------------------------------------------------------------------------------------
+    async def create(self) -> None:
+        """The new index. Repeatable. Raises SpillwayError ``index_exists`` for one that is not ours."""
+        state, indexes = self.state, self._index.indexes
+        if state.definition is None:
+            return
+        if not await indexes.create(state.into, state.definition) and await indexes.owner(state.into) != state.id:
+            raise index_exists(state.into)
+        state.definition = None
+        await self._save()
+
+    async def _backfill(self) -> None:
+        state, backfills = self.state, self._pipeline.backfills
+        await self.create()
+        if self._pipeline.delivery(state.shadow) is None:
+            self.waiting = "waits for a commit or a sign of life of the source, to join there"
+            await self._around.enlist(shadow_of(self._sink, state.into), self._sink)
+            self._go_on()
+        self.waiting = ""
+        for table in await backfills.tables(state.sink):
+            name = ".".join(table)
+            if name not in state.backfills:
+                self._go_on()
+                state.backfills[name] = await self._begin(table)
+                await self._save()
+        while backfills.active(state.shadow):
+            await self._sleep(LOOK_SECONDS)
+            self._go_on()
+        states = {item["id"]: item for item in backfills.all(state.shadow)}
+        for name, number in state.backfills.items():
+            item = states.get(number, {})
+            if item.get("state") != "completed":
+                await self._fail(f"the backfill of {name} is {item.get('state')}: {item.get('error') or 'by command'}")
+                return
+        await self._enter("catching_up")
+
+    async def _begin(self, table: tuple[str, str]) -> str:
+        """Its backfill; one that was begun right before a crash is taken over."""
+        backfills, shadow = self._pipeline.backfills, self.state.shadow
+        for item in backfills.active(shadow):
+            if item["table"] == ".".join(table):
+                return str(item["id"])
+        rate = self._sink.backfill.max_rows_per_second
+        request = Request(*table, "reindex", parallel=self.state.parallel, max_rows_per_second=rate)
+        return (await backfills.start(shadow, request)).id
+
+    # -- catching up ------------------------------------------------------------------------------------------------
+    async def _caught_up(self, look_seconds: float = LOOK_SECONDS) -> None:
+        """Returns when the shadow has."""
+        while True:
+            self._go_on()
+            self.waiting = self._in_the_way(self._shadow)
+            if not self.waiting:
+                return
+            await self._sleep(look_seconds)
+
+    def _in_the_way(self, shadow: Delivery) -> str:
+        """What keeps the shadow from having caught up."""
+        counters, name = shadow.counters, shadow.name
+        if shadow.gap is not None:
+            raise SpillwayError("reindex_gap", f"{name} has missed changes: {shadow.gap.reason}", "begin it anew")
+        if shadow.paused:
+            return f"{name} is paused; see: spillway sinks resume {name}"
+        if shadow.breaker.open:
+            return f"the new index does not take anything: {shadow.last_error}"
+        if counters.dead_letters:
+            return (
+                f"{counters.dead_letters} rows cannot be in any index; see: spillway dead-letters list {name}; "
+                f"go on without them: spillway dead-letters discard {name} --all"
+            )
+        if counters.parked_keys:
+            return (
+                f"the new index has rejected {counters.parked_keys} rows, last: {shadow.last_error or ''}; see: "
+                f"spillway backlog list {name}; mend the mapping of {self.state.into} or the rows, or cancel"
+            )
+        if counters.messages:
+            return f"{counters.messages} messages wait for the new index"
+        first = shadow.window.first_open()
+        open_seconds = 0.0 if first is None else self._clock.monotonic() - first.arrived
+        return f"a change is on its way since {open_seconds:.1f} s" if open_seconds >= YOUNG_SECONDS else ""
+
+    # -- verifying, and the switch ----------------------------------------------------------------------------------
+    async def _verify(self) -> None:
+        state = self.state
+        if self._has_moved(await self._target()):
+            await self._enter("swapped")
+            return
+        self._moving = False
+        tables = await self._pipeline.backfills.tables(state.sink)
+        if any(".".join(table) not in state.backfills for table in tables):
+            await self._enter("backfilling")
+            return
+        timeout_seconds = self._sink.backfill.timeout_ms / 1000
+        source = Source(self._pipeline.open_reader, self._around.spare, timeout_seconds)
+        equality = Equality(self._index, self._sink, state, source, self._caught_up, self._clock)
+        await equality.compare(tables)
+        self._go_on()
+        if equality.found:
+            examples = [f"{key} {how}" for key, how in list(equality.found.items())[:EXAMPLES]]
+            count = f"at least {ENOUGH}" if len(equality.found) >= ENOUGH else str(len(equality.found))
+            await self._fail(f"{count} rows differ from the source: {'; '.join(examples)}")
+            return
+        await self._save()
+        await self._swap()
+
+    async def _swap(self) -> None:
+        state, indexes = self.state, self._index.indexes
+        for _ in range(REFRESHES):
+            began = self._clock.monotonic()
+            await indexes.refresh(state.into)
+            if self._clock.monotonic() - began < REFRESH_SECONDS:
+                break
+        target = await self._target()
+        if target is not None:
+            state.old = list(dict.fromkeys([*state.old, *(target.indices if target.alias else ())]))
+            await self._save()
+        failures = 0
+        while True:
+            await self._caught_up(SWAP_LOOK_SECONDS)
+            self._moving = True
+            try:
+                await indexes.move_alias(state.alias, state.into, delete_index=state.replace_index)
+                break
+            except SpillwayError as error:
+                if not _passes(error):
+                    self._moving = False
+                    raise
+                self.waiting = str(error)
+                await self._clock.sleep(backoff_seconds(failures, 0.25, RETRY_CAP_SECONDS))
+                failures += 1
+                if self._has_moved(await self._target()):
+                    break
+        if not failures:
+            state.swapped_lsn = max(self._pipeline.capture.received_lsn, self._shadow.tail.commit_lsn)
+        await self._enter("swapped")
+
+    async def _target(self) -> Target | None:
+        return await self._index.indexes.target(self.state.alias)
+
+    def _has_moved(self, target: Target | None) -> bool:
+        return target is not None and target.alias and target.indices == (self.state.into,)
+
+    async def _drain(self) -> None:
+        state, capture = self.state, self._pipeline.capture
+        if not state.swapped_lsn:
+            reader = await self._pipeline.open_reader(state.id)
+            try:
+                state.swapped_lsn = await reader.flushed_lsn()
+            finally:
+                await reader.close()
+            await self._save()
+        shadow = self._shadow
+        while True:
+            first = shadow.window.first_open()
+            waiting = shadow.counters.messages
+            if (
+                capture.received_lsn >= state.swapped_lsn
+                and not waiting
+                and (first is None or first.first_lsn > state.swapped_lsn)
+            ):
+                break
+            self.waiting = f"what was under way when the alias moved; {waiting} messages wait"
+            if shadow.counters.parked_keys:
+                self.waiting += f", {shadow.counters.parked_keys} rows were rejected, last: {shadow.last_error or ''}"
+            await self._sleep(LOOK_SECONDS)
+        await self._leave()
+        state.ended = self._clock.wall()
+        await self._enter("done")
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+    async def _end(self) -> None:
+        """As it was decided; but after a crash only the server knows whether the alias had moved."""
+        state = self.state
+        if state.state == "verifying":
+            target = await self._target()
+            if self._has_moved(target):
+                state.ending, state.reason = None, ""
+                await self._enter("swapped")
+                return
+            state.old = [index for index in state.old if target is None or index not in target.indices]
+        await self._leave()
+        if state.ending == "cancelled":
+            await self.remove()
+        state.state, state.ending = state.ending or "failed", None
+        state.ended = self._clock.wall()
+        _log.info("re-index ended", sink=state.sink, into=state.into, state=state.state, reason=state.reason)
+        await self._save()
+
+    async def remove(self) -> None:
+        """The new index, if it is ours."""
+        indexes, into = self._index.indexes, self.state.into
+        if await indexes.owner(into) == self.state.id:
+            if await indexes.aliases(into):
+                raise SpillwayError("index_in_use", f"an alias stands for {into}", f"take it off {into}")
+            await indexes.delete(into)
+
+    async def _leave(self) -> None:
+        """The shadow is no more, and leaves nothing behind."""
+        state, backfills, store = self.state, self._pipeline.backfills, self._around.store
+        name = state.shadow
+        if self._pipeline.delivery(name) is not None:
+            for item in backfills.active(name):
+                await backfills.change(name, str(item["id"]), "cancel")
+            while backfills.active(name):
+                self.waiting = "waits for its backfills to end"
+                await self._clock.sleep(LOOK_SECONDS)
+            self.waiting = "waits for a commit or a sign of life of the source, to leave there"
+            await self._around.dismiss(name)
+        mine = set(state.backfills.values())
+        state.ended_backfills = [item for item in backfills.all(name) if item["id"] in mine]
+        while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), DISCARDED_AT_ONCE)):
+            pass
+        await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
+        self.waiting = ""
+
+    # -- state ------------------------------------------------------------------------------------------------------
+    @property
+    def _shadow(self) -> Delivery:
+        shadow = self._pipeline.delivery(self.state.shadow)
+        assert shadow is not None, "the shadow takes part until it is dismissed"
+        return shadow
+
+    def _go_on(self) -> None:
+        if self.state.ending is not None:
+            raise _Ended
+
+    async def _save(self) -> None:
+        main = self._pipeline.delivery(self.state.sink)
+        assert main is not None
+        await main.note(self.state.as_document())
+
+    async def _sleep(self, seconds: float) -> None:
+        self._woken.clear()
+        if self.state.ending is None:
+            try:
+                async with self._clock.timeout(seconds):
+                    await self._woken.wait()
+            except TimeoutError:
+                pass
+        else:
+            await self._clock.sleep(seconds)
+
+
+def owned(definition: dict[str, object], number: str) -> dict[str, object]:
+    """The same, with a note of whose the index is."""
+    mappings = definition.get("mappings") or {}
+    assert isinstance(mappings, dict)
+    return {**definition, "mappings": {**mappings, "_meta": {**mappings.get("_meta", {}), OWNER: number}}}
+
+
+def index_exists(into: str) -> SpillwayError:
+    return SpillwayError(
+        "index_exists", f"there is an index or alias {into} already", "give --into another name, or delete it"
+    )
+
+
+def _passes(error: SpillwayError) -> bool:
+    """Whether asking again may help."""
+    return isinstance(error, SourceUnavailable | LockTimeout | PageTimeout) or error.code == "sink_unreachable"
