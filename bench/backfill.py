@@ -133,7 +133,6 @@ class Backfills:
         self._parts: Sequence[str] = options.parts or PARTS
         self._report = report
         self._source = source
-        self._usual_children = 0  # of the postmaster, while nobody is connected
         self._bench = Bench(source, Results(), options.rows, options.rounds, full=False)
 
     def go(self) -> None:
@@ -232,10 +231,9 @@ class Backfills:
         return (int(fields[13]) + int(fields[14])) / 100
 
     def _wait_alone(self) -> None:
-        """Until nobody is connected, to be asked while we are not."""
-        children = Path(f"/proc/{self._source.server.pid}/task/{self._source.server.pid}/children")
-        self._usual_children = self._usual_children or len(children.read_text().split())
-        self._wait(lambda: len(children.read_text().split()) <= self._usual_children, "the end of backends")
+        """Until the postmaster has buried whoever served us, to be asked while we are not connected."""
+        postmaster = Path(f"/proc/{self._source.server.pid}/task/{self._source.server.pid}/children")
+        self._wait(lambda: not any(map(_serves, postmaster.read_text().split())), "the end of backends")
 
     # -- live -------------------------------------------------------------------------------------------------------
     def _live(self, waiting: Waiting) -> None:
@@ -340,7 +338,8 @@ class Backfills:
                 started = _start(life, "hook", ROWS_200)
                 got = 0
                 if breaks is not None:
-                    self._wait(lambda: receiver.told()["messages"] > self._rows // 10, "some rows at the sink")
+                    underway = min(100_000, self._rows // 10)
+                    self._wait(lambda: receiver.told()["messages"] > underway, "rows at the sink")
                     got = receiver.told()["messages"]
                     breaks(receiver)
                 self._wait_still(life, started)
@@ -445,6 +444,15 @@ def _wait_ended(life: Life, into: str, number: str) -> Json:
     while (shown := _shown(life, into, number))["state"] == "active" and time.monotonic() < deadline:
         time.sleep(0.02)
     return shown
+
+
+def _serves(pid: str) -> bool:
+    """Whether a child of the postmaster serves a client, or has ended and is not buried yet."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+    return not title or b" [local] " in title or b" 127.0.0.1(" in title
 
 
 def _readers(number: int) -> str:
