@@ -2,7 +2,7 @@
 
 This is the one place that knows both the engine and the HTTP side. The first SIGTERM or SIGINT asks the engine to
 stop cleanly; the second ends the process at once, which is safe: it is the same as a crash. The signal's Python handler
-does it itself, so a loop that no longer turns cannot hold it up.
+does it itself, so a loop that no longer turns cannot hold it up. SIGHUP reads the file again (spillway.engine.reload).
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from spillway.api.app import create_app
 from spillway.api.serve import bind, serve
 from spillway.cli.load import load
 from spillway.config import Config
-from spillway.engine import Engine
+from spillway.engine import Engine, reload
+from spillway.errors import SpillwayError
+
+_log = structlog.get_logger()
 
 STOPPED_AT_ONCE = 130
 SWITCH_SECONDS = 0.0005
@@ -40,7 +43,7 @@ def run(file: Path, json: bool) -> None:
     # store's thread.
     sys.setswitchinterval(SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(config))
+        runner.run(_run(file, config))
 
 
 def _bound_the_allocator() -> None:
@@ -53,8 +56,7 @@ def _bound_the_allocator() -> None:
             mallopt(option, value)
 
 
-async def _run(config: Config) -> None:
-    log = structlog.get_logger(__name__)
+async def _run(file: Path, config: Config) -> None:
     stop = asyncio.Event()
     _stop_on_signals(stop)
     server = config.server
@@ -62,9 +64,34 @@ async def _run(config: Config) -> None:
     engine = Engine(config)
     token = server.token.get_secret_value() if server.token else None
     async with serve(create_app(engine, engine.metrics, token), listening):
-        log.info("listening", host=server.host, port=listening.getsockname()[1])
-        await engine.run(stop)
-    log.info("stopped")
+        _log.info("listening", host=server.host, port=listening.getsockname()[1])
+        reloading = asyncio.create_task(_reload_on_signal(file, engine))
+        reloading.add_done_callback(lambda _: stop.set())  # it ends by a defect alone
+        try:
+            await engine.run(stop)
+        finally:
+            reloading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reloading
+    _log.info("stopped")
+
+
+async def _reload_on_signal(file: Path, engine: Engine) -> None:
+    """SIGHUP: read the file again. One that is wrong changes nothing."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signal.signal(signal.SIGHUP, lambda _number, _frame: loop.call_soon_threadsafe(asked.set) and None)
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            done = await reload(engine, load(file))
+        except SpillwayError as error:
+            _log.error("the configuration was not taken", file=str(file), error=str(error), code=error.code)
+            continue
+        _log.info("configuration taken", joined=done.joined, changed=done.changed)
+        if done.waits:
+            _log.warning("this waits for a restart", what=done.waits)
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

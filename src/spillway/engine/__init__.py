@@ -2,5 +2,6 @@
 
 from spillway.engine.adopt import adopt, identity_findings
 from spillway.engine.engine import Engine
+from spillway.engine.reload import Reloaded, reload
 
-__all__ = ["Engine", "adopt", "identity_findings"]
+__all__ = ["Engine", "Reloaded", "adopt", "identity_findings", "reload"]

@@ -30,7 +30,7 @@ import structlog
 from spillway.clock import Clock
 from spillway.config import Database, Sink
 from spillway.engine.shadow import REINDEX
-from spillway.errors import SpillwayError
+from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.flow.backfill import Backfill, Manners, OpenReader
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
@@ -43,6 +43,7 @@ from spillway.source.tables import refusal
 from spillway.store.base import BackfillDocument, Gap, Store
 
 LOOK_SECONDS = 5.0  # tables that have entered the publication are looked for so often
+LOCK_TIMEOUT = "SET lock_timeout = '1s'"
 FIRST_LOOK_SECONDS = 0.5  # as long as there is no publication, or no source
 INITIAL = "initial"  # the id of the document that says which tables have had their initial backfill
 
@@ -88,6 +89,11 @@ class Backfills:
                 self._initial[sink.name] = set(orjson.loads(document))
             elif number != REINDEX:
                 self._own(of_json(document))
+        self._look.set()
+
+    def change_sink(self, sink: Sink, subscription: Subscription) -> None:
+        """As it is now; backfills that are under way go on as they were begun."""
+        self._sinks[sink.name] = (sink, subscription)
         self._look.set()
 
     def remove_sink(self, name: str) -> None:
@@ -178,7 +184,9 @@ class Backfills:
         await self._sinks[sink][1].delivery.note(document)
 
     async def _published(self) -> list[PublishedTable]:
+        """From PostgreSQL 16 on this waits for whoever holds a published table in ACCESS EXCLUSIVE mode, a while."""
         async with querying(self._database.conninfo(), self._database.slot.name) as query:
+            await query.execute(LOCK_TIMEOUT)
             return await catalog.tables(query, self._database.publication.name)
 
     # -- what people ask for ----------------------------------------------------------------------------------------
@@ -191,7 +199,11 @@ class Backfills:
         """Durable when this returns. Raises SpillwayError: one is active, or the sink does not take the table."""
         table = (request.schema, request.table)
         self._check(sink, table, ())
-        self._check(sink, table, await self._published())
+        try:
+            published = await self._published()
+        except SourceUnavailable:  # or a table is locked; then it is the stream that refuses, when it comes to that
+            published = []
+        self._check(sink, table, published)
         return await self._begin(sink, request)
 
     def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:

@@ -70,7 +70,6 @@ class Pipeline:
         for shadow, told_as in shadows(self.sinks, self._store):
             self.enlist(shadow, told_as)
         self.router = Router(self._wants)
-        self._max_message_bytes = max((s.max_message_bytes for s in self.sinks), default=1 << 20)
         self.capture = Capture(
             database.name,
             self._connect,
@@ -94,6 +93,10 @@ class Pipeline:
         )
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
             self.backfills.add_sink(sink, subscription)
+
+    @property
+    def _max_message_bytes(self) -> int:
+        return max((s.max_message_bytes for s in self.sinks), default=1 << 20)
 
     async def open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
@@ -158,6 +161,14 @@ class Pipeline:
     def joined(self, sink: Sink) -> None:
         """After `rewire`: its backfills may begin."""
         self.backfills.add_sink(sink, self._wants[self.sinks.index(sink)])
+
+    async def change(self, sink: Sink) -> None:
+        """The sink takes other tables, or has other backfills, from the next commit on."""
+        at = next(i for i, known in enumerate(self.sinks) if known.name == sink.name)
+        self.sinks[at] = sink
+        self._wants[at] = replace(self._wants[at], wants_table=sink.source.selects)
+        await self.rewire()
+        self.backfills.change_sink(sink, self._wants[at])
 
     def dismiss(self, name: str) -> None:
         """The sink is no more; after `rewire` nothing comes for it."""

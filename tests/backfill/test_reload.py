@@ -1,0 +1,69 @@
+"""SIGHUP: a sink and a table that join a running process get the rows that exist and all that is committed after."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from backfill.site import Site, file_sink, sqlite_sink
+from oracle.rules import judge_rows
+from oracle.workload import SCHEMA, Load
+
+JOBS, PAIRS = "public.jobs", "public.pairs"
+
+
+def reload(site: Site, *sinks: dict[str, object]) -> str:
+    """What the process says of it."""
+    before = site.product.log.read_text().count("configuration ")
+    site.configure(*sinks)
+    os.kill(site.product.pid, signal.SIGHUP)
+    site.wait(lambda: site.product.log.read_text().count("configuration ") > before, "the file to be read again")
+    return site.product.log.read_text()
+
+
+def test_a_sink_joins_under_load_and_misses_nothing(database: str, tmp_path: Path) -> None:
+    old = file_sink("old", [JOBS])
+    with Site(database, tmp_path, [old]) as site, ExitStack() as loads:
+        site.sql(*SCHEMA.strip().split(";\n"))
+        site.begin()
+        load = loads.enter_context(Load(database, seed=5, writers=4))
+        load.allow(200)
+        site.wait(lambda: len(site.lines("old")) > 20, "the load to begin")
+        load.allow(3000)
+        new = sqlite_sink("new", [JOBS, PAIRS], initial_backfill=True)
+        assert '"joined": ["new"]' in reload(site, old, new)
+        site.wait(lambda: len(site.product.backfills("new")) == 2, "the initial backfills")
+        site.ended("new", [item["id"] for item in site.product.backfills("new")])
+        load.finish()
+        site.drained("new", "old")
+        for table in (JOBS, PAIRS):
+            assert not judge_rows(site.source_rows(table), site.sqlite_rows("new", table))
+        pid = site.product.pid
+        site.again()  # it is a sink like the others
+        assert site.product.pid != pid
+        assert site.status("new")["backlog_messages"] == 0
+        assert len(site.product.backfills("new")) == 2
+
+
+def test_a_known_sink_takes_another_table_and_what_needs_a_restart_is_named(database: str, tmp_path: Path) -> None:
+    with Site(database, tmp_path, [sqlite_sink("mirror", [JOBS], initial_backfill=True)]) as site:
+        site.sql(
+            *SCHEMA.strip().split(";\n"), "insert into pairs select n, 'x', n, 'there' from generate_series(1, 50) n"
+        )
+        site.begin()
+        more = sqlite_sink("mirror", [JOBS, PAIRS], initial_backfill=True)
+        assert '"changed": ["mirror"]' in reload(site, more)
+        site.wait(lambda: len(site.product.backfills("mirror")) == 2, "the backfill of the table that has joined")
+        site.ended("mirror", [item["id"] for item in site.product.backfills("mirror")])
+        site.sql("insert into pairs values (0, 'live', 0, 'after')")
+        site.drained("mirror")
+        assert not judge_rows(site.source_rows(PAIRS), site.sqlite_rows("mirror", PAIRS))
+        said = reload(site, more | {"batch_size": 7}, file_sink("second", [JOBS]))
+        assert "sink mirror: batch_size" in said
+        (site.folder / "broken").touch()
+        pid = site.product.pid
+        assert "configuration was not taken" in reload(site, more | {"destination": {"type": "nonsense"}})
+        assert site.product.pid == pid
+        assert site.status("mirror")["state"] in ("idle", "caught_up")
