@@ -102,7 +102,7 @@ class Backfill:
         self._epoch = epoch
         self._clock = clock
         self._woken = asyncio.Event()
-        self._size = PageSize(max(1, state.request.parallel))
+        self._size = PageSize()
         self._not_before = 0.0
         self._help_at = 0.0
         self._must_wait = True  # for whatever is running, before the next page
@@ -444,9 +444,10 @@ class Backfill:
 
     async def _credit(self, needed_bytes: int) -> int:
         readers = max(1, self.state.request.parallel)
-        wanted = max(needed_bytes, min(PAGE_CREDIT_BYTES, self._spare.limit_bytes // readers))
+        most_bytes = min(PAGE_CREDIT_BYTES, self._spare.limit_bytes // readers)
+        wanted = max(needed_bytes, self._size.credit_bytes(most_bytes))
         while not self._spare.try_take(wanted):
-            self.waiting = "memory: the stream and the sinks come first"
+            self.waiting = "memory: the stream, the sinks and pages of other backfills come first"
             await self._clock.sleep(LOOK_SECONDS)
         return wanted
 

@@ -11,14 +11,19 @@ FIRST_ROWS = 50
 LEAST_ROWS = 10
 MOST_ROWS = 50_000
 READ_SECONDS = 0.5
+UNKNOWN_ROW_BYTES = 16 << 10  # of credit
+LEAST_CREDIT_BYTES = 256 << 10
 TAKE_SECONDS = 0.02
 
 
 class PageSize:
-    def __init__(self, readers: int) -> None:
+    def __init__(self) -> None:
         self.rows = FIRST_ROWS
         self._row_bytes = 0.0  # credit for a row, as found
-        self._take_seconds = TAKE_SECONDS / readers
+
+    def credit_bytes(self, most_bytes: int) -> int:
+        """What a page of this size needs, as far as is known."""
+        return min(most_bytes, int(1.5 * self.rows * (self._row_bytes or UNKNOWN_ROW_BYTES)) + LEAST_CREDIT_BYTES)
 
     def fitting(self, credit_bytes: int) -> int:
         """The rows to ask for with this much credit."""
@@ -32,7 +37,7 @@ class PageSize:
             return
         found = used_bytes / rows
         self._row_bytes = max(found, 0.8 * self._row_bytes + 0.2 * found)
-        worst = max(read_seconds / READ_SECONDS, take_seconds / self._take_seconds)
+        worst = max(read_seconds / READ_SECONDS, take_seconds / TAKE_SECONDS)
         if worst > 1:
             self.rows = min(self.rows, max(LEAST_ROWS, int(rows / min(worst, 2.0))))
         elif worst < 0.5 and rows >= 0.9 * self.rows:

@@ -95,6 +95,8 @@ def query_refusal(error: psycopg.Error) -> SpillwayError:
     text, state = _one_line(error), error.sqlstate or ""
     if state == "42501":
         return SpillwayError("permission", text, "see the grants in docs/postgres.md")
+    if state == "55P03":
+        return SourceUnavailable("table_locked", "a published table is locked in ACCESS EXCLUSIVE mode", "see pg_locks")
     return SourceUnavailable("source_query", text)
 
 

@@ -38,6 +38,7 @@ RENEW_FRAME_BYTES = 8 << 20  # libpq keeps a buffer of the largest row's size un
 BY_CTID_SINCE = 140000
 
 _WAL_BLOCK_BYTES: Final = 8192
+SESSION_LOCK_TIMEOUT: Final = "SET lock_timeout = '1s'"
 _HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
 # SQLSTATEs of a statement that is as wrong the next time: data, syntax or access rule, not supported, cardinality; a
 # condition with a parameter ($1).
@@ -202,6 +203,7 @@ class Views:
         await self._drop()
         connection = await connect_query(self._conninfo, self._slot)
         self._session = _Session(connection, self._new_decoder())
+        await connection.execute(SESSION_LOCK_TIMEOUT)  # the catalogue's functions lock the tables that they tell of
         seen = await one(connection, "reader")
         self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
 
