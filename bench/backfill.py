@@ -421,7 +421,7 @@ class _Keeper:
 
     def wait_reading(self) -> None:
         deadline = time.monotonic() + WITHIN_SECONDS
-        while self.rows() < 10_000:
+        while self.rows() < 1_000:
             if time.monotonic() > deadline:
                 raise ProductFailed(f"a backfill came to {self.rows()} rows within {WITHIN_SECONDS} s")
             time.sleep(0.05)
