@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 
 from psycopg import sql
 
@@ -30,7 +31,9 @@ async def requests(database: Database, sink: Sink, order: BackfillOrder, tables:
     limits = sink.backfill
     start = order.start_position
     if order.since is not None and order.sort_column is not None:
-        start = order.since.isoformat()
+        start = order.since.astimezone(
+            UTC
+        ).isoformat()  # a timestamp without a zone is one of the session's, which is UTC
     return [
         Request(
             *table,
