@@ -277,17 +277,38 @@ class Reindex:
         return (await backfills.start(shadow, request)).id
 
     # -- catching up ------------------------------------------------------------------------------------------------
-    async def _caught_up(self, look_seconds: float = LOOK_SECONDS) -> None:
-        """Returns when the shadow has."""
+    async def _caught_up(self) -> None:
+        """Returns when the shadow has delivered everything that was committed a second ago, as far as the clocks of
+        source and process agree."""
+        while True:
+            self._go_on()
+            shadow = self._shadow
+            self.waiting = self._in_the_way(shadow) or await self._stored(shadow)
+            if not self.waiting:
+                return
+            await self._sleep(LOOK_SECONDS)
+
+    async def _has_nothing_waiting(self) -> None:
+        """Returns in a moment in which that needs no clock: nothing at all is on disk."""
         while True:
             self._go_on()
             self.waiting = self._in_the_way(self._shadow)
-            if not self.waiting:
+            waiting = self._shadow.counters.messages
+            if not self.waiting and not waiting:
                 return
-            await self._sleep(look_seconds)
+            self.waiting = self.waiting or f"{waiting} messages wait for the new index"
+            await self._sleep(SWAP_LOOK_SECONDS)
+
+    async def _stored(self, shadow: Delivery) -> str:
+        if not shadow.counters.messages:
+            return ""
+        oldest = await asyncio.to_thread(self._around.store.oldest, shadow.name)
+        if oldest is None or self._clock.wall() - oldest < YOUNG_SECONDS:
+            return ""
+        return f"{shadow.counters.messages} messages wait for the new index"
 
     def _in_the_way(self, shadow: Delivery) -> str:
-        """What keeps the shadow from having caught up."""
+        """What keeps the shadow from having caught up, but for what waits on disk."""
         counters, name = shadow.counters, shadow.name
         if shadow.gap is not None:
             raise SpillwayError("reindex_gap", f"{name} has missed changes: {shadow.gap.reason}", "begin it anew")
@@ -305,8 +326,6 @@ class Reindex:
                 f"the new index has rejected {counters.parked_keys} rows, last: {shadow.last_error or ''}; see: "
                 f"spillway backlog list {name}; mend the mapping of {self.state.into} or the rows, or cancel"
             )
-        if counters.messages:
-            return f"{counters.messages} messages wait for the new index"
         first = shadow.window.first_open()
         open_seconds = 0.0 if first is None else self._clock.monotonic() - first.arrived
         return f"a change is on its way since {open_seconds:.1f} s" if open_seconds >= YOUNG_SECONDS else ""
@@ -348,7 +367,7 @@ class Reindex:
             await self._save()
         failures = 0
         while True:
-            await self._caught_up(SWAP_LOOK_SECONDS)
+            await self._has_nothing_waiting()
             self._moving = True
             try:
                 await indexes.move_alias(state.alias, state.into, delete_index=state.replace_index)

@@ -1,0 +1,1 @@
+"""Re-indexes on a real OpenSearch and PostgreSQL: under load, killed, cancelled, refused."""
