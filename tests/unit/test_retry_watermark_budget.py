@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from spillway.chunk import CHANGE_OVERHEAD_BYTES, MESSAGE_OVERHEAD_BYTES, ChunkBuilder, Keying, Span
-from spillway.flow.budget import Budget, Pool
+from spillway.flow.budget import Budget, Pool, Spare
 from spillway.flow.parking import HeldBack
 from spillway.flow.retry import PROBE_CAP_SECONDS, BatchSize, Breaker, Throttle, backoff_seconds
 from spillway.flow.watermark import Watermark
@@ -210,3 +210,51 @@ def test_a_look_up_learns_what_is_done_while_it_is_open_and_nothing_after() -> N
     held_back.hold(["later"])
     held_back.done(["later"])
     assert held_back.union(parked) == {"a", "b"}, "closed, it does not grow"
+
+
+async def test_spare_credit_is_taken_only_while_nobody_waits_for_the_pool() -> None:
+    pool = Pool("test", 100)
+    spare = Spare(pool, 40)
+    assert spare.try_take(30)
+    await pool.take(60)
+    waiting = asyncio.ensure_future(pool.take(20))
+    await asyncio.sleep(0)
+    assert spare.wanted
+    assert not spare.try_take(1)
+    spare.give(30)
+    await waiting
+    assert not spare.wanted
+    assert (spare.held_bytes, pool.held_bytes) == (0, 80)
+
+
+def test_spare_credit_is_a_part_of_the_pool_but_for_one_request_that_is_larger() -> None:
+    pool = Pool("test", 100)
+    spare = Spare(pool, 40)
+    assert spare.most_bytes == 100
+    assert spare.try_take(25)
+    assert not spare.try_take(16), "beyond its part"
+    assert spare.try_take(15)
+    spare.give(40)
+    assert spare.try_take(90), "alone"
+    assert not spare.try_take(1)
+    spare.give(90)
+    assert not spare.try_take(101)
+    assert (spare.held_bytes, pool.held_bytes) == (0, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 120), st.booleans())))
+def test_spare_credit_never_passes_its_part_or_the_pool(steps: list[tuple[bool, int, bool]]) -> None:
+    pool = Pool("test", 100)
+    spare = Spare(pool, 40)
+    ours: list[int] = []
+    others: list[int] = []
+    for take, size, is_spare in steps:
+        held, source = (ours, spare) if is_spare else (others, pool)
+        if take and source.try_take(size):
+            held.append(size)
+        elif held:
+            source.give(held.pop())
+        assert spare.held_bytes == sum(ours)
+        assert pool.held_bytes == sum(ours) + sum(others) <= 100
+        assert sum(ours) <= 40 or len(ours) == 1
