@@ -16,7 +16,6 @@ from oracle.history import History, SlotHistory, parse_lsn
 from oracle.product import Product, ProductFailed
 from oracle.reads import folded, judge_backfilled
 from oracle.rules import Delivery, Key, Row, Violation, as_text, judge_rows
-from servers.process import wait_until
 
 DRAIN_SECONDS = 90
 POLL_SECONDS = 0.02
@@ -63,6 +62,7 @@ class Stage:
         existing: Callable[[psycopg.Connection], None] | None = None,
         replica_url: str | None = None,
         endpoint_url: str | None = None,
+        memory_mb: int = 128,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.conninfo, self.folder = conninfo, folder
@@ -77,7 +77,8 @@ class Stage:
             database["replica_url"] = replica_url
         endpoints = [] if endpoint_url is None else [{"name": "recorder", "url": endpoint_url}]
         config = {
-            "memory": {"limit_mb": 128}, "databases": [database], "http_endpoints": endpoints, "sinks": list(sinks),
+            "memory": {"limit_mb": memory_mb}, "databases": [database],
+            "http_endpoints": endpoints, "sinks": list(sinks),
         }  # fmt: skip
         self.product = Product(folder, config, environment=environment)
         self._source = SlotHistory(conninfo, "oracle", KEY_COLUMNS)
@@ -159,6 +160,23 @@ class Stage:
             raise ProductFailed(f"{found}\n{error}") from None
         return found[0]
 
+    def wait_blocked(self, kind: str, count: int = 1, dsn: str | None = None) -> None:
+        """Until so many wait for locks of this kind (``advisory``, ``relation``), as the server tells it."""
+        query = (
+            "select count(*) >= %s from pg_locks join pg_database d on d.oid = database"
+            " where locktype = %s and not granted and datname = current_database()"
+        )
+        with psycopg.connect(dsn or self.conninfo, autocommit=True) as connection:
+
+            def blocked() -> bool:
+                return connection.execute(query, [count, kind]).fetchone() == (True,)
+
+            what = f"{count} waiting for locks of kind {kind}"
+            try:
+                self.product.wait(blocked, what, seconds=30, every=POLL_SECONDS)
+            except ProductFailed as error:
+                raise ProductFailed(f"{self.product.status()['backfills']}\n{error}") from None
+
     # -- what comes out -------------------------------------------------------------------------------------------
     def drained(self, *sinks: str) -> None:
         """Everything committed by now is delivered: by the slot, and by what the sinks say."""
@@ -239,17 +257,6 @@ class Stage:
 
 def shown(found: Sequence[Violation]) -> str:
     return "\n".join([f"{len(found)} violations", *map(str, found[:20])])
-
-
-def wait_blocked(dsn: str, kind: str, count: int = 1) -> None:
-    """Until so many wait for locks of this kind (``advisory``, ``relation``), as the server tells it."""
-    query = "select count(*) >= %s from pg_locks where locktype = %s and not granted"
-    with psycopg.connect(dsn, autocommit=True) as connection:
-
-        def blocked() -> bool:
-            return connection.execute(query, [count, kind]).fetchone() == (True,)
-
-        wait_until(blocked, f"{count} waiting for locks of kind {kind}", seconds=30)
 
 
 def _sqlite_rows(path: Path, table: str) -> dict[Key, Row]:
