@@ -39,12 +39,12 @@ def file_sink(name: str, tables: Sequence[str], **more: object) -> dict[str, obj
 
 
 class Refused(Exception):
-    """An answer that is no success: its code, and all of it."""
+    """An answer that is no success."""
 
     def __init__(self, answer: httpx.Response) -> None:
-        super().__init__(f"{answer.status_code} {answer.text}")
-        self.status = answer.status_code
-        self.code = str(answer.json()["code"])
+        said = answer.json()
+        super().__init__(f"{answer.status_code} {said['error']}; {said['remedy']}")
+        self.code = str(said["code"])
 
 
 class Site:
