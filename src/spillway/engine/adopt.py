@@ -61,7 +61,7 @@ async def _adopt(config: Config, database: Database, store: Store) -> str:
     await asyncio.wrap_future(store.write_identity(Identity(server.system_id, server.timeline, slot, epoch, mark)))
     return (
         f"{database.name}: {finding.what}; adopted as epoch {epoch} from {format_lsn(server.confirmed_lsn)} on;"
-        f" {gaps} sinks have a recorded gap: reload their tables"
+        f" {gaps} sinks have a recorded gap: for each, spillway backfill start SINK --gap"
     )
 
 

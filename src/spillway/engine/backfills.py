@@ -9,10 +9,10 @@ and takes it for what it is. Tables that enter the publication later get theirs 
 (`LOOK_SECONDS`). One that the sink cannot take is looked at again, until it can.
 
 **Gaps.** A refill reads the tables that missed changes, and sweeps: what the sink has and the source has not is
-deleted, where the sink can be read and takes deletes. The gap holds the tables that are still to be repaired
-(`spillway.flow.delivery.Delivery.refilled`): each that is complete leaves it, and with the last one the gap is cleared;
-where deletes could not be repaired it stays, and says so. A refill belongs to the gap as it was when it began
-(``Request.gap``): one that has grown since is not repaired by it.
+deleted, where the sink takes deletes and can say which rows of a table it has. The gap holds the tables that are still
+to be repaired (`spillway.flow.delivery.Delivery.refilled`): each that is complete leaves it, and with the last one the
+gap is cleared; where deletes could not be repaired it stays, and says so. A refill belongs to the gap as it was when it
+began (``Request.gap``): one that has grown since is not repaired by it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import orjson
 import structlog
 
 from spillway.clock import Clock
-from spillway.config import Database, Sink
+from spillway.config import Database, Search, Sink
 from spillway.engine.shadow import REINDEX
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.flow.backfill import Backfill, Manners, OpenReader
@@ -258,9 +258,10 @@ class Backfills:
         _ended_gap(sink, delivery.gap)
         published = await self._published()
         gap = _ended_gap(sink, delivery.gap)
-        if gap.tables == () and delivery.readable is None:
-            raise SpillwayError("nothing_missed", f"sink {sink} has no rows to refill", _acknowledge(sink))
         taken = [table for table in _names(published) if configured.source.selects(*table)]
+        sweep = delivery.readable is not None and "delete" in configured.actions and not _shares(configured, taken)
+        if gap.tables == () and not sweep:
+            raise SpillwayError("nothing_missed", f"sink {sink} has no rows to refill", _acknowledge(sink))
         missed = [table for table in taken if gap.tables is None or table in gap.tables]
         token = _token(gap)
         going_on: list[BackfillState] = []
@@ -271,9 +272,8 @@ class Backfills:
             elif active.state.request.gap == token:
                 going_on.append(active.state)
         # Tables that are no longer there to be read cannot be repaired, and are not the sink's any more.
-        await delivery.refilled(missed)
+        await delivery.refilled(missed, deletes_repaired=sweep or "delete" not in configured.actions)
         started = list(going_on)
-        sweep = delivery.readable is not None and "delete" in configured.actions
         for table in missed:
             active = self._active_of(sink, table)
             if active is not None and active.state in going_on:
@@ -305,12 +305,16 @@ class Backfills:
     async def _refilled(self, states: Sequence[BackfillState]) -> None:
         """These refills, all of one sink, are complete: their tables leave the gap, if it is still theirs."""
         for state in states:
-            delivery = self._sinks[state.sink][1].delivery
+            configured, subscription = self._sinks[state.sink]
+            delivery = subscription.delivery
             gap = delivery.gap
             table = (state.request.schema, state.request.table)
             if gap is None or gap.tables is None or table not in gap.tables or state.request.gap != _token(gap):
                 continue
-            await delivery.refilled([other for other in gap.tables if other != table])
+            await delivery.refilled(
+                [other for other in gap.tables if other != table],
+                deletes_repaired=state.request.sweep or "delete" not in configured.actions,
+            )
 
     async def change(
         self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
@@ -345,6 +349,11 @@ def _names(published: Sequence[PublishedTable]) -> list[Table]:
 def _token(gap: Gap) -> tuple[int, float] | None:
     """Which gap it is, and that it has not grown since; None: it is growing."""
     return None if gap.last_lsn is None else (gap.last_lsn, gap.since)
+
+
+def _shares(sink: Sink, tables: Sequence[Table]) -> bool:
+    """Documents that are rows do not say of which table: what is in the index may be another's, and is not deleted."""
+    return isinstance(sink.destination, Search) and sink.destination.document == "record" and len(tables) > 1
 
 
 def _acknowledge(sink: str) -> str:

@@ -190,15 +190,15 @@ class Delivery(Settling):
             self.gap = None
         self.try_now()
 
-    async def refilled(self, left: Sequence[tuple[str, str]]) -> None:
-        """Of what the gap has missed these tables are still to be read anew (and swept, as far as the sink can be
-        read). None are left: the gap is repaired, but for the deletes in a sink that cannot be read."""
+    async def refilled(self, left: Sequence[tuple[str, str]], *, deletes_repaired: bool) -> None:
+        """Of what the gap has missed these tables are still to be read anew. None are left: the gap is repaired, but
+        perhaps for the deletes in a sink that cannot say what it has."""
         if self.gap is None or self.gap.last_lsn is None:
             return
-        if left or self.readable is None:
+        if left or not deletes_repaired:
             reason = self.gap.reason
             if not left:
-                reason = f"rows are refilled; deletes are not repaired, for this sink cannot be read ({reason})"
+                reason = f"rows are refilled; deletes are not repaired, for this sink cannot tell its rows ({reason})"
             self.gap = replace(self.gap, tables=tuple(left), reason=reason)
             await self._commit(Write(self.name, gap=self.gap))
         else:
