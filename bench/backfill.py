@@ -41,13 +41,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import stage
 from oracle.product import ProductFailed
-from peers import recvlogical
+from peers import PeerFailed, recvlogical
 from peers.source import DATABASE, TABLES, Slot, Source, Table, Waiting, ten_columns
 from servers.ports import free_port
 from servers.postgres import SUPERUSER
@@ -130,7 +131,7 @@ class Backfills:
         self._rows: int = options.rows
         self._rounds: int = options.rounds
         self._live_seconds: float = options.live_seconds
-        self._parts: Sequence[str] = options.parts or PARTS
+        self._parts: Sequence[str] = options.parts
         self._report = report
         self._source = source
         self._bench = Bench(source, Results(), options.rows, options.rounds, full=False)
@@ -141,16 +142,16 @@ class Backfills:
                 continue
             with self._there(case) as waiting:
                 if "rate" in self._parts:
-                    self._part(f"rate, {case.name}", lambda c=case, w=waiting: self._rate(c, w))
+                    self._part(f"rate, {case.name}", partial(self._rate, case, waiting))
                 if case is ROWS_200 and "live" in self._parts:
-                    self._part("live", lambda w=waiting: self._live(w))
+                    self._part("live", partial(self._live, waiting))
                 if case is ROWS_200 and "broken" in self._parts:
-                    self._part("broken", lambda w=waiting: self._broken(w))
+                    self._part("broken", partial(self._broken, waiting))
 
     def _part(self, name: str, run: Callable[[], None]) -> None:
         try:
             run()
-        except (ProductFailed, TimeoutError) as error:
+        except (ProductFailed, PeerFailed, OSError, subprocess.CalledProcessError) as error:
             self._report.failed(f"{name}: {str(error).splitlines()[0]}")
             self._report.say(str(error))
 
@@ -167,9 +168,9 @@ class Backfills:
     # -- rate -------------------------------------------------------------------------------------------------------
     def _rate(self, case: Case, waiting: Waiting) -> None:
         tools: dict[str, Callable[[], dict[str, float]]] = {
-            PSQL: lambda: self._copy(case, _psql_seconds),
-            PSYCOPG: lambda: self._copy(case, _psycopg_seconds),
-            **{_readers(n): lambda n=n: self._backfill(case, waiting, n) for n in READERS},
+            PSQL: partial(self._copy, case, _psql_seconds),
+            PSYCOPG: partial(self._copy, case, _psycopg_seconds),
+            **{_readers(n): partial(self._backfill, case, waiting, n) for n in READERS},
         }
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(self._rounds):
@@ -486,7 +487,9 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    options.parts = options.parts or list(PARTS)
     parameters = {key: value for key, value in vars(options).items() if key not in ("out", "parts")}
+    parameters["parts"] = ", ".join(options.parts)
     report = stage.Report("backfill", {**parameters, "limit_mb": LIMIT_MB, "commit": stage.commit()})
     with Source() as source:
         Backfills(options, report, source).go()

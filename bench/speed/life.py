@@ -152,6 +152,7 @@ class Life:
 
     def ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Json:
         """One request to its HTTP interface, once it is up; anything but success is a failure."""
+        self._product.check_alive()
         headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
         self._connection.close()  # the server may have closed one that was idle
         self._connection.request(method, path, None if body is None else json.dumps(body), headers)
