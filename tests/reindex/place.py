@@ -33,12 +33,23 @@ COLUMNS = ("id", "seq", "title", "extra")
 class Place(Site):
     """``v1`` is the index that ``alias`` stands for at the beginning, with the mapping `NARROW`."""
 
-    def __init__(self, conninfo: str, folder: Path, search_url: str, document: str = "record") -> None:
+    def __init__(
+        self,
+        conninfo: str,
+        folder: Path,
+        search_url: str,
+        *,
+        through: str | None = None,
+        document: str = "record",
+        **options: object,
+    ) -> None:
+        """``through``: the address that the process has of the server."""
         self.alias = f"jobs-{uuid4().hex}"
         self.v1, self.v2 = f"{self.alias}-v1", f"{self.alias}-v2"
         self.search = httpx.Client(base_url=search_url, timeout=30, trust_env=False)
-        destination = {"type": "opensearch", "endpoint_url": search_url, "index_name": self.alias}
-        super().__init__(conninfo, folder, [sink(SINK, ["public.jobs"], {**destination, "document": document})])
+        destination = {"type": "opensearch", "endpoint_url": through or search_url, "index_name": self.alias}
+        jobs = sink(SINK, ["public.jobs"], {**destination, "document": document}, **options)
+        super().__init__(conninfo, folder, [jobs])
         self.sql(
             "create table public.jobs (id int primary key, seq bigint not null, title text, extra text)",
             "create publication spillway for table public.jobs",
@@ -47,8 +58,7 @@ class Place(Site):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        for index in (self.alias, self.v1, self.v2, f"{self.alias}-v3"):
-            self.search.delete(f"/{index}")
+        self.search.delete(f"/{self.alias}*")
         self.search.close()
 
     # -- the index --------------------------------------------------------------------------------------------------
