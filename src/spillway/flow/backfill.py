@@ -32,7 +32,7 @@ from typing import Protocol
 
 import structlog
 
-from spillway.change import ACTIONS, key_values
+from spillway.change import ACTIONS, key_values, table_prefix
 from spillway.chunk import Chunk, Span
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
@@ -282,8 +282,9 @@ class Backfill:
             await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason))
 
     async def _sweep(self) -> bool:
-        """What the sink has and the source has not is deleted, by pages of the sink's keys. What the backfill has just
-        written is known to be there, where the sink knows versions. False: it is not active any more."""
+        """What the sink has, or will have, and the source has not is deleted, by pages of the sink's keys. What the
+        backfill has just written is known to be there, where the sink knows versions. False: it is not active any more.
+        """
         sink, state = self._delivery.readable, self.state
         if sink is None:
             return True
@@ -293,6 +294,8 @@ class Backfill:
         try:
             relations = [Selection(*name) for name in await reader.relations(*table)]
             columns = await reader.key_columns(relations[0])
+            if state.sweep_after is None and not await self._sweep_held(reader, relations):
+                return False
             while await self._room():
                 try:
                     keys, after = await sink.keys(table, columns, state.sweep_after, AGAIN_KEYS, below)
@@ -310,6 +313,26 @@ class Backfill:
                     return True
         finally:
             await reader.close()
+        return False
+
+    async def _sweep_held(self, reader: PageReader, relations: Sequence[Selection]) -> bool:
+        """A row from before that the sink has not taken yet is not among the sink's keys; taken after all, it must not
+        stay. So what is older than this backfill has been tried before the sink's keys are read, and the keys of what
+        has failed are swept as if the sink had them: the delete goes behind it."""
+        table = (self.state.request.schema, self.state.request.table)
+        while await self._room():
+            lsn = await self._delivery.untried_from()
+            if lsn is None or lsn > self.state.started_lsn:
+                break
+            self.waiting = "what waited for the sink before comes first"
+            await self._sleep(ROOM_SECONDS)
+        prefix = after = table_prefix(*table)
+        while await self._room():
+            held = [key for key in await self._delivery.held_keys(after, AGAIN_KEYS) if key.startswith(prefix)]
+            if not held:
+                return True
+            if await self._delete_absent(reader, relations, [key_values(*table, key) for key in held]):
+                after = held[-1]
         return False
 
     async def _delete_absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> bool:
@@ -400,6 +423,9 @@ class Backfill:
             primary = await self._open_reader(self.state.id, primary=True) if reader.standby else reader
             try:
                 done = await self._all_ended(primary, began)
+                if done and self._must_wait and primary.stream_may_miss_a_table:
+                    self.waiting = "waits for the stream's connection to be made anew"
+                    await self._capture.renewed(await primary.flushed_lsn())
                 if done and reader.standby:
                     done = await self._replayed(reader, max(behind_lsn, await primary.flushed_lsn()), began)
             finally:

@@ -264,6 +264,21 @@ class Inflow:
             self._write_unwritten(backfill=document) if covering else self._commit(Write(self.name, backfill=document))
         )
 
+    async def untried_from(self) -> int | None:
+        """No message that has not been tried yet has a commit LSN below this; None: there is none. What was tried and
+        has failed is in the lanes."""
+        first = self.window.first_open()
+        lsns = [] if first is None else [first.first_lsn]
+        if self.counters.queued:
+            queued_lsn = await asyncio.to_thread(self._store.queued_from, self.name)
+            lsns += [] if queued_lsn is None else [queued_lsn]
+        return min(lsns, default=None)
+
+    async def held_keys(self, after: str, limit: int) -> list[str]:
+        """The keys that have a lane, in their order."""
+        held = await asyncio.wrap_future(self._store.ask(self._store.held, self.name, after, limit))
+        return [waiting.key for waiting in held]
+
     # -- writing ----------------------------------------------------------------------------------------------------
     def _put(self, span: Span) -> asyncio.Future[Written]:
         """Newcomers of a stored sink, to the tail; none of them stays in memory."""

@@ -273,6 +273,9 @@ class Store(Protocol):
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""
 
+    def queued_from(self, sink: str) -> int | None:
+        """No message of the queue has a commit LSN below this; None: it is empty."""
+
     # -- for people -------------------------------------------------------------------------------------------------
     def held(self, sink: str, after_key: str | None, limit: int, reason: str | None = None) -> list[Waiting]:
         """What is held, by key, in key order behind ``after_key``; with ``reason``: parked keys of that reason. A

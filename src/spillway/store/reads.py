@@ -112,6 +112,7 @@ SELECT_OLDEST = """
     SELECT (SELECT commit_time FROM span WHERE sink = ?1 ORDER BY id LIMIT 1),
         (SELECT m.commit_time FROM message m WHERE m.id = (
             SELECT head FROM parked WHERE sink = ?1 ORDER BY head LIMIT 1))"""
+SELECT_QUEUED_FROM = "SELECT first_lsn FROM span WHERE sink = ? ORDER BY id LIMIT 1"
 
 
 class Reads:
@@ -303,6 +304,10 @@ class Reads:
         found = self._first(SELECT_OLDEST, (self._id(sink),))
         assert found is not None
         return min([time for time in cast("tuple[float | None, ...]", found) if time is not None], default=None)
+
+    def queued_from(self, sink: str) -> int | None:
+        found = self._first(SELECT_QUEUED_FROM, (self._id(sink),))
+        return None if found is None else cast("int", found[0])
 
     def free_bytes(self) -> int:
         return free_bytes(self._path.parent)
