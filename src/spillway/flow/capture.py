@@ -125,6 +125,7 @@ class Capture:
         self._owing: set[asyncio.Task[None]] = set()
         self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
         self._turns: list[Turn] = []
+        self._sent_lsn = 0  # the server was told that it is confirmed
         self._renew = False  # the connection, as soon as a transaction has ended
 
     def _size_up(self) -> None:
@@ -147,6 +148,13 @@ class Capture:
             return True
 
         await self.placed(Turn(0, swap))
+
+    async def renewed(self, lsn: int) -> None:
+        """Once the server knows that everything up to this position is confirmed: begin a new connection, which sees
+        nothing of before it."""
+        while self._sent_lsn < lsn:
+            await self._clock.sleep(FEEDBACK_SECONDS)
+        await self.rewire(self._router, self._deliveries)
 
     async def placed(self, turn: Turn) -> None:
         """Wait until the page has its place. Cancellable; `Turn.place` must be able to tell then."""
@@ -400,6 +408,7 @@ class Capture:
                 stream.send_feedback(lsn, lsn, quiet or asked_for)
                 await stream.flush()
                 sent, sent_at, heard = lsn, now, self.received_lsn
+                self._sent_lsn = lsn
             self._feedback_due = False
             pause = ASK_SECONDS if self._turns else FEEDBACK_SECONDS
             await _first_of(self._feedback_now.wait(), self._clock.sleep(pause))

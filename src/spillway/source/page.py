@@ -75,6 +75,7 @@ SAMPLED_ROWS = 10_000
 RANGE_ROWS = 1_000  # a range is not worth a connection of its own with fewer
 USUAL_ROWS_TO_A_BLOCK = 50.0  # of a table that was never analyzed
 
+_PUBLICATION_MENDED: Final = {13: 21, 14: 18, 15: 13, 16: 9, 17: 5}  # minor release, by major one
 _POSTGRES_EPOCH_MICROSECONDS: Final = 946_684_800_000_000
 
 
@@ -126,6 +127,14 @@ class PageReader:
     def standby(self) -> bool:
         """The server is in recovery."""
         return self._views.standby
+
+    @property
+    def stream_may_miss_a_table(self) -> bool:
+        """A walsender of this server that has decoded a transaction which was open when a table entered the publication
+        takes the table for unpublished as long as it lives: "Fix data loss in logical replication" of the release notes
+        of May 2025; 12 has no such release."""
+        version = self._views.server_version
+        return version % 10000 < _PUBLICATION_MENDED.get(version // 10000, 0) or version < 130000
 
     @property
     def wal_writer_delay_seconds(self) -> float:

@@ -88,6 +88,7 @@ class Views:
     def __init__(self, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder]) -> None:
         self.standby = False  # the connection is to a server in recovery
         self.wal_writer_delay_seconds = 0.0
+        self.server_version = 0
         self._conninfo = conninfo
         self._slot = slot
         self._publication = publication
@@ -206,6 +207,7 @@ class Views:
         await connection.execute(SESSION_LOCK_TIMEOUT)  # the catalogue's functions lock the tables that they tell of
         seen = await one(connection, "reader")
         self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
+        self.server_version = connection.info.server_version
 
     async def _drop(self) -> None:
         session, self._session = self._session, None
