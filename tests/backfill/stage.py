@@ -82,7 +82,7 @@ class Stage:
         }  # fmt: skip
         self.product = Product(folder, config, environment=environment)
         self._source = SlotHistory(conninfo, "oracle", KEY_COLUMNS)
-        self._before: set[int] = set()
+        self.before: set[int] = set()  # numbers of events that are not the stream's
         self._file_at_kill: dict[str, list[int]] = {}
 
     def __enter__(self) -> Self:
@@ -98,7 +98,7 @@ class Stage:
 
     def begin(self) -> None:
         """What is committed from now on is the stream's."""
-        self._before = {event.number for event in self.history().events}
+        self.before = {event.number for event in self.history().events}
         self.product.start()
         self.product.wait_streaming(self.conninfo)
 
@@ -240,7 +240,7 @@ class Stage:
         history = self.history()
         lines = list(deliveries)
         not_taken = {event.number for event in history.events if event.action not in actions}
-        found = judge_backfilled(history, tables, lines, self._before | not_taken)
+        found = judge_backfilled(history, tables, lines, self.before | not_taken)
         rows = folded(history, lines)
         for table in tables:
             ours = {key: row for key, row in rows.items() if key[0] == table}
