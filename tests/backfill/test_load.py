@@ -15,7 +15,7 @@ import pytest
 from backfill.load import run
 from servers.postgres import Postgres, Standby
 
-BACKFILLS = int(os.environ.get("BACKFILLS", "8"))
+BACKFILLS = int(os.environ.get("BACKFILLS", "4"))
 SEED = int(os.environ.get("BACKFILLS_SEED", random.SystemRandom().randrange(1 << 32)))
 
 
@@ -24,6 +24,13 @@ SEED = int(os.environ.get("BACKFILLS_SEED", random.SystemRandom().randrange(1 <<
 def test_backfills_under_load(version: str, tmp_path: Path) -> None:
     with Postgres(version) as server:
         verdict = run(server.create_database("app"), tmp_path, seed=SEED, backfills=BACKFILLS)
+    assert verdict.good, str(verdict)
+
+
+def test_initial_backfills_under_load(tmp_path: Path) -> None:
+    """Changes of rows that the sinks have never seen come first, updates without their TOAST columns among them."""
+    with Postgres("15") as server:
+        verdict = run(server.create_database("app"), tmp_path, seed=SEED, backfills=0, early=True)
     assert verdict.good, str(verdict)
 
 
