@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,15 +41,16 @@ class Place(Site):
         *,
         through: str | None = None,
         document: str = "record",
+        more: Sequence[Mapping[str, object]] = (),
         **options: object,
     ) -> None:
-        """``through``: the address that the process has of the server."""
+        """``through``: the address that the process has of the server. ``more``: sinks. ``options`` of the first."""
         self.alias = f"jobs-{uuid4().hex}"
         self.v1, self.v2 = f"{self.alias}-v1", f"{self.alias}-v2"
         self.search = httpx.Client(base_url=search_url, timeout=30, trust_env=False)
         destination = {"type": "opensearch", "endpoint_url": through or search_url, "index_name": self.alias}
         jobs = sink(SINK, ["public.jobs"], {**destination, "document": document}, **options)
-        super().__init__(conninfo, folder, [jobs])
+        super().__init__(conninfo, folder, [jobs, *more])
         self.sql(
             "create table public.jobs (id int primary key, seq bigint not null, title text, extra text)",
             "create publication spillway for table public.jobs",
@@ -73,11 +74,22 @@ class Place(Site):
         answer = self.search.get(f"/_alias/{alias or self.alias}")
         return sorted(answer.json()) if answer.status_code == 200 else []
 
-    def documents(self, index: str | None = None) -> dict[int, dict[str, Any]]:
+    def version(self, identity: str) -> int:
+        """Of a document of the new index."""
+        return int(self.search.get(f"/{self.v2}/_doc/{identity}").raise_for_status().json()["_version"])
+
+    def write(self, identity: str, document: Mapping[str, object], version: int) -> None:
+        """Into the new index, behind everybody's back."""
+        url = f"/{self.v2}/_doc/{identity}?version={version}&version_type=external_gte"
+        self.search.put(url, json=document).raise_for_status()
+
+    def documents(self, index: str | None = None) -> dict[int | str, dict[str, Any]]:
+        """By id; those of rows by the number that it is."""
         index = index or self.alias
         self.search.post(f"/{index}/_refresh").raise_for_status()
         found = self.search.post(f"/{index}/_search", json={"size": 10_000}).raise_for_status().json()
-        return {int(hit["_id"]): hit["_source"] for hit in found["hits"]["hits"]}
+        hits = found["hits"]["hits"]
+        return {int(hit["_id"]) if hit["_id"].isdigit() else hit["_id"]: hit["_source"] for hit in hits}
 
     def rows(self) -> dict[int, dict[str, Any]]:
         found = self.sql("select id, seq, title, extra from public.jobs")

@@ -6,8 +6,8 @@
 
 A document counts as equal if it holds the row of the page, or if its version (spillway.position.version) is above all
 that the page's snapshot sees: then it was brought by the stream since, as a whole. What differs is usually a change on
-its way, so it is looked at again, by key: the row is read, a second passes, in which a sink that keeps up has brought
-it, and the document is asked for. What still differs after `LOOKS` of these is a difference.
+its way, so it is looked at again, by key, once the stream has come by: the row is read, a second passes, in which a
+sink that keeps up has brought it, and the document is asked for. What differs after `LOOKS` of these is a difference.
 
 What the sink leaves out on purpose is none: changes of actions that it does not take, columns that it may omit
 (``toast: omit``), rows above its ``max_message_bytes``.
@@ -74,10 +74,11 @@ class Equality:
         state: ReindexState,
         source: Source,
         settled: Callable[[], Awaitable[None]],
+        come_by: Callable[[int], Awaitable[None]],
         clock: Clock,
     ) -> None:
-        """``settled``: returns when the shadow has delivered all but the youngest changes. Raises when nobody wants to
-        know any more."""
+        """``settled`` returns when the shadow has delivered all but the youngest changes that it got, ``come_by`` when
+        the stream has carried everything up to a position. Both raise when nobody wants to know any more."""
         assert isinstance(sink.destination, Search)
         self._index = index
         self._sink = sink
@@ -85,6 +86,7 @@ class Equality:
         self._state = state
         self._source = source
         self._settled = settled
+        self._come_by = come_by
         self._clock = clock
         self._needed_bytes = 0  # of credit, for a large row
         self.found: dict[str, str] = {}  # what stays different, by table and key
@@ -164,6 +166,7 @@ class Equality:
         for _ in range(LOOKS):
             if not differing:
                 break
+            await self._come_by(await reader.flushed_lsn())
             keys = list(differing)
             differing = {}
             for start in range(0, len(keys), KEYS_AT_ONCE):
@@ -245,7 +248,9 @@ class Equality:
 
     def _newest(self, page: Page) -> int:
         """The highest version of anything that the page's snapshot may see."""
-        return version(self._state.epoch, page.snapshot.lsn, 0xFF)
+        snapshot = page.snapshot
+        lsn = snapshot.lsn if snapshot.replayed_lsn is None else min(snapshot.lsn, snapshot.replayed_lsn)
+        return version(self._state.epoch, lsn, 0xFF)
 
     async def _documents(self, ids: Mapping[str, Cursor], bodies_bytes: int) -> dict[Cursor, Found | None]:
         """By key; None: there is one, but so large that it cannot be equal."""

@@ -28,32 +28,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import structlog
 
 from spillway.clock import Clock
 from spillway.config import Search, Sink
 from spillway.engine.equality import ENOUGH, Equality, Source
+from spillway.engine.newindex import NewIndex
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.shadow import ReindexState, Step, shadow_of
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Spare
+from spillway.flow.capture import Turn
 from spillway.flow.delivery import Delivery
 from spillway.flow.progress import Request
 from spillway.flow.retry import backoff_seconds
-from spillway.sinks.index import OWNER, Target
+from spillway.position import format_lsn
 from spillway.source.page import LockTimeout, PageTimeout
 from spillway.store.base import Select, Store, Write
-
-if TYPE_CHECKING:
-    from spillway.sinks.search import SearchSink
 
 LOOK_SECONDS = 0.25
 SWAP_LOOK_SECONDS = 0.02
 YOUNG_SECONDS = 1.0
-REFRESH_SECONDS = 1.0  # a refresh that took longer is repeated: much has come meanwhile
-REFRESHES = 5
 RETRY_CAP_SECONDS = 15.0
 EXAMPLES = 5
 DISCARDED_AT_ONCE = 1_000
@@ -76,12 +73,11 @@ class Surroundings:
 
 
 class Reindex:
-    def __init__(self, state: ReindexState, sink: Sink, index: SearchSink, around: Surroundings) -> None:
-        """``index``: a sink for the new index that is never sent anything; it is closed with this."""
+    def __init__(self, state: ReindexState, sink: Sink, index: NewIndex, around: Surroundings) -> None:
         self.state = state
         self.waiting = ""
         self._sink = sink
-        self._index = index
+        self.index = index
         self._around = around
         self._pipeline = around.pipeline
         self._clock = around.clock
@@ -97,38 +93,11 @@ class Reindex:
             backfills = [item for item in self._pipeline.backfills.all(state.shadow) if item["id"] in mine]
         return state.as_item(self.waiting if state.under_way else "", backfills)
 
-    async def check(self, last: ReindexState | None) -> None:
-        """Before it begins. Raises SpillwayError for what forbids it. ``last``: the one before it."""
-        state, indexes = self.state, self._index.indexes
-        target = await self._target()
-        if target is None:
-            raise SpillwayError(
-                "no_index", f"there is no index {state.alias} yet", f"resume the sink {state.sink}, which creates it"
-            )
-        if not target.alias and not state.replace_index:
-            raise SpillwayError(
-                "alias_is_index",
-                f"{state.alias} is an index and no alias: at the switch it would have to be deleted",
-                "allow that: --replace-index",
-            )
-        if len(target.indices) > 1:
-            raise SpillwayError(
-                "alias_of_several",
-                f"the alias {state.alias} stands for {', '.join(target.indices)}; after the switch it would stand for "
-                f"{state.into} alone",
-                "take the others off the alias",
-            )
-        if await indexes.target(state.into) is not None:
-            ours = last is not None and last.state == "failed" and await indexes.owner(state.into) == last.id
-            if not ours or await indexes.aliases(state.into):
-                raise index_exists(state.into)
-            await indexes.delete(state.into)
-
     async def cancel(self) -> None:
         """Durable when this returns; `run` does it. The index of one that has failed is deleted at once."""
         state = self.state
         if state.state == "failed":
-            await self.remove()
+            await self.index.delete()
             state.state = "cancelled"
             await self._save()
             return
@@ -144,25 +113,15 @@ class Reindex:
 
     async def drop_old(self) -> None:
         """Delete the indexes that the alias stood for. Refused while any alias stands for one of them."""
-        state, indexes = self.state, self._index.indexes
+        state = self.state
         if state.under_way:
             raise SpillwayError(
                 "reindex_active", f"the re-index into {state.into} is {state.state}", "wait for it, or cancel it"
             )
         for index in list(state.old):
-            aliases = await indexes.aliases(index)
-            if aliases:
-                raise SpillwayError(
-                    "index_in_use",
-                    f"{index} is not deleted: the alias {', '.join(aliases)} stands for it",
-                    "move the alias, or delete the index yourself",
-                )
-            await indexes.delete(index)
+            await self.index.delete_old(index)
             state.old.remove(index)
             await self._save()
-
-    async def close(self) -> None:
-        await self._index.close()
 
     async def _end_as(self, ending: Literal["failed", "cancelled"], reason: str) -> None:
         self.state.ending = ending
@@ -192,7 +151,7 @@ class Reindex:
                     self.waiting = str(error)
                     await self._sleep(backoff_seconds(failures - 1, 0.25, RETRY_CAP_SECONDS))
         finally:
-            await self.close()
+            await self.index.close()
 
     async def _step(self) -> None:
         state = self.state
@@ -232,14 +191,11 @@ class Reindex:
 
     # -- backfilling ------------------------------------------------------------------------------------------------
     async def create(self) -> None:
-        """The new index. Repeatable. Raises SpillwayError ``index_exists`` for one that is not ours."""
-        state, indexes = self.state, self._index.indexes
-        if state.definition is None:
-            return
-        if not await indexes.create(state.into, state.definition) and await indexes.owner(state.into) != state.id:
-            raise index_exists(state.into)
-        state.definition = None
-        await self._save()
+        """The new index. Repeatable."""
+        if self.state.definition is not None:
+            await self.index.create(self.state.definition)
+            self.state.definition = None
+            await self._save()
 
     async def _backfill(self) -> None:
         state, backfills = self.state, self._pipeline.backfills
@@ -260,9 +216,9 @@ class Reindex:
             self._go_on()
         states = {item["id"]: item for item in backfills.all(state.shadow)}
         for name, number in state.backfills.items():
-            item = states.get(number, {})
-            if item.get("state") != "completed":
-                await self._fail(f"the backfill of {name} is {item.get('state')}: {item.get('error') or 'by command'}")
+            item = states.get(number)  # of very many only the last are kept; what one missed is seen later
+            if item is not None and item["state"] != "completed":
+                await self._fail(f"the backfill of {name} is {item['state']}: {item['error'] or 'by command'}")
                 return
         await self._enter("catching_up")
 
@@ -287,6 +243,22 @@ class Reindex:
             if not self.waiting:
                 return
             await self._sleep(LOOK_SECONDS)
+
+    async def _come_by(self, lsn: int) -> None:
+        """Returns when the stream has carried everything up to there."""
+
+        async def passed(_: int) -> bool:
+            return True
+
+        waits = asyncio.ensure_future(self._pipeline.capture.placed(Turn(lsn, passed)))
+        try:
+            while not waits.done():
+                self._go_on()
+                await asyncio.wait([waits], timeout=LOOK_SECONDS)
+                self.waiting = f"waits for the stream to come by {format_lsn(lsn)}"
+        finally:
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
 
     async def _has_nothing_waiting(self) -> None:
         """Returns in a moment in which that needs no clock: nothing at all is on disk."""
@@ -333,7 +305,7 @@ class Reindex:
     # -- verifying, and the switch ----------------------------------------------------------------------------------
     async def _verify(self) -> None:
         state = self.state
-        if self._has_moved(await self._target()):
+        if await self.index.has_alias():
             await self._enter("swapped")
             return
         self._moving = False
@@ -343,7 +315,7 @@ class Reindex:
             return
         timeout_seconds = self._sink.backfill.timeout_ms / 1000
         source = Source(self._pipeline.open_reader, self._around.spare, timeout_seconds)
-        equality = Equality(self._index, self._sink, state, source, self._caught_up, self._clock)
+        equality = Equality(self.index.sink, self._sink, state, source, self._caught_up, self._come_by, self._clock)
         await equality.compare(tables)
         self._go_on()
         if equality.found:
@@ -355,46 +327,33 @@ class Reindex:
         await self._swap()
 
     async def _swap(self) -> None:
-        state, indexes = self.state, self._index.indexes
-        for _ in range(REFRESHES):
-            began = self._clock.monotonic()
-            await indexes.refresh(state.into)
-            if self._clock.monotonic() - began < REFRESH_SECONDS:
-                break
-        target = await self._target()
-        if target is not None:
-            state.old = list(dict.fromkeys([*state.old, *(target.indices if target.alias else ())]))
-            await self._save()
+        state = self.state
+        await self.index.refresh()
+        state.old = list(dict.fromkeys([*state.old, *await self.index.in_its_place()]))
+        await self._save()
         failures = 0
         while True:
             await self._has_nothing_waiting()
             self._moving = True
             try:
-                await indexes.move_alias(state.alias, state.into, delete_index=state.replace_index)
+                if not failures or not await self.index.has_alias():
+                    await self.index.take_alias()
                 break
             except SpillwayError as error:
                 if not _passes(error):
                     self._moving = False
                     raise
-                self.waiting = str(error)
-                await self._clock.sleep(backoff_seconds(failures, 0.25, RETRY_CAP_SECONDS))
                 failures += 1
-                if self._has_moved(await self._target()):
-                    break
+                self.waiting = str(error)
+                await self._clock.sleep(backoff_seconds(failures - 1, 0.25, RETRY_CAP_SECONDS))
         if not failures:
             state.swapped_lsn = max(self._pipeline.capture.received_lsn, self._shadow.tail.commit_lsn)
         await self._enter("swapped")
 
-    async def _target(self) -> Target | None:
-        return await self._index.indexes.target(self.state.alias)
-
-    def _has_moved(self, target: Target | None) -> bool:
-        return target is not None and target.alias and target.indices == (self.state.into,)
-
     async def _drain(self) -> None:
         state, capture = self.state, self._pipeline.capture
         if not state.swapped_lsn:
-            reader = await self._pipeline.open_reader(state.id)
+            reader = await self._pipeline.open_reader(state.id, primary=True)
             try:
                 state.swapped_lsn = await reader.flushed_lsn()
             finally:
@@ -423,27 +382,19 @@ class Reindex:
         """As it was decided; but after a crash only the server knows whether the alias had moved."""
         state = self.state
         if state.state == "verifying":
-            target = await self._target()
-            if self._has_moved(target):
+            if await self.index.has_alias():
                 state.ending, state.reason = None, ""
                 await self._enter("swapped")
                 return
-            state.old = [index for index in state.old if target is None or index not in target.indices]
+            there = await self.index.in_its_place()
+            state.old = [index for index in state.old if index not in there]
         await self._leave()
         if state.ending == "cancelled":
-            await self.remove()
+            await self.index.delete()
         state.state, state.ending = state.ending or "failed", None
         state.ended = self._clock.wall()
         _log.info("re-index ended", sink=state.sink, into=state.into, state=state.state, reason=state.reason)
         await self._save()
-
-    async def remove(self) -> None:
-        """The new index, if it is ours."""
-        indexes, into = self._index.indexes, self.state.into
-        if await indexes.owner(into) == self.state.id:
-            if await indexes.aliases(into):
-                raise SpillwayError("index_in_use", f"an alias stands for {into}", f"take it off {into}")
-            await indexes.delete(into)
 
     async def _leave(self) -> None:
         """The shadow is no more, and leaves nothing behind."""
@@ -457,11 +408,11 @@ class Reindex:
                 await self._clock.sleep(LOOK_SECONDS)
             self.waiting = "waits for a commit or a sign of life of the source, to leave there"
             await self._around.dismiss(name)
+            while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), DISCARDED_AT_ONCE)):
+                pass
+            await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
         mine = set(state.backfills.values())
         state.ended_backfills = [item for item in backfills.all(name) if item["id"] in mine]
-        while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), DISCARDED_AT_ONCE)):
-            pass
-        await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
         self.waiting = ""
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -490,19 +441,6 @@ class Reindex:
                 pass
         else:
             await self._clock.sleep(seconds)
-
-
-def owned(definition: dict[str, object], number: str) -> dict[str, object]:
-    """The same, with a note of whose the index is."""
-    mappings = definition.get("mappings") or {}
-    assert isinstance(mappings, dict)
-    return {**definition, "mappings": {**mappings, "_meta": {**mappings.get("_meta", {}), OWNER: number}}}
-
-
-def index_exists(into: str) -> SpillwayError:
-    return SpillwayError(
-        "index_exists", f"there is an index or alias {into} already", "give --into another name, or delete it"
-    )
 
 
 def _passes(error: SpillwayError) -> bool:

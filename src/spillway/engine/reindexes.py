@@ -15,8 +15,9 @@ from spillway import sinks
 from spillway.clock import Clock
 from spillway.config import Config, ReindexOrder, Search, Sink
 from spillway.config.destination import Elasticsearch, OpenSearch
+from spillway.engine.newindex import NewIndex, owned
 from spillway.engine.pipeline import Pipeline
-from spillway.engine.reindex import Reindex, Surroundings, owned
+from spillway.engine.reindex import Reindex, Surroundings
 from spillway.engine.shadow import REINDEX, ReindexState, kept, shadow_of
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Spare
@@ -80,10 +81,11 @@ class Reindexes:
         )
         return Reindex(state, sink, self._index(sink, state), around)
 
-    def _index(self, sink: Sink, state: ReindexState) -> SearchSink:
+    def _index(self, sink: Sink, state: ReindexState) -> NewIndex:
         """To ask about the new index, on connections of its own: those of the sinks are theirs."""
         context = SinkContext(state.shadow, b"", self._config.base_dir, state.epoch, 0)
-        return cast("SearchSink", sinks.build(self._config, shadow_of(sink, state.into), context))
+        built = sinks.build(self._config, shadow_of(sink, state.into), context)
+        return NewIndex(cast("SearchSink", built), state, self._clock)
 
     # -- what people ask for ----------------------------------------------------------------------------------------
     def items(self) -> list[dict[str, object]]:
@@ -126,7 +128,7 @@ class Reindexes:
             state.old = list(last.state.old)
         reindex = self._of_state(pipeline, sink, state)
         try:
-            await reindex.check(last.state if last is not None else None)
+            await reindex.index.check(last.state if last is not None else None)
             await self._note(pipeline, sink, state)
             try:
                 await reindex.create()
@@ -135,7 +137,7 @@ class Reindexes:
                     await self._note(pipeline, sink, last.state if last is not None else None)
                     raise
         except SpillwayError:
-            await reindex.close()
+            await reindex.index.close()
             raise
         self._reindexes[sink.name] = reindex
         if self._tasks is not None:
