@@ -187,6 +187,11 @@ class Site:
 
         self.wait(grows, f"a gap of {name}")
 
+    def end_gap(self, name: str) -> None:
+        """The sink is well again: it has to make room before it can take part."""
+        self.wait(lambda: self.status(name)["backlog_messages"] <= 1, f"the backlog of {name}")
+        self.post(f"{name}/resume")
+
     def read_by_the_stream(self) -> None:
         """Everything that is committed by now has come, as the slot says."""
         lsn = parse_lsn(self.sql("select pg_current_wal_insert_lsn()::text")[0][0])

@@ -213,7 +213,7 @@ def test_partitions(database: str, tmp_path: Path, via_root: bool) -> None:
         )
         site.read_by_the_stream()
         site.unblock("mirror.db")
-        site.post("mirror/resume")
+        site.end_gap("mirror")
         (item,) = site.run("mirror", gap=True)
         assert (item["table"], item["rows_processed_count"]) == (A, len(site.source_rows(A)))
         site.drained("mirror")

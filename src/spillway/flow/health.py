@@ -102,8 +102,11 @@ def _gap(delivery: Delivery) -> tuple[str, str, str]:
     assert gap is not None
     resume, refill = f"spillway sinks resume {name}", f"spillway backfill start {name} --gap"
     if gap.last_lsn is None:
+        waiting = delivery.counters.messages
         reason = f"takes no part since {format_lsn(gap.first_lsn)}: {gap.reason}; what it misses is not kept"
-        return "gap", reason, f"mend what it says, then: {resume}; then, for what it missed: {refill}"
+        if waiting:
+            reason += f"; {waiting} messages still wait"
+        return "gap", reason, f"mend the sink; when its backlog has room: {resume}; for what it missed then: {refill}"
     missed = "changes" if not gap.tables else f"changes of {_listed(gap.tables)}"
     reason = f"missed {missed} from {format_lsn(gap.first_lsn)} to {format_lsn(gap.last_lsn)}: {gap.reason}"
     if gap.tables == ():  # nothing is left to read
