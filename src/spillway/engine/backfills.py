@@ -49,6 +49,10 @@ INITIAL = "initial"  # the id of the document that says which tables have had th
 
 Table = tuple[str, str]
 
+_STATES: dict[str, Literal["active", "paused", "cancelled"]] = {
+    "pause": "paused", "resume": "active", "cancel": "cancelled"
+}  # fmt: skip
+
 _log = structlog.get_logger()
 
 
@@ -322,7 +326,7 @@ class Backfills:
         for backfill in self._backfills.values():
             state = backfill.state
             if state.sink == sink and id_or_table in (state.id, _name(state), state.request.table):
-                await backfill.change({"pause": "paused", "resume": "active", "cancel": "cancelled"}[verb])
+                await backfill.change(_STATES[verb])
                 return item(backfill.state, backfill)
         raise SpillwayError(
             "unknown_backfill",

@@ -28,7 +28,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import structlog
 
@@ -113,17 +113,22 @@ class Backfill:
         """Something has changed that it may wait for."""
         self._woken.set()
 
-    async def change(self, state: str, error: str | None = None) -> None:
-        """To ``active``, ``paused``, ``cancelled``: durable when this returns."""
+    async def change(self, state: Literal["active", "paused", "cancelled"]) -> None:
+        """Durable when this returns. Raises SpillwayError ``backfill_ended``."""
         if self.state.has_ended:
             raise SpillwayError("backfill_ended", f"backfill {self.state.id} is {self.state.state}", "start another")
-        match state:
-            case "active" | "paused":
-                self.state.state = "active" if state == "active" else "paused"
-            case "cancelled" | "failed" | "completed" as ended:
-                self.state.state = ended
-                self.state.ended = self._clock.wall()
-                self.state.error = error
+        if state == "cancelled":
+            await self._end(state)
+            return
+        self.state.state = state
+        self._woken.set()
+        await self._save()
+
+    async def _end(self, state: Literal["completed", "failed", "cancelled"], error: str | None = None) -> None:
+        """Nothing, if it has ended already."""
+        if self.state.has_ended:
+            return
+        self.state.state, self.state.error, self.state.ended = state, error, self._clock.wall()
         self._woken.set()
         await self._save()
 
@@ -159,7 +164,7 @@ class Backfill:
                     raise
                 except SpillwayError as error:
                     _log.warning("backfill failed", sink=self.state.sink, table=".".join(table), error=str(error))
-                    await self.change("failed", f"{error} [{error.code}]")
+                    await self._end("failed", f"{error} [{error.code}]")
         finally:
             self.waiting = ""
             self._carried.unwatch(table)
@@ -187,7 +192,7 @@ class Backfill:
         if self.state.state == "active":
             self._help_at = 0.0
             await self._help_partial_updates()
-            await self.change("completed")
+            await self._end("completed")
 
     async def _lay_out(self, reader: PageReader) -> None:
         request = self.state.request
