@@ -154,7 +154,12 @@ class Capture:
         nothing of before it."""
         while self._sent_lsn < lsn:
             await self._clock.sleep(FEEDBACK_SECONDS)
-        await self.rewire(self._router, self._deliveries)
+
+        async def renew(_: int) -> bool:
+            self._renew = True
+            return True
+
+        await self.placed(Turn(0, renew))
 
     async def placed(self, turn: Turn) -> None:
         """Wait until the page has its place. Cancellable; `Turn.place` must be able to tell then."""
