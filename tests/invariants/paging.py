@@ -64,15 +64,17 @@ class FakePages:
     trouble: float = 0.0
     lag: bool = False  # time goes by where it may
     standby: Standby | None = None
+    primary: bool = True  # there is one beside the standby
+    stream_may_miss_a_table: bool = False
     asked: list[Asked] = field(default_factory=list)
     open_readers: int = 0
 
-    async def open(self, router: Router, life: int, backfill: str) -> FakePageReader:
+    async def open(self, router: Router, life: int, backfill: str, primary: bool) -> FakePageReader:
         await self.pause()
         if self.dice.random() < self.trouble / 4:
             raise SourceUnavailable("refused", "no connection")
         self.open_readers += 1
-        return FakePageReader(self, router, life, backfill)
+        return FakePageReader(self, router, life, backfill, primary)
 
     async def pause(self) -> None:
         if self.lag and self.dice.random() < 0.5:
@@ -80,9 +82,9 @@ class FakePages:
         self.postgres.show_some()
 
 
-def pages(world: World, *, standby: bool = False) -> FakePages:
+def pages(world: World, *, standby: bool = False, primary: bool = True) -> FakePages:
     postgres = world.postgres
-    fake = FakePages(postgres, random.Random(world.dice.random()))
+    fake = FakePages(postgres, random.Random(world.dice.random()), primary=primary)
     if standby:
         images = {table: dict(rows) for table, rows in postgres.images.items()}
         fake.standby = Standby(images, len(postgres.transactions), postgres.lsn)
@@ -93,8 +95,9 @@ def pages(world: World, *, standby: bool = False) -> FakePages:
 class FakePageReader:
     wal_writer_delay_seconds = 0.2
 
-    def __init__(self, owner: FakePages, router: Router, life: int, backfill: str) -> None:
-        self.standby = owner.standby is not None
+    def __init__(self, owner: FakePages, router: Router, life: int, backfill: str, primary: bool) -> None:
+        self.standby = owner.standby is not None and not (primary and owner.primary)
+        self.stream_may_miss_a_table = owner.stream_may_miss_a_table
         self._owner = owner
         self._postgres = owner.postgres
         self._router = router
@@ -154,10 +157,16 @@ class FakePageReader:
             return {}
         return {one.xid & 0xFFFFFFFF: f"transaction {one.xid}" for one in self._postgres.running}
 
+    async def horizon(self) -> tuple[int, int]:
+        await self._owner.pause()
+        oldest = min((one.xid for one in self._postgres.running), default=self._postgres.next_xid)
+        return oldest, self._postgres.next_xid
+
     async def flushed_lsn(self) -> int:
         await self._owner.pause()
-        if self._owner.standby is not None:
+        if self.standby:
             self._replay()
+            assert self._owner.standby is not None
             return self._owner.standby.lsn
         return self._postgres.lsn
 
@@ -167,7 +176,7 @@ class FakePageReader:
     async def _trouble(self, table: str) -> None:
         await self._owner.pause()
         dice, trouble = self._owner.dice, self._owner.trouble
-        if self._owner.standby is not None:
+        if self.standby:
             self._replay()
         elif any(row.action == "truncate" and row.table == table for one in self._postgres.running for row in one.rows):
             raise LockTimeout("lock_timeout", f"{table} is locked")
@@ -247,6 +256,10 @@ def judge_rows(world: World, sink: str, tables: Sequence[str] = ("t",), missed: 
     brought back ended with the newest that the sink had been given. ``missed``: keys that a gap has swallowed."""
     postgres, fake, selection = world.postgres, world.sinks[sink], world.selections[sink]
     assert not postgres.running, "the judge comes when all is visible"
+    # What was applied and not answered is sent again, and so is what it had superseded.
+    repeats = fake.semantics == "ordered" or (fake.semantics != "events" and fake.loses_answers)
+    if not repeats:
+        _judge_positions(fake.took, sink)
     everything = {"insert", "update", "delete"} <= selection.actions
     for table in tables:
         if table not in selection.tables:
@@ -261,18 +274,27 @@ def judge_rows(world: World, sink: str, tables: Sequence[str] = ("t",), missed: 
                 by_key.setdefault(one.key, [])
         for key in by_key:
             by_key[key] = [one for one in took if one.key == key or one.action == "truncate"]
+        # By groups a row that goes and comes again in another group is in order with neither.
+        ordered = selection.grouping and table not in selection.groups_of
         for key, entries in by_key.items():
             if key in missed:
                 continue
             what = f"{sink} {key}: {[(one.life, one.action, one.version) for one in entries]}"
-            if selection.grouping and key not in ignored:
-                # What was applied and not answered is sent again, and so is what it had superseded.
-                repeats = fake.semantics != "events" and fake.loses_answers
-                _judge_order(entries, what, repeats=repeats or fake.semantics == "ordered")
+            if ordered and key not in ignored:
+                _judge_order(entries, what, repeats=repeats)
             if key in alive:
-                _judge_row(entries, alive[key], what, newest=everything, ordered=selection.grouping)
-            elif "delete" in selection.actions and selection.grouping and entries and key not in ignored:
+                _judge_row(entries, alive[key], what, newest=everything, ordered=ordered)
+            elif "delete" in selection.actions and ordered and entries and key not in ignored:
                 assert entries[-1].action in ("delete", "truncate"), f"gone, but there: {what}"
+
+
+def _judge_positions(took: Sequence[Took], sink: str) -> None:
+    highest: dict[tuple[int, str], tuple[int, int, int]] = {}
+    for one in took:
+        for key in one.ordered_by:
+            last = highest.get((one.life, key), (0, 0, 0))
+            assert one.position >= last, f"{sink} {key}: {one.position} after {last}, {one.action}"
+            highest[one.life, key] = one.position
 
 
 def _truncated(postgres: Postgres, table: str) -> set[str]:

@@ -11,7 +11,8 @@ also belong to a group, which changes now and then: sinks that are ordered by gr
 
 **Rows and snapshots.** `Postgres` also keeps the rows themselves. A commit is carried by the stream at once; with
 ``lag`` it becomes visible to snapshots later, by dice, those of different rows in any order, as under synchronous
-replication. Who changes a row waits for the one before, as row locks have it. `FakePageReader` (invariants.paging) reads from here.
+replication. Who changes a row waits for the one before, as row locks have it. `FakePageReader` (invariants.paging)
+reads from here.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Transaction:
 
 @dataclass
 class Postgres:
-    """What the server remembers: committed transactions, what it was told may go, and the rows as snapshots see them."""
+    """What the server remembers: committed transactions, what it was told may go; the rows as snapshots see them."""
 
     transactions: list[tuple[int, int, list[Row]]] = field(default_factory=list)  # commit_lsn, end_lsn, rows
     confirmed_lsn: int = 0
@@ -157,6 +158,10 @@ class Postgres:
         for row in transaction.rows:
             apply(self.images, row)
 
+    def has(self, key: str) -> bool:
+        """Whether the row is there for whoever has its lock."""
+        return _own(key) in self._groups
+
     def show_some(self, part: float = 0.3) -> None:
         for transaction in [one for one in self.running if one.rows]:
             if self.dice.random() < part:
@@ -183,7 +188,7 @@ class Postgres:
             self.lsn, idx, table, "update" if action in ("move", "partial") else action, own,  # type: ignore[arg-type]
             b'{"record":{"id":"%b","v":"%d/%d"}' % (name.encode(), self.lsn, idx), group, old,
             was_group if action in ("update", "move", "partial") and was_group != group else None,
-            whole=action != "partial" or was_group is None,  # of a row that is not there: an insert, for us
+            whole=action != "partial",
         )  # fmt: skip
 
 
@@ -401,6 +406,8 @@ class Took(NamedTuple):
     version: Version
     action: Action
     whole: bool
+    position: tuple[int, int, int] = (0, 0, 0)  # in the stream, as flow has it
+    ordered_by: tuple[str, ...] = ()
 
 
 def version_of(body: bytes) -> Version:
@@ -485,12 +492,15 @@ class FakeSink:
         change = message.change
         if change.action == "truncate":
             at = (change.commit_lsn, change.commit_idx)
-            self.took.append(Took(self.life, f"{change.schema}.{change.table}:", at, change.action, True))
+            table = f"{change.schema}.{change.table}:"
+            self.took.append(Took(self.life, table, at, change.action, True, message.position))
         elif change.key is not None and change.body.rpartition(b'"v":"')[1]:
             at = version_of(change.body)
             if change.was is not None and self.semantics != "state":  # there the delete is a message of its own
-                self.took.append(Took(self.life, change.was, at, "delete", True))
-            self.took.append(Took(self.life, change.key, at, change.action, change.whole))
+                self.took.append(Took(self.life, change.was, at, "delete", True, message.position, message.keys))
+            self.took.append(
+                Took(self.life, change.key, at, change.action, change.whole, message.position, message.keys)
+            )
 
     @contextlib.contextmanager
     def _in_flight(self, batch: Batch) -> Iterator[None]:
@@ -575,7 +585,7 @@ def _unsettled(delivery: Delivery) -> bool:
 class Pages(Protocol):
     """Where backfills read from (invariants.paging)."""
 
-    def open(self, router: Router, life: int, backfill: str) -> Awaitable[PageReader]: ...
+    def open(self, router: Router, life: int, backfill: str, primary: bool) -> Awaitable[PageReader]: ...
 
 
 class World:
@@ -668,16 +678,20 @@ class World:
 
         life = self.lives
 
+        async def open_reader(backfill: str, *, primary: bool = False) -> PageReader:
+            assert self.pages is not None, "a world without pages"
+            return await self.pages.open(router, life, backfill, primary)
+
         def begin(state: BackfillState) -> Backfill:
-            pages, delivery = self.pages, deliveries[state.sink]
-            assert pages is not None, "a world without pages"
+            delivery = deliveries[state.sink]
             backfill = Backfill(
-                state, wants[state.sink], router.keying(delivery), capture, budget.pages,
-                lambda name: pages.open(router, life, name), self.manners, lambda: 1, clock,
+                state, wants[state.sink], router.keying(delivery), capture, budget.pages, open_reader, self.manners,
+                lambda: 1, clock,
             )  # fmt: skip
             moved.append(backfill.wake)
             engine.backfills.append(backfill)
             if group:
+                assert not engine.task.done(), engine.task.result()
                 group[0].create_task(backfill.run())
             return backfill
 
