@@ -242,7 +242,8 @@ class Budget:
         return share
 
     def unshare(self, share: Share, wake: Callable[[], None]) -> None:
-        """A sink is no more, and holds nothing."""
+        """A sink is no more. What it should have given back is given back here."""
+        share.give(share.held_bytes)
         self._shares.remove(share)
         self._thirsty.remove(wake)
 

@@ -54,6 +54,7 @@ STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
 RECONNECT_CAP_SECONDS = 15.0
 _NOT_KEPT_BYTES = 1 << 62  # of credit, where nothing is rendered
 ASK_SECONDS = 0.01  # while a page waits for its turn, the server is asked so often where it stands
+CARRIED_SECONDS = 1.0  # so long credit is waited for before backfills give up what they remember
 GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
 
 _log = structlog.get_logger()
@@ -316,7 +317,12 @@ class Capture:
         grown = min(2 * largest_frame_bytes, self._libpq_most_bytes) - self._libpq_bytes
         if not self._pool.try_take(wanted):
             self._wait("memory: everything read is held by sinks or on its way to disk")
-            await self._pool.take(wanted)
+            try:
+                async with self._clock.timeout(CARRIED_SECONDS):
+                    await self._pool.take(wanted)
+            except TimeoutError:  # what is remembered for pages is not given back by anybody while nothing is read
+                self.carried.forget_all()
+                await self._pool.take(wanted)
             self._wait("")
         self._credit = wanted
         self._allowed_bytes = max(wanted, size)  # a frame that never fits is here already: waiting would not end

@@ -154,6 +154,8 @@ class Delivery(Settling):
 
     async def left(self) -> None:
         """The sink is no more, and `run` has returned: what waits for it is gone, and so is its credit."""
+        for batch in self.window.flying_batches():  # `run` was cancelled
+            self._let_go(batch)
         for span, start, stop in self.window.evict():
             self._forget(span, stop - start)
         while await asyncio.wrap_future(

@@ -250,6 +250,9 @@ class Window:
             self._claimed.appendleft((span, place, place + 1))
             self.ready_count += 1
 
+    def flying_batches(self) -> list[Batch]:
+        return list(self._flying.values())
+
     def flying_rows(self) -> set[int]:
         """The rows of everything in flight, superseded ones included."""
         rows: set[int] = set()
