@@ -180,6 +180,8 @@ async def test_what_a_growing_gap_swallows_is_read_by_a_backfill_behind_it(world
         await until(lambda: backfill.waiting.startswith("the sink takes no part"))
         down.clear()
         await delivery.resume(engine.capture.received_lsn)
+        await until(lambda: not delivery.counters.messages)
+        await delivery.check_limits()
         await all_read(engine)
         await engine.backfill("state")
         await all_read(engine)
