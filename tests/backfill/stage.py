@@ -137,8 +137,9 @@ class Stage:
         try:
             self.product.wait(done, "the end of the backfills", seconds=seconds, every=POLL_SECONDS)
         except ProductFailed as error:
-            items = [i for sink, ids in started.items() for i in self.product.backfills(sink) if i["id"] in ids]
-            raise ProductFailed(f"{items}\n{error}") from None
+            if self.product.is_up():
+                raise ProductFailed(f"{self.product.status()['backfills']}\n{error}") from None
+            raise
         failed = [item for item in ended if item["state"] != "completed"]
         if failed:
             raise ProductFailed(f"backfills did not complete: {failed}\n{self.product.log_end()}")
