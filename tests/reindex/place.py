@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -119,6 +122,11 @@ class Place(Site):
     def progress(self) -> dict[str, Any]:
         (item,) = self.get(f"sinks/{SINK}/reindex")["data"]
         return item
+
+    def progress_on_disk(self) -> dict[str, Any]:
+        with closing(sqlite3.connect(f"file:{self.folder / 'state.db'}?mode=ro", uri=True)) as state:
+            ((document,),) = state.execute("select document from backfill where id = 'reindex'")
+        return dict(json.loads(document))
 
     def get(self, path: str) -> dict[str, Any]:
         return self._answer(self._http.get(f"/api/{path}"))

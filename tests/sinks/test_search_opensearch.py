@@ -17,7 +17,7 @@ from sinks.messages import change, context, full
 from spillway.errors import SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Readable, Result
-from spillway.sinks.index import Target
+from spillway.sinks.index import OWNER, Found, Target
 from spillway.sinks.mapping import derived
 from spillway.sinks.search import SearchSink
 
@@ -558,3 +558,47 @@ async def test_documents_are_counted_after_a_refresh(index: Index) -> None:
     assert await sink.indexes.count(index.name) == 3
     with pytest.raises(SpillwayError, match="index_not_found"):
         await sink.indexes.count(f"{index.name}-missing")
+
+
+async def test_an_alias_keeps_its_options_when_it_moves(index: Index) -> None:
+    indexes = index.sink().indexes
+    old, new, alias = (f"{index.name}-{part}" for part in ("old", "new", "alias"))
+    options = {"filter": {"term": {"v": 1}}, "search_routing": "1", "index_routing": "1"}
+    await index.client.put(f"/{old}", json={"mappings": {"properties": {"v": {"type": "integer"}}}})
+    await index.client.post("/_aliases", json={"actions": [{"add": {**options, "index": old, "alias": alias}}]})
+    await indexes.create(new, {"mappings": {"properties": {"v": {"type": "integer"}}}})
+    await indexes.move_alias(alias, new)
+    assert await index.stands_for(alias) == {new: {**options, "is_write_index": True}}
+
+
+async def test_whose_an_index_is_and_what_stands_for_it(index: Index) -> None:
+    indexes = index.sink().indexes
+    assert await indexes.owner(index.name) is None
+    assert await indexes.aliases(index.name) == ()
+    await index.create(mappings={"properties": {}})
+    assert await indexes.owner(index.name) is None
+    await indexes.delete(index.name)
+    await indexes.delete(index.name)
+    assert await indexes.target(index.name) is None
+    await index.create(mappings={"_meta": {"team": "search", OWNER: "7"}}, aliases={f"{index.name}-alias": {}})
+    assert await indexes.owner(index.name) == "7"
+    assert await indexes.aliases(index.name) == (f"{index.name}-alias",)
+    with pytest.raises(SpillwayError, match="alias") as raised:
+        await indexes.delete(f"{index.name}-alias")
+    assert raised.value.code == "sink_refused"
+    assert await indexes.owner(index.name) == "7"
+
+
+async def test_documents_by_id_are_those_of_this_moment(index: Index) -> None:
+    await index.create(settings={"refresh_interval": "-1"})
+    sink = index.sink()
+    assert await send(sink, [change({"n": "1.50"}), change('{"n":1.50}', pks=("2",))]) == [OK, OK]
+    at = version(1, LSN, 1)
+    found = await sink.indexes.documents(index.name, ["1", "2", "3"], 10_000)
+    assert found == {"1": Found(at, {"n": "1.50"}), "2": Found(at, {"n": "1.50"})}
+    assert await sink.indexes.documents(index.name, ["1", "2"], 50) is None, "more than may be held"
+    assert await one(sink, {}, action="delete", lsn=LSN + 64) == OK
+    assert list(await sink.indexes.documents(index.name, ["1", "2"], 10_000) or ()) == ["2"]
+    with pytest.raises(SpillwayError, match="index_not_found") as raised:
+        await sink.indexes.documents(f"{index.name}-missing", ["1"], 10_000)
+    assert raised.value.code == "sink_unreachable"

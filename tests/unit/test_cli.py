@@ -426,6 +426,8 @@ def test_reindex(fresh: FakeEngine, shell: Shell, tmp_path: Path) -> None:
     started = (0, f"{SINK}: re-index into jobs_v2 started\n", "")
     assert shell("reindex", SINK, "--into", "jobs_v2", "--mapping", str(file)) == started
     assert fresh.orders[0] == (SINK, ReindexOrder(into="jobs_v2", mapping={"mappings": {"properties": {}}}))
+    assert shell("reindex", SINK, "--into", "jobs_v2", "--replace-index", "--yes") == started
+    assert (SINK, ReindexOrder(into="jobs_v2", replace_index=True)) in fresh.orders
     for argv in (["--status"], [SINK, "--status"]):
         row = shell("reindex", *argv)[1].splitlines()[1].split()
         assert row[:4] == [SINK, "jobs", "jobs_v2", "backfilling"]
@@ -455,6 +457,7 @@ def test_reindex_and_wait(fresh: FakeEngine, shell: Shell) -> None:
     [
         *([], [SINK], [SINK, "--into", "x", "--cancel"], ["--into", "x"], ["--cancel"]),
         *([SINK, "--status", "--wait"], [SINK, "--drop-old", "--derive-mapping", "--yes"]),
+        [SINK, "--cancel", "--replace-index"],
         *([SINK, "--into", "x", "--mapping", "/no/such/file"], [SINK, "--into", "x", "--mapping", __file__]),
     ],
 )

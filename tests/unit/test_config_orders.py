@@ -139,6 +139,8 @@ def test_reindex() -> None:
             'into: must be an index name: lower case, at most 255 bytes, no blanks and none of /\\*?"<>|,#:',
         ),
         ({"into": "a", "mapping": [], "derive_mapping": True}, "mapping: must be a mapping"),
+        ({"into": "a", "mapping": {"aliases": {}}}, 'mapping: must be {"mappings": {...}, "settings": {...}}'),
+        ({"into": "a", "mapping": {"mappings": 1}}, 'mapping: must be {"mappings": {...}, "settings": {...}}'),
         ({"into": "a", "mapping": {}, "derive_mapping": True}, "derive_mapping: give either mapping or derive_mapping"),
     ],
 )

@@ -252,9 +252,10 @@ class Pipeline:
         return len(revived)
 
     async def tick(self) -> None:
-        for delivery in self.deliveries:
+        for delivery in list(self.deliveries):
             await delivery.check_limits()
-            self.health_of(delivery)
+            if delivery in self.deliveries:  # it may have left meanwhile
+                self.health_of(delivery)
 
     def health_of(self, delivery: Delivery) -> Health:
         """As of now."""

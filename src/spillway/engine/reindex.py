@@ -46,7 +46,7 @@ from spillway.flow.progress import Request
 from spillway.flow.retry import backoff_seconds
 from spillway.position import format_lsn
 from spillway.source.page import LockTimeout, PageTimeout
-from spillway.store.base import Select, Store, Write
+from spillway.store.base import BackfillDocument, Select, Store, Write
 
 LOOK_SECONDS = 0.25
 SWAP_LOOK_SECONDS = 0.02
@@ -397,8 +397,8 @@ class Reindex:
         await self._save()
 
     async def _leave(self) -> None:
-        """The shadow is no more, and leaves nothing behind."""
-        state, backfills, store = self.state, self._pipeline.backfills, self._around.store
+        """The shadow is no more, and leaves nothing behind: another of its name begins anew."""
+        state, backfills = self.state, self._pipeline.backfills
         name = state.shadow
         if self._pipeline.delivery(name) is not None:
             for item in backfills.active(name):
@@ -408,12 +408,22 @@ class Reindex:
                 await self._clock.sleep(LOOK_SECONDS)
             self.waiting = "waits for a commit or a sign of life of the source, to leave there"
             await self._around.dismiss(name)
-            while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), DISCARDED_AT_ONCE)):
-                pass
-            await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
+        await self._clear(name)
         mine = set(state.backfills.values())
         state.ended_backfills = [item for item in backfills.all(name) if item["id"] in mine]
         self.waiting = ""
+
+    async def _clear(self, name: str) -> None:
+        store = self._around.store
+        await asyncio.to_thread(store.open_sink, name, self._pipeline.database.slot.name)
+        while await asyncio.wrap_future(store.discard(name, Select(all=True), DISCARDED_AT_ONCE, frozenset())):
+            pass
+        while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), DISCARDED_AT_ONCE)):
+            pass
+        for number, document in store.backfills(name, ended=False):  # it was not there to cancel them
+            forgotten = BackfillDocument(number, document, ended=True, forgotten=True)
+            await asyncio.wrap_future(store.write(Write(name, backfill=forgotten)))
+        await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
 
     # -- state ------------------------------------------------------------------------------------------------------
     @property

@@ -105,11 +105,14 @@ def shadow_of(sink: Sink, into: str) -> Sink:
 
 
 def shadows(sinks: Iterable[Sink], store: Store) -> list[tuple[Sink, Sink]]:
-    """Those of the re-indexes under way, each with its sink."""
+    """Those of the re-indexes under way, each with its sink. Not before the index is there, nor when it is to go: for a
+    sink creates the index that it misses."""
     found = []
     for sink in sinks:
         state = kept(store, sink.name)
-        if state is not None and state.under_way and isinstance(sink.destination, Search):
+        if state is None or not state.under_way or not isinstance(sink.destination, Search):
+            continue
+        if state.definition is None and state.ending is None:
             found.append((shadow_of(sink, state.into), sink))
     return found
 
