@@ -226,13 +226,15 @@ class Backfill:
     async def _read_part(self, reader: PageReader, part: Part) -> None:
         needed_bytes = 0  # more than usual, for a large row
         failures = 0
-        most_keys = AGAIN_KEYS
+        most_keys = self._most_keys
         while (not part.done or part.again) and await self._room():
             began = await self._quiet(reader)
             if not began:
                 return
             by_key = part.again[:most_keys] if part.done or len(part.again) >= AGAIN_KEYS else []
             credit = await self._credit(needed_bytes)
+            if not credit:
+                return
             used = 0
             view = self._carried.open()
             try:
@@ -259,7 +261,7 @@ class Backfill:
                 if not used:
                     self._carried.close(view)
             failures = needed_bytes = 0
-            most_keys = AGAIN_KEYS
+            most_keys = self._most_keys
             try:
                 try:
                     placing = await self._place(reader, page, began)
@@ -286,6 +288,11 @@ class Backfill:
             self._help_at = now + HELP_SECONDS
             await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason))
 
+    @property
+    def _most_keys(self) -> int:
+        """In one page."""
+        return min(AGAIN_KEYS, self._delivery.page_messages)
+
     async def _sweep(self) -> bool:
         """What the sink has, or will have, and the source has not is deleted, by pages of the sink's keys. What the
         backfill has just written is known to be there, where the sink knows versions. False: it is not active any more.
@@ -303,7 +310,7 @@ class Backfill:
                 return False
             while await self._room():
                 try:
-                    keys, after = await sink.keys(table, columns, state.sweep_after, AGAIN_KEYS, below)
+                    keys, after = await sink.keys(table, columns, state.sweep_after, self._most_keys, below)
                 except SpillwayError as error:
                     if error.code != "sink_unreachable":
                         raise
@@ -333,7 +340,7 @@ class Backfill:
             await self._sleep(ROOM_SECONDS)
         prefix = after = table_prefix(*table)
         while await self._room():
-            held = [key for key in await self._delivery.held_keys(after, AGAIN_KEYS) if key.startswith(prefix)]
+            held = [key for key in await self._delivery.held_keys(after, self._most_keys) if key.startswith(prefix)]
             if not held:
                 return True
             if await self._delete_absent(reader, relations, [key_values(*table, key) for key in held]):
@@ -346,6 +353,8 @@ class Backfill:
         if not began:
             return False
         credit = await self._credit(0)
+        if not credit:
+            return False
         view = self._carried.open()
         try:
             page = await self._absent(reader, relations, keys)
@@ -381,7 +390,7 @@ class Backfill:
         timeout_seconds = self._manners.timeout_seconds
         if by_key:
             return await reader.read_keys(selection, by_key, credit_bytes, timeout_seconds)
-        rows = self._size.fitting(credit_bytes)
+        rows = min(self._size.fitting(credit_bytes), self._delivery.page_messages)
         return await reader.read(selection, part.within, part.cursor, rows, credit_bytes, timeout_seconds)
 
     # -- before a page is read --------------------------------------------------------------------------------------
@@ -410,7 +419,9 @@ class Backfill:
         ahead = min(sink.reads_taken - sink.reads_resolved, max(counters.messages, sink.memory_messages))
         if ahead >= self._manners.run_ahead:
             return f"{ahead} rows wait for the sink, backfill.run_ahead is {self._manners.run_ahead}"
-        waiting = max(counters.queued, sink.memory_messages)
+        if not sink.has_room(sink.page_messages, sink.page_bytes):
+            return f"{counters.messages} messages wait for the sink; the rest of its backlog is for live changes"
+        waiting = max(counters.queued, sink.memory_messages) - sink.window.flying
         if waiting >= max(LEAST_AHEAD, 2 * self._size.rows * max(1, self.state.request.parallel)):
             return f"the sink is behind: {waiting} messages come first"
         return ""
@@ -474,11 +485,14 @@ class Backfill:
         return self._carried.began == began and self._carried.remembers
 
     async def _credit(self, needed_bytes: int) -> int:
+        """0: it is not active any more."""
         readers = max(1, self.state.request.parallel)
-        most_bytes = min(PAGE_CREDIT_BYTES, self._spare.limit_bytes // readers)
+        most_bytes = min(PAGE_CREDIT_BYTES, self._spare.limit_bytes // readers, self._delivery.page_bytes)
         wanted = max(needed_bytes, self._size.credit_bytes(most_bytes))
         while not self._spare.try_take(wanted):
             self.waiting = "memory: the stream, the sinks and pages of other backfills come first"
+            if self.state.state != "active":
+                return 0
             await self._clock.sleep(LOOK_SECONDS)
         return wanted
 
@@ -614,7 +628,8 @@ class _Placing:
             first = tail.commit_idx + 1 if tail.commit_lsn == lsn else 0
             span = Span(chunk.placed(lsn, first), self._keying, left)
             parked = await delivery.parked_among(span) if delivery.needs_look_up else None
-            if self._void():  # nothing is awaited from here on
+            # Nothing is awaited from here on.
+            if self._void() or not delivery.has_room(len(span), len(chunk.data)):
                 return True
             delivery.intake(span, parked)
             delivery.reads_taken += len(span)

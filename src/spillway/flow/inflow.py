@@ -47,6 +47,10 @@ from spillway.store.base import BackfillDocument, Gap, Park, SinkState, Store, W
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
+MOST_MESSAGES = 1 << 40  # where there is no limit
+MOST_BYTES = 1 << 60
+
+
 @dataclass(frozen=True, slots=True)
 class SinkSpec:
     """What the flow must know of a sink's configuration."""
@@ -437,6 +441,26 @@ class Inflow:
         """The backlog is full, and the slot must not be read until there is room."""
         full_disk = self._store.disk_full_since is not None
         return full_disk or (self.full is not None and self.spec.limits.on_full == "block")
+
+    @property
+    def page_messages(self) -> int:
+        """At most so many rows of a backfill in one page: a quarter of what the backlog takes."""
+        most = self.spec.limits.max_messages
+        return MOST_MESSAGES if most is None else max(1, most // 4)
+
+    @property
+    def page_bytes(self) -> int:
+        most = self.spec.limits.max_bytes
+        return MOST_BYTES if most is None else most // 4
+
+    def has_room(self, messages: int, size_bytes: int) -> bool:
+        """Whether so much of a backfill leaves the backlog well below its cap: the last quarter is for live changes,
+        which a backfill must not push into a gap."""
+        waiting = self.counters.messages + self.memory_messages
+        waiting_bytes = self.counters.bytes + self.memory_bytes
+        return not waiting or (
+            waiting + messages <= 3 * self.page_messages and waiting_bytes + size_bytes <= 3 * self.page_bytes
+        )
 
     async def check_limits(self) -> None:
         """To be called every second or so: the backlog against its cap, its age included."""
