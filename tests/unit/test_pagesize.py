@@ -5,7 +5,15 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from spillway.flow.pagesize import FIRST_ROWS, LEAST_ROWS, MOST_ROWS, READ_SECONDS, TAKE_SECONDS, PageSize
+from spillway.flow.pagesize import (
+    FIRST_ROWS,
+    LATENCY_FACTOR,
+    LEAST_ROWS,
+    MOST_ROWS,
+    READ_SECONDS,
+    TAKE_SECONDS,
+    PageSize,
+)
 
 FAST = 0.0001
 
@@ -21,20 +29,37 @@ def test_it_doubles_up_to_the_most_while_both_are_fast() -> None:
 
 
 def test_it_keeps_its_size_between_half_of_the_time_and_all_of_it() -> None:
-    size = PageSize()
     for read, take in ((0.6 * READ_SECONDS, FAST), (FAST, 0.6 * TAKE_SECONDS), (READ_SECONDS, TAKE_SECONDS)):
-        size.took(FIRST_ROWS, FIRST_ROWS * 500, read, take)
-        assert size.rows == FIRST_ROWS
+        size = PageSize()
+        for _ in range(20):
+            size.took(FIRST_ROWS, FIRST_ROWS * 500, read, take)
+            assert size.rows == FIRST_ROWS
 
 
 def test_a_slow_source_or_a_slow_sink_halves_it_at_most_down_to_the_least() -> None:
-    for read, take in ((100.0, FAST), (FAST, 100.0)):
+    for read, row in ((100.0, 1e-6), (FAST, 2.0)):
         size = PageSize()
-        size.took(FIRST_ROWS, FIRST_ROWS * 500, read, take)
+        size.took(FIRST_ROWS, FIRST_ROWS * 500, read, FIRST_ROWS * row)
         assert size.rows == max(LEAST_ROWS, FIRST_ROWS // 2)
         for _ in range(20):
-            size.took(size.rows, size.rows * 500, read, take)
+            size.took(size.rows, size.rows * 500, read, size.rows * row)
         assert size.rows == LEAST_ROWS
+
+
+def test_a_sink_with_latency_gets_what_it_can_take_at_once() -> None:
+    """400 rows in the 0.2 s that anything takes, four times as long for four times as many."""
+    size = PageSize()
+    for _ in range(60):
+        size.took(size.rows, size.rows * 500, FAST, max(0.2, size.rows * 0.2 / 400))
+    assert 200 <= size.rows <= 1600
+
+
+def test_it_settles_where_rows_take_the_time_that_is_aimed_at() -> None:
+    for latency, row in ((0.004, 1e-6), (0.0, 0.0007), (0.05, 0.001)):
+        size = PageSize()
+        for _ in range(80):
+            size.took(size.rows, size.rows * 500, FAST, latency + row * size.rows)
+        assert 0.4 <= size.rows * row / max(TAKE_SECONDS, LATENCY_FACTOR * latency) <= 1.1
 
 
 def test_a_page_that_timed_out_is_halved_down_to_one_row_and_never_grows_by_being_slow() -> None:

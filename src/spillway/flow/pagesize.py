@@ -2,9 +2,10 @@
 
 A page is as large as its credit allows, as long as the source reads it and the sink takes it in a short time: the
 snapshot of a page is held while it is read, and live changes that come right behind it wait until the sink has taken
-it. Both times are aimed at; the size doubles at most from page to page and is halved by whatever takes too long. A sink
-that needs long for whatever it is given (`PageSize._usual_seconds`) is not asked for less than it can take at once: a
-live change behind a page waits for a few times what it would wait for anyway.
+it. Of the time that the sink takes a part is the same whatever it is given (its latency), and a part goes by the row;
+both are estimated from the last pages, by a line through them. The second part is bounded: by `TAKE_SECONDS`, or by a
+little more than the first, since a live change waits for that anyway and smaller pages would only be more round trips.
+The size doubles at most from page to page, and is halved at most.
 """
 
 from __future__ import annotations
@@ -13,18 +14,44 @@ FIRST_ROWS = 50
 LEAST_ROWS = 10
 MOST_ROWS = 50_000
 READ_SECONDS = 0.5
+TAKE_SECONDS = 0.02
+LATENCY_FACTOR = 1.5
+KEPT = 0.9  # the weight of the pages so far, when another comes
+APART = 0.15  # sizes must differ by so much, relatively, to tell one part from the other
 UNKNOWN_ROW_BYTES = 16 << 10  # of credit
 LEAST_CREDIT_BYTES = 256 << 10
-TAKE_SECONDS = 0.02
-USUAL_FACTOR = 2.5
-USUAL_GROWTH = 1.05  # a page, in case that the sink has become slower
+
+
+class _Line:
+    """Seconds for a page: ``latency_seconds + rows * row_seconds``. Least squares, older pages counting for less."""
+
+    def __init__(self) -> None:
+        self.latency_seconds = 0.0
+        self.row_seconds = 0.0
+        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+
+    def took(self, rows: int, seconds: float) -> None:
+        self._weight = KEPT * self._weight + 1
+        self._rows = KEPT * self._rows + rows
+        self._seconds = KEPT * self._seconds + seconds
+        self._squares = KEPT * self._squares + rows * rows
+        self._products = KEPT * self._products + rows * seconds
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._squares / self._weight - mean_rows * mean_rows
+        if variance > (APART * mean_rows) ** 2:
+            covariance = self._products / self._weight - mean_rows * mean_seconds
+            self.row_seconds = max(0.0, covariance / variance)
+            self.latency_seconds = max(0.0, mean_seconds - self.row_seconds * mean_rows)
+        else:  # all of one size: what was known of the latency stays
+            self.latency_seconds = min(self.latency_seconds, mean_seconds)
+        self.row_seconds = max(self.row_seconds, (mean_seconds - self.latency_seconds) / mean_rows)
 
 
 class PageSize:
     def __init__(self) -> None:
         self.rows = FIRST_ROWS
         self._row_bytes = 0.0  # credit for a row, as found
-        self._usual_seconds = 0.0  # the least that the sink has lately needed for a page
+        self._line = _Line()
 
     def credit_bytes(self, most_bytes: int) -> int:
         """What a page of this size needs, as far as is known."""
@@ -42,13 +69,14 @@ class PageSize:
             return
         found = used_bytes / rows
         self._row_bytes = max(found, 0.8 * self._row_bytes + 0.2 * found)
-        usual = self._usual_seconds * USUAL_GROWTH
-        self._usual_seconds = min(usual, take_seconds) if usual else take_seconds
-        aim_seconds = max(TAKE_SECONDS, USUAL_FACTOR * self._usual_seconds)
-        worst = max(read_seconds / READ_SECONDS, take_seconds / aim_seconds)
-        if worst > 1:
-            self.rows = min(self.rows, max(LEAST_ROWS, int(rows / min(worst, 2.0))))
-        elif worst < 0.5 and rows >= 0.9 * self.rows:
+        self._line.took(rows, take_seconds)
+        bound_seconds = max(TAKE_SECONDS, LATENCY_FACTOR * self._line.latency_seconds)
+        allowed = bound_seconds / self._line.row_seconds if self._line.row_seconds else 2.0 * MOST_ROWS
+        if read_seconds > READ_SECONDS:
+            allowed = min(allowed, rows * READ_SECONDS / read_seconds)
+        if rows > allowed:
+            self.rows = min(self.rows, max(LEAST_ROWS, round(allowed), rows // 2))
+        elif allowed >= 2 * self.rows and rows >= 0.9 * self.rows and read_seconds < READ_SECONDS / 2:
             self.rows = min(MOST_ROWS, 2 * self.rows)
 
     def timed_out(self) -> None:
