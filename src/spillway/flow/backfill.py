@@ -304,9 +304,8 @@ class Backfill:
         table = (state.request.schema, state.request.table)
         reader = await self._open_reader(state.id)
         try:
-            relations = [Selection(*name) for name in await reader.relations(*table)]
-            columns = await reader.key_columns(relations[0])
-            if state.sweep_after is None and not await self._sweep_held(reader, relations):
+            columns = await reader.key_columns(Selection(*(await reader.relations(*table))[0]))
+            if state.sweep_after is None and not await self._sweep_held(reader):
                 return False
             while await self._room():
                 try:
@@ -317,7 +316,7 @@ class Backfill:
                     self.waiting = f"the sink cannot be read: {error}"
                     await self._sleep(ROOM_SECONDS)
                     continue
-                if keys and not await self._delete_absent(reader, relations, keys):
+                if keys and not await self._delete_absent(reader, keys):
                     continue
                 state.sweep_after = after
                 await self._save()
@@ -327,7 +326,7 @@ class Backfill:
             await reader.close()
         return False
 
-    async def _sweep_held(self, reader: PageReader, relations: Sequence[Selection]) -> bool:
+    async def _sweep_held(self, reader: PageReader) -> bool:
         """A row from before that the sink has not taken yet is not among the sink's keys; taken after all, it must not
         stay. So what is older than this backfill has been tried before the sink's keys are read, and the keys of what
         has failed are swept as if the sink had them: the delete goes behind it."""
@@ -343,11 +342,11 @@ class Backfill:
             held = [key for key in await self._delivery.held_keys(after, self._most_keys) if key.startswith(prefix)]
             if not held:
                 return True
-            if await self._delete_absent(reader, relations, [key_values(*table, key) for key in held]):
+            if await self._delete_absent(reader, [key_values(*table, key) for key in held]):
                 after = held[-1]
         return False
 
-    async def _delete_absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> bool:
+    async def _delete_absent(self, reader: PageReader, keys: Sequence[Cursor]) -> bool:
         """Deletes of those that the source has not, placed as a page is. False: to be done again."""
         began = await self._quiet(reader)
         if not began:
@@ -357,7 +356,7 @@ class Backfill:
             return False
         view = self._carried.open()
         try:
-            page = await self._absent(reader, relations, keys)
+            page = await self._absent(reader, keys)
             self._carried.saw(view, page.snapshot.sees)
             placing = await self._place(reader, page, began)
             if placing is None:
@@ -373,16 +372,21 @@ class Backfill:
             self._carried.close(view)
             self._spare.give(credit)
 
-    async def _absent(self, reader: PageReader, relations: Sequence[Selection], keys: Sequence[Cursor]) -> Page:
-        """Deletes of those that are in none of the relations. What moved from one to another while they were looked at
-        is told by the snapshot of the first, which does not see that."""
+    async def _absent(self, reader: PageReader, keys: Sequence[Cursor]) -> Page:
+        """Deletes of those that are in none of the table's relations. What moved from one to another while they were
+        looked at is told by the snapshot of the first, which does not see that. Partitions may come while a sweep goes
+        on: the relations are those of before and after."""
+        table = (self.state.request.schema, self.state.request.table)
         seconds = self._manners.timeout_seconds
-        page = await reader.read_absent(relations[0], keys, seconds)
-        snapshot = page.snapshot
-        for relation in relations[1:]:
-            page = await reader.read_absent(relation, page.missing, seconds)
-        page.snapshot = replace(snapshot, lsn=page.snapshot.lsn)
-        return page
+        while True:
+            relations = await reader.relations(*table)
+            page = await reader.read_absent(Selection(*relations[0]), keys, seconds)
+            snapshot = page.snapshot
+            for relation in relations[1:]:
+                page = await reader.read_absent(Selection(*relation), page.missing, seconds)
+            if relations == [table] or await reader.relations(*table) == relations:
+                page.snapshot = replace(snapshot, lsn=page.snapshot.lsn)
+                return page
 
     async def _read(self, reader: PageReader, part: Part, by_key: Sequence[Cursor], credit_bytes: int) -> Page:
         self.waiting = ""
