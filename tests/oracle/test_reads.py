@@ -180,6 +180,15 @@ def test_invented(other: dict[str, object], rule: str) -> None:
     assert story.judge() == [rule]
 
 
+@pytest.mark.parametrize(("lsn", "found"), [(8192, []), (8191, ["invented"]), (8232, [])])
+def test_a_read_at_the_header_of_a_block_that_a_commit_goes_across(lsn: int, found: list[str]) -> None:
+    story = ReadStory("a")
+    event = story.history.events[0]
+    story.history = History([Transaction(8100, 8232, (event,))])
+    story.read(0, lsn=lsn)
+    assert story.judge(excused=(0,)) == found
+
+
 def test_the_row_of_another_key_is_invented() -> None:
     story = ReadStory("a", "a>b")
     story.each(0, 1)
