@@ -444,8 +444,7 @@ class Backfill:
             try:
                 done = await self._all_ended(primary, began)
                 if done and self._must_wait and primary.stream_may_miss_a_table:
-                    self.waiting = "waits for the stream's connection to be made anew"
-                    await self._capture.renewed(await primary.flushed_lsn())
+                    done = await self._renewed(await primary.flushed_lsn(), began)
                 if done and reader.standby:
                     done = await self._replayed(reader, max(behind_lsn, await primary.flushed_lsn()), began)
             finally:
@@ -472,6 +471,15 @@ class Backfill:
                 return False
             now = await primary.running()
             running = {xid: who for xid, who in running.items() if xid in now}
+        return self._remembered(began)
+
+    async def _renewed(self, lsn: int, began: int) -> bool:
+        """Have the stream's connection made anew, behind this position."""
+        while self._capture.sent_lsn < lsn:
+            self.waiting = "waits until all that was running is confirmed, to make the stream's connection anew"
+            if not await self._waited(began):
+                return False
+        await self._capture.renew()
         return self._remembered(began)
 
     async def _replayed(self, standby: PageReader, lsn: int, began: int) -> bool:

@@ -126,7 +126,7 @@ class Capture:
         self._owing: set[asyncio.Task[None]] = set()
         self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
         self._turns: list[Turn] = []
-        self._sent_lsn = 0  # the server was told that it is confirmed
+        self.sent_lsn = 0  # the server was told that it is confirmed
         self._renew = False  # the connection, as soon as a transaction has ended
 
     def _size_up(self) -> None:
@@ -150,17 +150,15 @@ class Capture:
 
         await self.placed(Turn(0, swap))
 
-    async def renewed(self, lsn: int) -> None:
-        """Once the server knows that everything up to this position is confirmed: begin a new connection, which sees
-        nothing of before it."""
-        while self._sent_lsn < lsn:
-            await self._clock.sleep(FEEDBACK_SECONDS)
+    async def renew(self) -> None:
+        """Begin a new connection at the next commit, which sees nothing of before what the server was told is confirmed
+        (``sent_lsn``)."""
 
-        async def renew(_: int) -> bool:
+        async def swap(_: int) -> bool:
             self._renew = True
             return True
 
-        await self.placed(Turn(0, renew))
+        await self.placed(Turn(0, swap))
 
     async def placed(self, turn: Turn) -> None:
         """Wait until the page has its place. Cancellable; `Turn.place` must be able to tell then."""
@@ -419,7 +417,7 @@ class Capture:
                 stream.send_feedback(lsn, lsn, quiet or asked_for)
                 await stream.flush()
                 sent, sent_at, heard = lsn, now, self.received_lsn
-                self._sent_lsn = lsn
+                self.sent_lsn = lsn
             self._feedback_due = False
             pause = ASK_SECONDS if self._turns else FEEDBACK_SECONDS
             await _first_of(self._feedback_now.wait(), self._clock.sleep(pause))
