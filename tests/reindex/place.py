@@ -30,6 +30,7 @@ def mapping(extra: str) -> dict[str, Any]:
 
 
 NARROW, WIDE = mapping("integer"), mapping("keyword")  # a row with a word in ``extra`` is rejected; is taken
+ENDED = ("done", "failed", "cancelled")
 COLUMNS = ("id", "seq", "title", "extra")
 
 
@@ -132,12 +133,12 @@ class Place(Site):
         return self._answer(self._http.get(f"/api/{path}"))
 
     def reaches(self, *states: str) -> dict[str, Any]:
-        """The re-index, once it is in one of these states."""
+        """The re-index, once it is in one of these states; where it has ended in it, all of that is done."""
 
         def there() -> bool:
-            state = self.progress()["state"]
-            assert state in states or state not in ("failed", "cancelled"), self.progress()
-            return state in states
+            item = self.progress()
+            assert item["state"] in states or item["state"] not in ENDED, item
+            return item["state"] in states and (item["state"] not in ENDED or item["ended_at"] is not None)
 
         self.wait(there, f"the re-index to be {states}")
         return self.progress()

@@ -159,9 +159,30 @@ def test_cancelled_and_killed_it_is_cancelled(place: Place, gate: Gate) -> None:
     gate.drop(remove)
     place.begin()
     place.reaches("cancelled")
-    place.wait(lambda: not place.exists(place.v2), "the new index to go")
-    place.wait(lambda: place.sinks() == [SINK], "the shadow to leave")
+    assert not place.exists(place.v2)
+    assert place.sinks() == [SINK]
     place.wait_equal()
+
+
+def test_a_full_backlog_of_the_new_index_harms_nobody_else(
+    database: str, tmp_path: Path, opensearch: OpenSearch, gate: Gate
+) -> None:
+    backlog = {"max_messages": 20, "on_full": "block"}
+    with Place(database, tmp_path, opensearch.url, through=gate.url, backlog=backlog) as place:
+        place.begin()
+        place.fill(5)
+        gate.hold(f"POST /{place.v2}/_bulk")
+        place.reindex()
+        gate.wait_held(f"POST /{place.v2}/_bulk")
+        for first in range(10, 70):
+            place.fill(1, first=first)
+        assert "missed changes" in place.reaches("failed")["reason"]
+        assert place.sinks() == [SINK]
+        place.wait_equal()
+        gate.release(f"POST /{place.v2}/_bulk")
+        place.reindex()
+        place.reaches("done")
+        place.wait_equal()
 
 
 def test_a_server_that_is_away_is_waited_for(place: Place, gate: Gate) -> None:

@@ -212,6 +212,7 @@ class Reindex:
                 state.backfills[name] = await self._begin(table)
                 await self._save()
         while backfills.active(state.shadow):
+            _has_missed_nothing(self._shadow)
             await self._sleep(LOOK_SECONDS)
             self._go_on()
         states = {item["id"]: item for item in backfills.all(state.shadow)}
@@ -282,8 +283,7 @@ class Reindex:
     def _in_the_way(self, shadow: Delivery) -> str:
         """What keeps the shadow from having caught up, but for what waits on disk."""
         counters, name = shadow.counters, shadow.name
-        if shadow.gap is not None:
-            raise SpillwayError("reindex_gap", f"{name} has missed changes: {shadow.gap.reason}", "begin it anew")
+        _has_missed_nothing(shadow)
         if shadow.paused:
             return f"{name} is paused; see: spillway sinks resume {name}"
         if shadow.breaker.open:
@@ -451,6 +451,13 @@ class Reindex:
                 pass
         else:
             await self._clock.sleep(seconds)
+
+
+def _has_missed_nothing(shadow: Delivery) -> None:
+    if shadow.gap is not None:
+        raise SpillwayError(
+            "reindex_gap", f"{shadow.name} has missed changes: {shadow.gap.reason}", "raise the limits, and begin anew"
+        )
 
 
 def _passes(error: SpillwayError) -> bool:

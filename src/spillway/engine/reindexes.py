@@ -108,7 +108,7 @@ class Reindexes:
         if last is not None and last.state.under_way:
             raise SpillwayError(
                 "reindex_active",
-                f"a re-index of {sink.name} into {last.state.into} is {last.state.state}",
+                f"a re-index of {sink.name} into {last.state.into} is under way ({last.state.ending or last.state.state})",
                 f"wait for it, or: spillway reindex {sink.name} --cancel",
             )
         tables = await self._tables(pipeline, sink)
