@@ -106,9 +106,10 @@ class Reindexes:
     ) -> dict[str, object]:
         last = self._reindexes.get(sink.name)
         if last is not None and last.state.under_way:
+            what = last.state.ending or last.state.state
             raise SpillwayError(
                 "reindex_active",
-                f"a re-index of {sink.name} into {last.state.into} is under way ({last.state.ending or last.state.state})",
+                f"a re-index of {sink.name} into {last.state.into} is under way ({what})",
                 f"wait for it, or: spillway reindex {sink.name} --cancel",
             )
         tables = await self._tables(pipeline, sink)
