@@ -36,7 +36,7 @@ cdef class Decoder:
     cdef public uint64_t taken_frames
     cdef public uint64_t taken_bytes
     cdef readonly uint64_t used_bytes
-    cdef public bint break_at_commit
+    cdef public uint64_t break_at_lsn
     # What it was made with.
     cdef Transaction _transaction
     cdef object _group_columns
@@ -358,7 +358,7 @@ cdef class Decoder:
             if self.largest_frame_bytes > self._renew_frame_bytes:
                 self._stop = Renew()
                 return STOP
-            if self.break_at_commit:
+            if 0 < self.break_at_lsn <= self._end_lsn:
                 self._stop = Committed()
                 return STOP
         elif kind == c"R":

@@ -237,7 +237,7 @@ class FakeDecoder:
     def __init__(self, router: Router, frame_overhead_bytes: int) -> None:
         self.largest_frame_bytes = 0
         self.in_transaction = False
-        self.break_at_commit = False
+        self.break_at_lsn = 0
         self._truncates = 0
         self._group_columns = router.group_columns
         self._frame_overhead_bytes = frame_overhead_bytes
@@ -275,7 +275,7 @@ class FakeDecoder:
             self.in_transaction = True
         elif isinstance(frame, Commit):
             self._commit, self.in_transaction = frame, False
-            return Committed() if self.break_at_commit else None
+            return Committed() if 0 < self.break_at_lsn <= frame.end_lsn else None
         elif isinstance(frame, Row) and frame.action in (*self._wanted[frame.table], "truncate"):
             self._row(frame)
         return None

@@ -350,16 +350,18 @@ def test_a_record_says_its_transaction(decoder_class: type[Decoder]) -> None:
     assert [change.too_large_bytes > 4000 for change in changes_of(chunk)] == [False, False, True, False]
 
 
-def test_a_break_at_every_commit(decoder_class: type[Decoder]) -> None:
+def test_a_break_at_a_commit(decoder_class: type[Decoder]) -> None:
     stream = Stream(decoder_class)
-    assert stream.decoder.break_at_commit is False
-    stream.decoder.break_at_commit = True
+    assert stream.decoder.break_at_lsn == 0
+    stream.decoder.break_at_lsn = frames.FINAL_LSN + 10_000
+    assert stream.feed(frames.begin(), frames.insert(b"1", b"a"), frames.commit(), frames.begin()) is None
+    stream.decoder.break_at_lsn = 1
     row, following = frames.insert(b"1", b"a"), frames.begin(frames.FINAL_LSN + 100)
     assert stream.feed(row, frames.commit(), following) == Committed()
     assert not stream.decoder.in_transaction
     assert stream.decoder.take().commit_lsn == frames.FINAL_LSN
     assert stream.feed(frames.insert(b"1", b"a" * frames.RENEW_FRAME_BYTES), frames.commit()) == Renew()
-    stream.decoder.break_at_commit = False
+    stream.decoder.break_at_lsn = 0
 
 
 # Properties.

@@ -48,6 +48,7 @@ from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageRea
 from spillway.store.base import BackfillDocument, Select
 
 PAGE_CREDIT_BYTES = 16 << 20  # of one reader
+BEHIND_SECONDS = 2.0  # a page that has waited so long for its place says that the stream is behind
 PLACE_SECONDS = 60.0  # a page that finds no place in that time is read again
 LOOK_SECONDS = 0.05  # a page that waits for its place looks so often whether its credit is wanted
 ROOM_SECONDS = 0.25
@@ -104,6 +105,7 @@ class Backfill:
         self._woken = asyncio.Event()
         self._size = PageSize()
         self._not_before = 0.0
+        self._pause_reason = ""
         self._help_at = 0.0
         self._must_wait = True  # for whatever is running, before the next page
         self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
@@ -402,7 +404,7 @@ class Backfill:
         """Wait until there is room for a page. False: it is not active any more."""
         while self.state.state == "active":
             seconds = self._not_before - self._clock.monotonic()
-            self.waiting = "max_rows_per_second" if seconds > ROOM_SECONDS else self._why_not()
+            self.waiting = self._pause_reason if seconds > ROOM_SECONDS else self._why_not()
             if seconds <= 0 and not self.waiting:
                 return True
             await self._sleep(seconds if 0 < seconds < ROOM_SECONDS else ROOM_SECONDS)
@@ -429,6 +431,10 @@ class Backfill:
         if waiting >= max(LEAST_AHEAD, 2 * self._size.rows * max(1, self.state.request.parallel)):
             return f"the sink is behind: {waiting} messages come first"
         return ""
+
+    def _pause(self, seconds: float, reason: str) -> None:
+        """No page before that."""
+        self._not_before, self._pause_reason = self._clock.monotonic() + seconds, reason
 
     async def _quiet(self, reader: PageReader) -> int:
         """Wait until the stream and every snapshot from now on have nothing between them that is not remembered.
@@ -534,6 +540,9 @@ class Backfill:
             placing.abandoned = not placing.placed
             waits.cancel()
             await asyncio.gather(waits, return_exceptions=True)
+        seconds = self._clock.monotonic() - started
+        if seconds > BEHIND_SECONDS:  # what comes before it is not made faster by pages
+            self._pause(min(seconds, PLACE_SECONDS / 10), "the stream is behind")
         self.waiting = ""
         return placing if placing.placed else None
 
@@ -577,7 +586,7 @@ class Backfill:
         now = self._clock.monotonic()
         rate = state.request.max_rows_per_second
         if rate is not None:
-            self._not_before = max(self._not_before, now - rows / rate) + rows / rate
+            self._pause(max(self._not_before, now - rows / rate) + rows / rate - now, "max_rows_per_second")
         self._recent.append((now, state.rows))
         while self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()

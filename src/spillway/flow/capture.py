@@ -53,6 +53,7 @@ FEEDBACK_SECONDS = 0.2
 STATUS_SECONDS = 5.0  # a status update is sent so often even if nothing moved
 RECONNECT_CAP_SECONDS = 15.0
 _NOT_KEPT_BYTES = 1 << 62  # of credit, where nothing is rendered
+NEAR_BYTES = 1 << 20
 ASK_SECONDS = 0.01  # while a page waits for its turn, the server is asked so often where it stands
 CARRIED_SECONDS = 1.0  # so long credit is waited for before backfills give up what they remember
 GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
@@ -265,7 +266,7 @@ class Capture:
         self._renew = False
         self._wait("")
         while True:
-            decoder.break_at_commit = bool(self._turns)
+            decoder.break_at_lsn = min((max(1, turn.lsn) for turn in self._turns), default=0)
             stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
                 if not 0 < decoder.count < self._worth_changes or not await stream.again():
@@ -406,7 +407,8 @@ class Capture:
             lsn = await self._covered()
             now = self._clock.monotonic()
             quiet = heard == self.received_lsn
-            asked_for = bool(self._turns)
+            near = self.received_lsn + NEAR_BYTES
+            asked_for = any(turn.lsn <= near for turn in self._turns)  # else it says by itself how far it is
             if (
                 lsn != sent
                 or asked_for
@@ -419,7 +421,7 @@ class Capture:
                 sent, sent_at, heard = lsn, now, self.received_lsn
                 self.sent_lsn = lsn
             self._feedback_due = False
-            pause = ASK_SECONDS if self._turns else FEEDBACK_SECONDS
+            pause = ASK_SECONDS if asked_for else FEEDBACK_SECONDS
             await _first_of(self._feedback_now.wait(), self._clock.sleep(pause))
             self._feedback_due = self._feedback_now.is_set()
 

@@ -4,8 +4,8 @@ frames that have arrived, no more (`frames`).
 One `Decoder` per replication connection: the server names every relation anew on a new one. `Decoder.fill` takes frames
 and adds to the chunk that is being filled, until there is a reason to stop; `Decoder.take` hands the chunk out. After
 a `Relation` the caller asks the catalogue and calls `learn` before it goes on; a row of a relation that was not learned
-is an error of ours. After an error the decoder is of no use any more. With ``break_at_commit`` every commit is a reason
-to stop.
+is an error of ours. After an error the decoder is of no use any more. With ``break_at_lsn`` a commit
+that ends there or behind it is a reason to stop.
 
 **Pages.** A decoder may also be fed with existing rows: `Decoder.begin_page`, then `Decoder.fill_page`, which takes
 lines of COPY (`lines`) off the connection as `fill` takes frames. What comes out is an insert of the same row but for
@@ -121,7 +121,7 @@ class Decoder:
         self.taken_frames = 0  # since the caller last set it to 0
         self.taken_bytes = 0  # the same
         self.used_bytes = 0  # credit used by the chunk that is being filled
-        self.break_at_commit = False
+        self.break_at_lsn = 0  # a commit that ends there or behind it is a reason to stop; 0: none is
         self._group_columns = group_columns
         self._groups = groups
         self._max_message_bytes = max_message_bytes
@@ -286,7 +286,7 @@ class Decoder:
         self._transaction.end()
         if self.largest_frame_bytes > self._renew_frame_bytes:
             return Renew()
-        return Committed() if self.break_at_commit else None
+        return Committed() if 0 < self.break_at_lsn <= self._end_lsn else None
 
     def _truncate(self, payload: bytes) -> None:
         for sub, oid in enumerate(read_truncate(payload)):

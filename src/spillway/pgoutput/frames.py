@@ -44,7 +44,7 @@ class Renew(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """A transaction has ended, and the caller had set ``break_at_commit``."""
+    """A transaction has ended, which ends at ``break_at_lsn`` or behind it."""
 
 
 # None: everything that is buffered was taken. A Relation must be learned before the next `fill`.
