@@ -297,13 +297,16 @@ class Backfills:
             started.append(await self._begin(sink, request))
         return started
 
+    async def _kept(self, sink: str) -> list[BackfillState]:
+        """All that the store knows of."""
+        found = await asyncio.wrap_future(self._store.ask(self._store.backfills, sink, ended=True))
+        return [of_json(document) for number, document in found if number not in (INITIAL, REINDEX)]
+
     async def _note_refilled(self, sink: str) -> None:
         """A crash may have come between the end of a refill and the gap's."""
         if self._sinks[sink][1].delivery.gap is None:
             return
-        states = [
-            of_json(d) for number, d in self._store.backfills(sink, ended=True) if number not in (INITIAL, REINDEX)
-        ]
+        states = await self._kept(sink)
         await self._refilled([s for s in states if s.request.origin == "gap" and s.state == "completed"])
 
     async def _refilled(self, states: Sequence[BackfillState]) -> None:
@@ -337,11 +340,9 @@ class Backfills:
     def active(self, sink: str | None = None) -> list[dict[str, object]]:
         return [item(b.state, b) for b in self._backfills.values() if sink in (None, b.state.sink)]
 
-    def all(self, sink: str) -> list[dict[str, object]]:
+    async def all(self, sink: str) -> list[dict[str, object]]:
         """Those that have ended, too, the newest last. Reads the store."""
-        states = [
-            of_json(d) for number, d in self._store.backfills(sink, ended=True) if number not in (INITIAL, REINDEX)
-        ]
+        states = await self._kept(sink)
         known = [self._backfills.get(state.id) for state in states]
         return [item(b.state if b else s, b) for s, b in zip(states, known, strict=True)]
 

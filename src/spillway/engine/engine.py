@@ -245,7 +245,7 @@ class Engine:
         if not ended:
             return [item for p in self.pipelines for item in p.backfills.active(sink)]
         names = [sink] if sink is not None else [s.name for p in self.pipelines for s in p.sinks]
-        return [item for name in names for item in self._of(name)[0].backfills.all(name)]
+        return [item for name in names for item in await self._of(name)[0].backfills.all(name)]
 
     async def start_backfill(self, sink: str, order: BackfillOrder) -> list[dict[str, object]]:
         """One for each table of the order; with ``gap`` for those that missed changes."""
@@ -258,7 +258,7 @@ class Engine:
             wanted = await requests(pipeline.database, configured, order, tables)
             started = [await pipeline.backfills.start(sink, request) for request in wanted]
         ids = {state.id for state in started}
-        return [item for item in pipeline.backfills.all(delivery.name) if item["id"] in ids]
+        return [item for item in await pipeline.backfills.all(delivery.name) if item["id"] in ids]
 
     async def change_backfill(
         self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
@@ -268,7 +268,7 @@ class Engine:
     # -- re-indexes --------------------------------------------------------------------------------------------------
     async def reindexes(self) -> list[dict[str, object]]:
         """The last of each sink, as `spillway.engine.shadow.ReindexState.as_item` makes it."""
-        return self._reindexes.items()
+        return await self._reindexes.items()
 
     async def reindex(self, sink: str, order: ReindexOrder) -> dict[str, object]:
         return await self._reindexes.start(self._of(sink)[0], sink, order)

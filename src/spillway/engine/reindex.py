@@ -85,12 +85,12 @@ class Reindex:
         self._woken = asyncio.Event()
 
     # -- what people do ---------------------------------------------------------------------------------------------
-    def as_item(self) -> dict[str, object]:
+    async def as_item(self) -> dict[str, object]:
         state = self.state
         backfills = state.ended_backfills
         if state.under_way:
             mine = set(state.backfills.values())
-            backfills = [item for item in self._pipeline.backfills.all(state.shadow) if item["id"] in mine]
+            backfills = [b for b in await self._pipeline.backfills.all(state.shadow) if b["id"] in mine]
         return state.as_item(self.waiting if state.under_way else "", backfills)
 
     async def cancel(self) -> None:
@@ -215,7 +215,7 @@ class Reindex:
             _has_missed_nothing(self._shadow)
             await self._sleep(LOOK_SECONDS)
             self._go_on()
-        states = {item["id"]: item for item in backfills.all(state.shadow)}
+        states = {item["id"]: item for item in await backfills.all(state.shadow)}
         for name, number in state.backfills.items():
             item = states.get(number)  # of very many only the last are kept; what one missed is seen later
             if item is not None and item["state"] != "completed":
@@ -410,7 +410,7 @@ class Reindex:
             await self._around.dismiss(name)
         await self._clear(name)
         mine = set(state.backfills.values())
-        state.ended_backfills = [item for item in backfills.all(name) if item["id"] in mine]
+        state.ended_backfills = [item for item in await backfills.all(name) if item["id"] in mine]
         self.waiting = ""
 
     async def _clear(self, name: str) -> None:

@@ -88,8 +88,8 @@ class Reindexes:
         return NewIndex(cast("SearchSink", built), state, self._clock)
 
     # -- what people ask for ----------------------------------------------------------------------------------------
-    def items(self) -> list[dict[str, object]]:
-        return [reindex.as_item() for reindex in self._reindexes.values()]
+    async def items(self) -> list[dict[str, object]]:
+        return [await reindex.as_item() for reindex in self._reindexes.values()]
 
     async def start(self, pipeline: Pipeline, name: str, order: ReindexOrder) -> dict[str, object]:
         """The new index is there, and the beginning durable, when this returns."""
@@ -143,7 +143,7 @@ class Reindexes:
         self._reindexes[sink.name] = reindex
         if self._tasks is not None:
             self._tasks.create_task(reindex.run(), name=f"re-index {sink.name}")
-        return reindex.as_item()
+        return await reindex.as_item()
 
     async def change(self, sink: str, verb: Literal["cancel", "drop_old"]) -> dict[str, object]:
         async with self._one_at_a_time:
@@ -156,7 +156,7 @@ class Reindexes:
                 await reindex.cancel()
             else:
                 await reindex.drop_old()
-            return reindex.as_item()
+            return await reindex.as_item()
 
     def _is_shadow(self, name: str) -> bool:
         return any(reindex.state.shadow == name for reindex in self._reindexes.values())
