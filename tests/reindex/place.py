@@ -168,6 +168,7 @@ class Traffic:
         self._errors: list[Exception] = []
         self._threads = [threading.Thread(target=self._guarded, args=(f,)) for f in (self._write, self._read)]
         self.violations: list[str] = []
+        self.failed: list[str] = []  # searches that had no answer
         self.written = 0
         self.checked_until = 0.0  # everything committed before this (monotonic) has been asked for
 
@@ -188,8 +189,8 @@ class Traffic:
     def settle(self) -> None:
         """Returns when everything that is committed by now has been asked for."""
         now = time.monotonic()
-        self._place.wait(lambda: self.checked_until >= now, "the reader")
-        assert not self._errors
+        self._place.wait(lambda: bool(self._errors) or self.checked_until >= now, "the reader")
+        assert not self._errors, self._errors
 
     def _guarded(self, work: Any) -> None:
         try:
@@ -236,7 +237,11 @@ class Traffic:
                 now = time.monotonic()
                 expected = self._old(now)
                 body = {"size": 10_000, "_source": ["seq"], "track_total_hits": True}
-                found = search.post(f"/{place.alias}/_search", json=body).raise_for_status().json()
+                answer = search.post(f"/{place.alias}/_search", json=body)
+                if not answer.is_success:
+                    self.failed.append(f"{answer.status_code} {answer.text}")
+                    continue
+                found = answer.json()
                 held = {int(hit["_id"]): hit["_source"]["seq"] for hit in found["hits"]["hits"]}
                 for row, known in self._old(now).items():
                     if expected.get(row) == known and held.get(row, -1) < known[1]:
