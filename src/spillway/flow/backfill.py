@@ -149,6 +149,8 @@ class Backfill:
         failures = 0
         table = (self.state.request.schema, self.state.request.table)
         self._carried.watch(table)
+        if self._whole:
+            self._delivery.expect(table, self._read_again)
         try:
             while not self.state.has_ended:
                 if self.state.state == "paused":
@@ -170,6 +172,22 @@ class Backfill:
         finally:
             self.waiting = ""
             self._carried.unwatch(table)
+            self._delivery.expect_no_more(table)
+
+    @property
+    def _whole(self) -> bool:
+        """All rows of the table are wanted."""
+        request = self.state.request
+        return request.where is None and request.start is None and request.keys is None
+
+    async def _read_again(self, keys: Sequence[Cursor]) -> bool:
+        """Rows that may have come behind the pages. Durable when this returns; False: it has ended."""
+        parts = {(part.schema, part.table): part for part in reversed(self.state.parts or ())}
+        for part in parts.values():  # in which of them they are is not known: where they are not they are not missed
+            part.again += [key for key in keys if key not in part.again]
+        if not self.state.has_ended:
+            await self._delivery.note(BackfillDocument(self.state.id, self.state.as_json(), self.state.has_ended))
+        return not self.state.has_ended
 
     async def _work(self) -> None:
         """Until there is nothing left to do, or it is not active any more."""
@@ -192,9 +210,13 @@ class Backfill:
         if self.state.state == "active" and self.state.request.sweep and not await self._sweep():
             return
         if self.state.state == "active":
-            self._help_at = 0.0
-            await self._help_partial_updates()
-            await self._end("completed")
+            while self._whole and self._delivery.passes_over and await self._room():
+                if not await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason)):
+                    break
+                self.waiting = "waits for updates of rows that the sink did not have"
+                await self._sleep(ROOM_SECONDS)
+            if not any(part.again for part in self.state.parts or ()):
+                await self._end("completed")
 
     async def _lay_out(self, reader: PageReader) -> None:
         request = self.state.request

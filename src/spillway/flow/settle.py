@@ -11,18 +11,20 @@ by message.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from spillway.change import ACTIONS
 from spillway.chunk import ACTION, NOT_STORED, PENDING, TIME, Batch, Message, Piece
-from spillway.flow.attempt import BLOCKED, Answer, each, is_truncate
+from spillway.flow.attempt import BLOCKED, UNCHANGED_TOAST, Answer, each, is_truncate
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.readback import Readback
 from spillway.flow.retry import Breaker, Throttle, backoff_seconds
 from spillway.position import Position
-from spillway.sinks.base import Result, Sink
+from spillway.sinks.base import ROW_AWAITED, Awaiting, Result, Sink
 from spillway.store.base import Park, SinkState, Write
+
+ReadAgain = Callable[[Sequence[tuple[str, ...]]], Awaitable[bool]]
 
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
@@ -43,11 +45,15 @@ class Settling(Readback):
         self.last_failure_at = 0.0
         self.last_progress_at = float("-inf")
         self.delivered = 0
+        # By table of which a backfill brings all rows: has the rows with these primary keys read once more.
+        self.awaited: dict[tuple[str, str], ReadAgain] = {}
 
     async def _settle(self, batch: Batch, answer: Answer, throttle: Throttle) -> None:
         """Make what the sink said durable, then let go of the messages (see the module's text)."""
         now = self._clock.monotonic()
         lane = throttle is self.lane_throttle
+        if not isinstance(answer, Result) and any(result is ROW_AWAITED for result in answer):
+            answer = await self._read_again(batch, answer)
         ok, failed, down, why = self._sort(batch, self._blame(answer, batch, now))
         if why is not None:
             self.breaker.failed(now, why.reason, why.detail, why.retry_after_seconds)
@@ -80,6 +86,45 @@ class Settling(Readback):
         for truncate in truncates:  # last, so that what was parked of its own batch is gone with it
             await self._settle_truncate(truncate, lane=lane)
         self._moved()
+
+    async def _read_again(self, batch: Batch, answer: Sequence[Result]) -> Sequence[Result]:
+        """Of what was passed over: rows under the key that they come with are read when their page comes; one that was
+        moved may have come behind the pages, and must be read by its key. That is durable before the update counts as
+        resolved."""
+        moved: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+        for message, result in zip(batch, answer, strict=True):
+            change = message.change
+            if result is ROW_AWAITED and change.was is not None:
+                moved.setdefault((change.schema, change.table), []).append(change.pks)
+        lost = {table for table, keys in moved.items() if not await self._awaits(table, keys)}
+        if not lost:
+            return answer
+        return [
+            UNCHANGED_TOAST
+            if result is ROW_AWAITED and (message.change.schema, message.change.table) in lost
+            else result
+            for message, result in zip(batch, answer, strict=True)
+        ]
+
+    @property
+    def passes_over(self) -> bool:
+        """Whether the sink passes over what it cannot take of rows that are expected."""
+        return isinstance(self._sink, Awaiting)
+
+    def expect(self, table: tuple[str, str], read_again: ReadAgain) -> None:
+        """All rows of this table come, until `expect_no_more`."""
+        self.awaited[table] = read_again
+        if isinstance(self._sink, Awaiting):
+            self._sink.awaited.add(table)
+
+    def expect_no_more(self, table: tuple[str, str]) -> None:
+        self.awaited.pop(table, None)
+        if isinstance(self._sink, Awaiting):
+            self._sink.awaited.discard(table)
+
+    async def _awaits(self, table: tuple[str, str], keys: Sequence[tuple[str, ...]]) -> bool:
+        read_again = self.awaited.get(table)
+        return read_again is not None and await read_again(keys)
 
     def _sort(
         self, batch: Batch, answer: Answer

@@ -64,6 +64,8 @@ class Result:
 
 
 OK = Result("ok")
+# Of an update that was passed over: it lacks its TOAST columns, and the row it is of comes with a backfill.
+ROW_AWAITED = Result("ok", "row_awaited")
 
 
 def retry(reason: str, detail: str = "") -> Result:
@@ -102,6 +104,15 @@ class Sink(Protocol):
     async def send(self, batch: Batch) -> Sequence[Result] | Result: ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Awaiting(Protocol):
+    """A sink that keeps rows, and cannot take an update without its TOAST columns of a row that it has not. ``awaited``
+    are the tables (schema, name) of which all rows are on their way: there it passes such an update over, and answers
+    with `ROW_AWAITED`."""
+
+    awaited: set[tuple[str, str]]
 
 
 @runtime_checkable

@@ -43,7 +43,7 @@ from pathlib import Path
 from spillway.change import Change, key_values, table_prefix
 from spillway.chunk import Batch
 from spillway.errors import SpillwayError
-from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, sink_down
+from spillway.sinks.base import OK, ROW_AWAITED, Result, Semantics, SinkContext, reject, sink_down
 from spillway.sinks.disk import disk_failed, is_at
 from spillway.sinks.thread import OwnThread
 
@@ -91,12 +91,13 @@ class SqliteSink:
         self._stat: os.stat_result | None = None
         self._columns: dict[str, set[str]] = {}  # of each table, as of `_schema_version`
         self._schema_version = -1
+        self.awaited: set[tuple[str, str]] = set()
         self._sources: dict[str, tuple[str, str]] = {}  # which source table a table is kept equal to
 
     async def open(self) -> None:
         await self._thread.run(self._try, ())
 
-    async def send(self, batch: Batch) -> Result:
+    async def send(self, batch: Batch) -> Sequence[Result] | Result:
         # A cancelled batch may go on in the thread, when the batch is no longer what it was.
         return await self._thread.run(self._try, [message.change for message in batch])
 
@@ -119,11 +120,11 @@ class SqliteSink:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _try(self, changes: Sequence[Change]) -> Result:
+    def _try(self, changes: Sequence[Change]) -> Sequence[Result] | Result:
         try:
             connection = self._connected()
             try:
-                self._transact(connection, changes)
+                passed_over = self._transact(connection, changes)
             except BaseException:
                 self._schema_version = -1  # what this transaction added is gone
                 connection.rollback()
@@ -136,7 +137,7 @@ class SqliteSink:
             return self._failed(error)
         except OSError as error:
             return disk_failed(error)
-        return OK
+        return [ROW_AWAITED if place in passed_over else OK for place in range(len(changes))] if passed_over else OK
 
     def _failed(self, error: sqlite3.Error) -> Result:
         # Misuse of the module has no code: a value it cannot take (DataError, ProgrammingError).
@@ -187,41 +188,46 @@ class SqliteSink:
         if connection is not None:
             connection.close()
 
-    def _transact(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> None:
+    def _transact(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> set[int]:
+        """Returns the places of those that were passed over."""
         if not changes:
-            return
+            return set()
         connection.execute("BEGIN IMMEDIATE")
         (found,) = connection.execute("PRAGMA schema_version").fetchone()
         if found != self._schema_version:
             self._columns.clear()
-        for change in changes:
-            self._apply(connection, change)
+        passed_over = {place for place, change in enumerate(changes) if not self._apply(connection, change)}
         (self._schema_version,) = connection.execute("PRAGMA schema_version").fetchone()
         connection.execute("COMMIT")
+        return passed_over
 
-    def _apply(self, connection: sqlite3.Connection, change: Change) -> None:
+    def _apply(self, connection: sqlite3.Connection, change: Change) -> bool:
+        """False: it was passed over."""
         table = self._table_of(change)
         columns = self._columns_of(connection, table)
         if change.action == "truncate":
             if columns:
                 connection.execute(f"DELETE FROM {_quoted(table)}")
-            return
+            return True
         if change.key is None:
             raise _Rejected("no_primary_key", f"{change.schema}.{change.table} has no primary key to find its rows by")
         if change.action == "delete":
             if columns:
                 connection.execute(f"DELETE FROM {_quoted(table)} WHERE {KEY_COLUMN} = ?", (change.key,))
-            return
+            return True
         values = dict(record_values(change.record.decode()))
         self._add_columns(connection, table, columns, values)
         if change.was is not None:
             _move(connection, table, change.was, change.key)
         if not change.whole and not _has_row(connection, table, change.key):
+            if (change.schema, change.table) in self.awaited:
+                return False
             raise _Rejected(
                 "unchanged_toast",
                 f"{change.key} is not in the table, and the update carries no TOAST columns: backfill the row first",
             )
         _upsert(connection, table, change.key, values)
+        return True
 
     # -- tables and columns -------------------------------------------------------------------------------------------
 
