@@ -211,7 +211,7 @@ class Backfill:
             return
         if self.state.state == "active":
             while self._whole and self._delivery.passes_over and await self._room():
-                if not await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason)):
+                if not await self._delivery.due_now(Select(reason=UNCHANGED_TOAST.reason)):
                     break
                 self.waiting = "waits for updates of rows that the sink did not have"
                 await self._sleep(ROOM_SECONDS)
@@ -310,7 +310,7 @@ class Backfill:
         now = self._clock.monotonic()
         if self._delivery.is_state and self._delivery.counters.parked_keys and now >= self._help_at:
             self._help_at = now + HELP_SECONDS
-            await self._delivery.retry(Select(reason=UNCHANGED_TOAST.reason))
+            await self._delivery.due_now(Select(reason=UNCHANGED_TOAST.reason))
 
     @property
     def _most_keys(self) -> int:
@@ -444,6 +444,8 @@ class Backfill:
         if sink.full is not None:
             return f"the backlog of the sink is full: {sink.full}"
         counters = sink.counters
+        if not counters.messages and not sink.memory_messages:
+            sink.reads_resolved = sink.reads_taken  # what was discarded, or emptied by a TRUNCATE, is not counted
         ahead = min(sink.reads_taken - sink.reads_resolved, max(counters.messages, sink.memory_messages))
         if ahead >= self._manners.run_ahead:
             return f"{ahead} rows wait for the sink, backfill.run_ahead is {self._manners.run_ahead}"

@@ -213,6 +213,14 @@ class Delivery(Settling):
         self.queue_throttle.not_before = self.lane_throttle.not_before = self._lane_at = 0.0
         self._wake.set()
 
+    async def due_now(self, select: Select) -> int:
+        """These parked keys may be tried at once; nothing else is hurried."""
+        count = await asyncio.wrap_future(self._store.retry_now(self.name, select))
+        if count:
+            self._lane_at = 0.0
+            self._wake.set()
+        return count
+
     async def retry(self, select: Select) -> int:
         count = await asyncio.wrap_future(self._store.retry_now(self.name, select))
         self.try_now()
