@@ -655,7 +655,7 @@ class World:
         capture = Capture(
             "db",
             connect,
-            lambda frame_overhead_bytes, _: FakeDecoder(router, frame_overhead_bytes),
+            lambda router, frame_overhead_bytes, _: FakeDecoder(router, frame_overhead_bytes),
             router,
             list(deliveries.values()),
             budget,

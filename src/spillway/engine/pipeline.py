@@ -104,12 +104,11 @@ class Pipeline:
             self.database.conninfo() if primary else self.database.page_conninfo(),
             self._slot,
             self.database.publication.name,
-            lambda: self._new_decoder(overhead_bytes, 1 << 62),
+            lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
             backfill_id.encode(),
         )
 
-    def _new_decoder(self, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:
-        router = self.router
+    def _new_decoder(self, router: Router, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:
         return Decoder(
             self._meta,
             router.group_columns,

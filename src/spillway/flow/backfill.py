@@ -288,7 +288,7 @@ class Backfill:
             most_keys = self._most_keys
             try:
                 try:
-                    placing = await self._place(reader, page, began)
+                    placing = await self._place(reader, page, began, (part.schema, part.table))
                 finally:
                     self._carried.close(view)
                 if placing is not None:
@@ -539,9 +539,11 @@ class Backfill:
         return wanted
 
     # -- when it has been read --------------------------------------------------------------------------------------
-    async def _place(self, reader: PageReader, page: Page, began: int) -> _Placing | None:
+    async def _place(
+        self, reader: PageReader, page: Page, began: int, relation: tuple[str, str] | None = None
+    ) -> _Placing | None:
         """Its place in the stream. None: it cannot be judged any more, or its credit was wanted: to be read again."""
-        placing = _Placing(page, self._subscription, self._keying, self._capture, began)
+        placing = _Placing(page, relation, self._subscription, self._keying, self._capture, began)
         turn = Turn(page.snapshot.lsn, placing)
         waits = asyncio.ensure_future(self._capture.placed(turn))
         started = self._clock.monotonic()
@@ -631,8 +633,17 @@ class Backfill:
 class _Placing:
     """What puts a page into the stream of its sink; called by capture, between two chunks."""
 
-    def __init__(self, page: Page, subscription: Subscription, keying: int, capture: Capture, began: int) -> None:
+    def __init__(
+        self,
+        page: Page,
+        relation: tuple[str, str] | None,
+        subscription: Subscription,
+        keying: int,
+        capture: Capture,
+        began: int,
+    ) -> None:
         self._page = page
+        self._relation = relation
         self._subscription = subscription
         self._keying = keying
         self._carried = capture.carried
@@ -660,7 +671,9 @@ class _Placing:
         if self._void():
             return True
         actions = self._subscription.actions
-        stale = self._carried.stale(chunk, self._page.snapshot.sees, lambda action: ACTIONS[action] in actions)
+        stale = self._carried.stale(
+            chunk, self._page.snapshot.sees, lambda action: ACTIONS[action] in actions, self._relation
+        )
         if stale is None:
             return True
         left = None

@@ -90,7 +90,7 @@ class Capture:
         self,
         database: str,
         connect: Callable[[], Awaitable[Connection]],
-        new_decoder: Callable[[int, int], Decoder],
+        new_decoder: Callable[[Router, int, int], Decoder],
         router: Router,
         deliveries: Sequence[Delivery],
         budget: Budget,
@@ -100,7 +100,7 @@ class Capture:
     ) -> None:
         self.database = database
         self._connect = connect
-        self._new_decoder = new_decoder  # of its frame_overhead_bytes and renew_frame_bytes
+        self._new_decoder = new_decoder  # by its router, frame_overhead_bytes and renew_frame_bytes
         self._router = router
         self._deliveries = deliveries
         self._pool = budget.capture
@@ -258,7 +258,9 @@ class Capture:
 
     # -- reading ----------------------------------------------------------------------------------------------------
     def _decoder(self) -> Decoder:
-        return self._new_decoder(self.frame_overhead_bytes, min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6))
+        return self._new_decoder(
+            self._router, self.frame_overhead_bytes, min(RENEW_FRAME_BYTES, self._pool.limit_bytes // 6)
+        )
 
     async def _read(self, connection: Connection) -> None:
         stream = connection.stream

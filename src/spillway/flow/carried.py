@@ -119,14 +119,17 @@ class Carried:
         self._parts = []
         self._newest = None
 
-    def stale(self, page: Chunk, sees: Sees, takes: Callable[[int], bool]) -> Stale | None:
+    def stale(
+        self, page: Chunk, sees: Sees, takes: Callable[[int], bool], relation: Table | None = None
+    ) -> Stale | None:
         """Judge a page by what has been carried up to now; None: a TRUNCATE has made it void. ``takes``: whether the
-        sink gets changes of this action."""
+        sink gets changes of this action. ``relation``: which the page was read from, if it was one; a partition is
+        emptied under its own name, which is not that of its rows."""
         newer: dict[bytes, bool] = {}  # by key: whether what the sink got last is whole
         hashes: set[int] = set()
         for part, index in self._unseen(sees):
             action, flags = part.byte(index, ACTION), part.byte(index, FLAGS)
-            if action == _TRUNCATE:
+            if action == _TRUNCATE and (relation is None or part.table(index) in (relation, *page.tables)):
                 return None
             if part.table(index) not in page.tables or not takes(action) or flags & OLD:
                 continue  # a delete of an old key goes to whoever takes the update, which tells of both
