@@ -73,7 +73,7 @@ class OpenReader(Protocol):
 class Manners:
     """What the configuration says of the sink's backfills."""
 
-    run_ahead: int  # messages that may wait for the sink, whatever for
+    run_ahead: int  # rows of its backfills that may wait for the sink
     timeout_seconds: float  # of the statements of a page
 
 
