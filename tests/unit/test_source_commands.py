@@ -43,9 +43,9 @@ def test_create_publication() -> None:
 
 
 def test_every_named_query_is_used_and_every_used_one_exists() -> None:
-    folder = Path(spillway.source.__file__).parent
-    source = "".join(path.read_text() for path in folder.glob("*.py"))
-    used = set(re.findall(r"fetch(?:_one)?\(\s*\w+(?:\.\w+)*,\s*\"(\w+)\"", source))
+    folder = Path(spillway.source.__file__).parent.parent
+    source = "".join(path.read_text() for path in folder.rglob("*.py"))
+    used = set(re.findall(r"\b(?:fetch(?:_one)?|one)\(\s*\w+(?:\.\w+)*,\s*\"(\w+)\"", source))
     assert used == set(QUERIES)
     assert all(not query.endswith(";") for query in QUERIES.values())
 

@@ -24,7 +24,9 @@ class BackfillLimits(Section):
 
     parallel: Parallel = 1
     max_rows_per_second: RowsPerSecond | None = None  # of each backfill
-    run_ahead: Annotated[Whole, Field(ge=1)] = 10_000  # rows of its backfills that wait for the sink before reading pauses
+    run_ahead: Annotated[Whole, Field(ge=1)] = (
+        10_000  # rows of its backfills that wait for the sink before reading pauses
+    )
     timeout_ms: Annotated[Whole, Field(ge=100, le=600_000)] = 5_000  # of the statement of one page
 
 

@@ -43,7 +43,7 @@ from spillway.source.tables import refusal
 from spillway.store.base import BackfillDocument, Gap, Store
 
 LOOK_SECONDS = 5.0  # tables that have entered the publication are looked for so often
-LOCK_TIMEOUT = "SET lock_timeout = '1s'"
+CATALOGUE_LOCK_SECONDS = 1
 FIRST_LOOK_SECONDS = 0.5  # as long as there is no publication, or no source
 INITIAL = "initial"  # the id of the document that says which tables have had their initial backfill
 
@@ -189,8 +189,10 @@ class Backfills:
 
     async def _published(self) -> list[PublishedTable]:
         """From PostgreSQL 16 on this waits for whoever holds a published table in ACCESS EXCLUSIVE mode, a while."""
-        async with querying(self._database.conninfo(), self._database.slot.name) as query:
-            await query.execute(LOCK_TIMEOUT)
+        database = self._database
+        async with querying(
+            database.conninfo(), database.slot.name, lock_timeout_seconds=CATALOGUE_LOCK_SECONDS
+        ) as query:
             return await catalog.tables(query, self._database.publication.name)
 
     # -- what people ask for ----------------------------------------------------------------------------------------

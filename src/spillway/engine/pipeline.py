@@ -18,7 +18,7 @@ from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills
 from spillway.engine.shadow import shadows
-from spillway.errors import Finding, SpillwayError
+from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.health import Health
@@ -34,6 +34,7 @@ from spillway.source.page import PageReader
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
+from spillway.source.view import Expected
 from spillway.store.base import Identity
 
 LAG_SECONDS = 1.0
@@ -100,12 +101,16 @@ class Pipeline:
 
     async def open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
+        replica = self.database.replica_url is not None and not primary
+        if self.identity is None:
+            raise SourceUnavailable("slot_not_reached", f"slot {self._slot} was not reached yet")
         return await PageReader.open(
             self.database.conninfo() if primary else self.database.page_conninfo(),
             self._slot,
             self.database.publication.name,
             lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
             backfill_id.encode(),
+            Expected(self.identity.system_id, replica),
         )
 
     def _new_decoder(self, router: Router, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:

@@ -49,7 +49,6 @@ SESSION: Mapping[str, str] = {
 # What a role's or a database's defaults could otherwise do to a connection of ours, whatever it is used for.
 _GUARDS: Mapping[str, str] = {
     "client_min_messages": "warning",
-    "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
@@ -69,27 +68,30 @@ _NETWORK: Mapping[str, int] = {
 }
 
 
-async def connect_query(conninfo: str, slot: str = "") -> Connection:
-    """A connection for queries, in autocommit, with `SESSION` forced. The caller closes it."""
-    return await _connect(conninfo, slot, {}, statement_timeout_seconds=QUERY_TIMEOUT_SECONDS)
+async def connect_query(conninfo: str, slot: str = "", *, lock_timeout_seconds: int = 0) -> Connection:
+    """A connection for queries, in autocommit, with `SESSION` forced. The caller closes it. ``lock_timeout_seconds``: 0
+    for none. The catalogue's functions lock the tables that they tell of."""
+    return await _connect(conninfo, slot, {}, QUERY_TIMEOUT_SECONDS, lock_timeout_seconds)
 
 
 async def connect_replication(conninfo: str, slot: str = "") -> Connection:
     """A walsender of the database, with `SESSION` forced: replication commands and plain SQL without parameters."""
-    return await _connect(conninfo, slot, {"replication": "database"}, statement_timeout_seconds=0)
+    return await _connect(conninfo, slot, {"replication": "database"}, 0, 0)
 
 
 @contextlib.asynccontextmanager
-async def querying(conninfo: str, slot: str = "") -> AsyncIterator[Connection]:
+async def querying(conninfo: str, slot: str = "", *, lock_timeout_seconds: int = 0) -> AsyncIterator[Connection]:
     """A query connection for one piece of work; closed at its end."""
-    connection = await connect_query(conninfo, slot)
+    connection = await connect_query(conninfo, slot, lock_timeout_seconds=lock_timeout_seconds)
     try:
         yield connection
     finally:
         await connection.close()
 
 
-async def _connect(conninfo: str, slot: str, more: Mapping[str, str], *, statement_timeout_seconds: int) -> Connection:
+async def _connect(
+    conninfo: str, slot: str, more: Mapping[str, str], statement_timeout_seconds: int, lock_timeout_seconds: int
+) -> Connection:
     target = describe_target(conninfo)
     application = f"spillway:{slot}" if slot else "spillway"
     connection: Connection | None = None
@@ -99,7 +101,8 @@ async def _connect(conninfo: str, slot: str, more: Mapping[str, str], *, stateme
         connection = await AsyncConnection.connect(
             make_conninfo("", **settings), autocommit=True, prepare_threshold=None
         )
-        await connection.execute(session_sql(application, connection.info.server_version, statement_timeout_seconds))
+        version = connection.info.server_version
+        await connection.execute(session_sql(application, version, statement_timeout_seconds, lock_timeout_seconds))
     except psycopg.Error as error:
         if connection is None:
             raise connect_refusal(error, target) from error
@@ -115,13 +118,16 @@ async def _connect(conninfo: str, slot: str, more: Mapping[str, str], *, stateme
     return connection
 
 
-def session_sql(application: str, server_version: int, statement_timeout_seconds: int) -> sql.Composed:
+def session_sql(
+    application: str, server_version: int, statement_timeout_seconds: int, lock_timeout_seconds: int = 0
+) -> sql.Composed:
     """The one statement that fixes a session. Simple protocol, literals only: a walsender takes no parameters."""
     settings = {
         **SESSION,
         **_GUARDS,
         **{name: "0" for name, since in _GUARDS_SINCE.items() if server_version >= since},
         "statement_timeout": f"{statement_timeout_seconds}s",
+        "lock_timeout": f"{lock_timeout_seconds}s",
         "application_name": application,
     }
     one = sql.SQL("SET {} = {}")

@@ -55,6 +55,7 @@ from spillway.source.snapshot import Snapshot
 from spillway.source.view import (
     BY_CTID_SINCE,
     BY_LIST,
+    Expected,
     LockTimeout,
     PageTimeout,
     View,
@@ -116,10 +117,16 @@ class PageReader:
 
     @classmethod
     async def open(
-        cls, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder], page_id: bytes
+        cls,
+        conninfo: str,
+        slot: str,
+        publication: str,
+        new_decoder: Callable[[], Decoder],
+        page_id: bytes,
+        expected: Expected | None = None,
     ) -> PageReader:
         """``new_decoder``: as the stream's. ``page_id`` is in the metadata of the rows."""
-        views = Views(conninfo, slot, publication, new_decoder)
+        views = Views(conninfo, slot, publication, new_decoder, expected)
         async with views.using(QUESTION_TIMEOUT_SECONDS):
             return cls(views, publication, page_id)
 
@@ -374,6 +381,13 @@ async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str,
     """The rows of a query as the server writes them; none of the values is null."""
     result = (await connection.execute(query)).pgresult
     assert result is not None
-    return [
-        tuple((result.get_value(i, j) or b"").decode() for j in range(result.nfields)) for i in range(result.ntuples)
-    ]
+    return [tuple(_text(result.get_value(i, j) or b"") for j in range(result.nfields)) for i in range(result.ntuples)]
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise SpillwayError(
+            "not_utf8", f"a key is not in UTF-8: {value!r}", "backfill the table without --where and --parallel"
+        ) from None

@@ -25,11 +25,12 @@ from spillway.pgoutput import Decoder
 from spillway.pgoutput.relation import TableInfo
 from spillway.position import parse_lsn
 from spillway.source import catalog, keyspace
-from spillway.source.connect import Connection, connect_query
+from spillway.source.connect import Connection, connect_query, connect_replication
 from spillway.source.keyspace import Rows
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal, quoted
 from spillway.source.shape import Selection, Shape, rows_of
+from spillway.source.slot import system
 from spillway.source.snapshot import Snapshot
 
 LOCK_TIMEOUT_SECONDS = 0.5
@@ -38,7 +39,7 @@ RENEW_FRAME_BYTES = 8 << 20  # libpq keeps a buffer of the largest row's size un
 BY_CTID_SINCE = 140000
 
 _WAL_BLOCK_BYTES: Final = 8192
-SESSION_LOCK_TIMEOUT: Final = "SET lock_timeout = '1s'"
+CATALOGUE_LOCK_SECONDS: Final = 1
 _HEADERS_BYTES: Final = (24, 40)  # of a block, of the first block of a file
 # SQLSTATEs of a statement that is as wrong the next time: data, syntax or access rule, not supported, cardinality; a
 # condition with a parameter ($1).
@@ -82,10 +83,25 @@ class _Session:
     conditions: set[tuple[str, str, str]] = field(default_factory=set)  # found to be in order
 
 
-class Views:
-    """See the module."""
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the server must be that pages come from: one whose history is the stream's (I9)."""
 
-    def __init__(self, conninfo: str, slot: str, publication: str, new_decoder: Callable[[], Decoder]) -> None:
+    system_id: str
+    standby: bool  # a replica: one that was promoted has left the history
+
+
+class Views:
+    """See the module. ``expected``: None where nothing is known yet."""
+
+    def __init__(
+        self,
+        conninfo: str,
+        slot: str,
+        publication: str,
+        new_decoder: Callable[[], Decoder],
+        expected: Expected | None = None,
+    ) -> None:
         self.standby = False  # the connection is to a server in recovery
         self.wal_writer_delay_seconds = 0.0
         self.server_version = 0
@@ -93,6 +109,7 @@ class Views:
         self._slot = slot
         self._publication = publication
         self._new_decoder = new_decoder
+        self._expected = expected
         self._session: _Session | None = None
         self._turn = asyncio.Lock()
         self._closed = False
@@ -202,12 +219,34 @@ class Views:
 
     async def _connect(self) -> None:
         await self._drop()
-        connection = await connect_query(self._conninfo, self._slot)
+        connection = await connect_query(self._conninfo, self._slot, lock_timeout_seconds=CATALOGUE_LOCK_SECONDS)
         self._session = _Session(connection, self._new_decoder())
-        await connection.execute(SESSION_LOCK_TIMEOUT)  # the catalogue's functions lock the tables that they tell of
         seen = await one(connection, "reader")
+        await self._check(seen["standby"])
         self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
         self.server_version = connection.info.server_version
+
+    async def _check(self, standby: bool) -> None:
+        expected = self._expected
+        if expected is None:
+            return
+        replication = await connect_replication(self._conninfo, self._slot)
+        try:
+            system_id = (await system(replication)).system_id
+        finally:
+            await replication.close()
+        if system_id != expected.system_id:
+            raise SourceUnavailable(
+                "replica_foreign",
+                f"the server for pages belongs to system {system_id}, the slot to {expected.system_id}",
+                "correct replica_url (or the host of url): it must be a physical standby of the same system",
+            )
+        if expected.standby and not standby:
+            raise SourceUnavailable(
+                "replica_promoted",
+                "the server of replica_url is no standby (any more): its history is another than the slot's",
+                "correct replica_url, or leave it out: pages then come from the server of the slot",
+            )
 
     async def _drop(self) -> None:
         session, self._session = self._session, None
