@@ -13,10 +13,12 @@ from spillway.change import ACTIONS, Change
 from spillway.pgoutput import Relation
 from spillway.pgoutput.decoder import Decoder
 from spillway.source import catalog
+from spillway.source.origin import Expected
 from spillway.source.page import Cursor, Page, PageReader, Range, Selection
 from spillway.source.stream import Stream
 
 SECONDS = 20.0
+RENEW_BYTES = 8 << 20
 T = Selection("public", "t")
 ALL = Range()
 
@@ -25,11 +27,18 @@ def new_decoder(twin: type[Decoder] = TWINS[-1]) -> Decoder:
     return twin(META, lambda *_: (), 0, 1 << 20, 0, 1 << 23)
 
 
+async def opened(
+    dsn: str, expected: Expected, renew_bytes: int = RENEW_BYTES, twin: type[Decoder] = TWINS[-1]
+) -> PageReader:
+    return await PageReader.open(dsn, "s", "p", lambda: new_decoder(twin), b"backfill", expected, renew_bytes)
+
+
 @asynccontextmanager
 async def reading(
     source: SourceDatabase, dsn: str | None = None, twin: type[Decoder] = TWINS[-1]
 ) -> AsyncIterator[PageReader]:
-    reader = await PageReader.open(dsn or source.dsn, "s", "p", lambda: new_decoder(twin), b"backfill")
+    expected = Expected(str(await source.value("SELECT system_identifier FROM pg_control_system()")))
+    reader = await opened(dsn or source.dsn, expected, twin=twin)
     try:
         yield reader
     finally:

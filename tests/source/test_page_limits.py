@@ -14,10 +14,12 @@ from psycopg.conninfo import make_conninfo
 
 from servers.postgres import Postgres
 from source.conftest import MANY, SourceDatabase
-from source.paging import ALL, SECONDS, T, changes, pages, reading, records
+from source.paging import ALL, RENEW_BYTES, SECONDS, T, changes, opened, pages, reading, records
 from spillway.errors import SourceUnavailable, SpillwayError
-from spillway.source.connect import connect_query
-from spillway.source.page import NeedsCredit, PageTimeout, Selection
+from spillway.source import view
+from spillway.source.connect import Connection, connect_query
+from spillway.source.origin import Expected
+from spillway.source.page import NeedsCredit, PageReader, PageTimeout, Selection
 
 ROWS = (
     "CREATE TABLE public.t (id int PRIMARY KEY, at timestamptz, kind text, body text)",
@@ -323,3 +325,100 @@ async def test_a_page_of_a_standby(standby: tuple[Postgres, Postgres]) -> None:
                 assert read.snapshot.sees(xid, read.snapshot.replayed_lsn - 1)
                 assert await reader.flushed_lsn() >= read.snapshot.replayed_lsn
             await writer.execute("ROLLBACK")
+
+
+async def test_another_system_and_a_promoted_replica_are_not_read(standby: tuple[Postgres, Postgres]) -> None:
+    primary, replica = standby
+    async with await connect_query(primary.dsn()) as query, await connect_query(replica.dsn()) as other:
+        source, seen = SourceDatabase(primary.dsn(), query), SourceDatabase(replica.dsn(), other)
+        await source.execute(*ROWS, "CREATE ROLE reader LOGIN", "GRANT SELECT ON public.t TO reader")
+        await source.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+        system_id = str(await source.value("SELECT system_identifier FROM pg_control_system()"))
+        written = await source.value("SELECT pg_current_wal_insert_lsn()::text")
+
+        async def replayed() -> bool:
+            return await seen.value(f"SELECT pg_last_wal_replay_lsn() >= '{written}'") is True
+
+        async def code(reader: PageReader) -> str:
+            with pytest.raises(SourceUnavailable) as caught:
+                await records(reader)
+            return caught.value.code
+
+        async def gone() -> bool:
+            return await seen.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'spillway:s'") == 0
+
+        async def refused(dsn: str, expected: Expected) -> str:
+            with pytest.raises(SpillwayError) as caught:
+                await opened(dsn, expected)
+            return caught.value.code
+
+        await source.until(replayed)
+        assert await refused(replica.dsn(), Expected("1", replica=True)) == "replica_foreign"
+        assert await refused(primary.dsn(), Expected("1")) == "other_system"
+        assert await refused(primary.dsn(), Expected(system_id, replica=True)) == "replica_promoted"
+        # A role from which the function is kept asks a walsender, if it may.
+        as_reader = seen.as_role("reader")
+        assert await refused(as_reader, Expected(system_id, replica=True)) == "no_replication_attribute"
+        await source.execute("ALTER ROLE reader REPLICATION")
+        written = await source.value("SELECT pg_current_wal_insert_lsn()::text")
+        await source.until(replayed)
+        reader = await opened(as_reader, Expected(system_id, replica=True))
+        try:
+            assert len(await records(reader)) == 100
+            await seen.execute("SELECT pg_promote()")
+            assert await code(reader) == "replica_promoted"  # on the connection that stands
+            await seen.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'spillway:s'"
+            )
+            await seen.until(gone)
+            assert [await code(reader) for _ in range(3)] == ["source_query", "replica_promoted", "replica_promoted"]
+        finally:
+            await reader.close()
+
+
+async def test_a_server_that_goes_away_right_behind_connect(
+    source18: SourceDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def then_ended(conninfo: str, slot: str = "", *, lock_timeout_seconds: int = 0) -> Connection:
+        connection = await connect_query(conninfo, slot, lock_timeout_seconds=lock_timeout_seconds)
+        await source18.execute(f"SELECT pg_terminate_backend({connection.info.backend_pid}, 20000)")
+        return connection
+
+    monkeypatch.setattr(view, "connect_query", then_ended)
+    with pytest.raises(SourceUnavailable):
+        await opened(source18.dsn, Expected("1"))
+
+
+async def test_a_large_row_renews_the_connection(source18: SourceDatabase) -> None:
+    await source18.execute(*ROWS)
+    expected = Expected(str(await source18.value("SELECT system_identifier FROM pg_control_system()")))
+    connections = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    for renew_bytes, stays in ((RENEW_BYTES, True), (500, False)):
+        reader = await opened(source18.dsn, expected, renew_bytes)
+        try:
+            before = await source18.value(connections)
+            assert len(await records(reader)) == 100
+            await reader.horizon()
+            assert (await source18.value(connections) == before) is stays
+        finally:
+            await reader.close()
+
+
+async def test_keys_that_are_not_utf8(any_pg: Postgres) -> None:
+    """The server checks what it converts, not what the database says is UTF-8 already."""
+    dsn = any_pg.create_database("page_ascii", encoding="SQL_ASCII")
+    try:
+        async with await connect_query(dsn) as query:
+            await SourceDatabase(dsn, query).execute(
+                "SET client_encoding = SQL_ASCII",
+                "CREATE TABLE public.t (id text PRIMARY KEY)",
+                "INSERT INTO public.t SELECT i || convert_from('\\xe9', 'SQL_ASCII') FROM generate_series(1, 9) i",
+                "CREATE PUBLICATION p FOR TABLE public.t",
+                "UPDATE pg_database SET encoding = pg_char_to_encoding('UTF8') WHERE datname = current_database()",
+            )
+        async with await connect_query(dsn) as query, reading(SourceDatabase(dsn, query)) as reader:
+            with pytest.raises(SpillwayError) as caught:
+                await pages(reader, Selection("public", "t", where="true"), 2)
+            assert caught.value.code == "not_utf8"
+    finally:
+        any_pg.drop_database("page_ascii")

@@ -21,11 +21,15 @@ SEARCH = {"type": "opensearch", "endpoint_url": "http://127.0.0.1:1", "index_nam
 FILE = {"type": "file", "path": "out.ndjson"}
 
 
-def _config(folder: Path, url: str, slot: str, /, *, create: bool = False, **sink: object) -> Config:
+def _config(
+    folder: Path, url: str, slot: str, /, *, create: bool = False, replica_url: str = "", **sink: object
+) -> Config:
     sink = {"name": "sink", "database": "app", "destination": SEARCH, **sink}
     file = folder / "spillway.yml"
     publication = {"name": "p", "create_if_not_exists": create}
-    database = {"name": "app", "url": url, "slot": {"name": slot, "create_if_not_exists": create}}
+    database: dict[str, object] = {"name": "app", "url": url, "slot": {"name": slot, "create_if_not_exists": create}}
+    if replica_url:
+        database["replica_url"] = replica_url
     file.write_text(yaml.safe_dump({"databases": [{**database, "publication": publication}], "sinks": [sink]}))
     return load(file, {})
 
@@ -251,3 +255,15 @@ async def test_a_server_that_is_not_set_up(tmp_path: Path) -> None:
         finally:
             await replication.close()
             await query.close()
+
+
+async def test_a_replica_url_that_is_no_replica(source18: SourceDatabase, tmp_path: Path) -> None:
+    await source18.make_slot()
+
+    async def codes(url: str) -> set[tuple[str, str]]:
+        return _codes(await check(_config(tmp_path, source18.dsn, source18.slot, replica_url=url, destination=FILE)))
+
+    assert await codes(source18.dsn) == {("replica_promoted", "error")}
+    assert await codes(re.sub(r":\d+/", ":1/", source18.dsn)) == {("unreachable", "error")}
+    with Postgres("15") as foreign:  # clusters of one version are copies of one
+        assert await codes(foreign.create_database(source18.database)) == {("replica_foreign", "error")}

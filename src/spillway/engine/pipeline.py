@@ -19,7 +19,7 @@ from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills
 from spillway.engine.shadow import shadows
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
-from spillway.flow.capture import Capture
+from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.health import Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
@@ -30,14 +30,15 @@ from spillway.pgoutput import DatabaseMeta, Decoder
 from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
+from spillway.source.origin import Expected
 from spillway.source.page import PageReader
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
-from spillway.source.view import Expected
 from spillway.store.base import Identity
 
 LAG_SECONDS = 1.0
+RENEW_PART = 32  # of what pages may have: sixteen readers that keep twice that in libpq's buffers have as much again
 REPLAYED = b',"replayed":true'  # ends the body of an event that was a dead letter
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
 UNREACHABLE_SECONDS = 10.0  # of a source: a restart of the server passes in less
@@ -111,6 +112,7 @@ class Pipeline:
             lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
             backfill_id.encode(),
             Expected(self.identity.system_id, replica),
+            min(RENEW_FRAME_BYTES, self._process.budget.pages.limit_bytes // RENEW_PART),
         )
 
     def _new_decoder(self, router: Router, frame_overhead_bytes: int, renew_frame_bytes: int) -> Decoder:

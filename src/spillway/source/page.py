@@ -47,6 +47,7 @@ from spillway.source import catalog, keyspace
 from spillway.source.connect import Connection
 from spillway.source.copying import CopyOut
 from spillway.source.keyspace import Cursor
+from spillway.source.origin import Expected
 from spillway.source.queries import fetch
 from spillway.source.refusal import quoted
 from spillway.source.reread import Frames, begin_frame, commit_frame, row_frame
@@ -55,7 +56,6 @@ from spillway.source.snapshot import Snapshot
 from spillway.source.view import (
     BY_CTID_SINCE,
     BY_LIST,
-    Expected,
     LockTimeout,
     PageTimeout,
     View,
@@ -123,10 +123,12 @@ class PageReader:
         publication: str,
         new_decoder: Callable[[], Decoder],
         page_id: bytes,
-        expected: Expected | None = None,
+        expected: Expected,
+        renew_frame_bytes: int,
     ) -> PageReader:
-        """``new_decoder``: as the stream's. ``page_id`` is in the metadata of the rows."""
-        views = Views(conninfo, slot, publication, new_decoder, expected)
+        """``new_decoder``: as the stream's. ``page_id`` is in the metadata of the rows. After a row above
+        ``renew_frame_bytes`` the connection is made anew. Raises SourceUnavailable as `source.origin` does."""
+        views = Views(conninfo, slot, publication, new_decoder, expected, renew_frame_bytes)
         async with views.using(QUESTION_TIMEOUT_SECONDS):
             return cls(views, publication, page_id)
 
@@ -389,5 +391,7 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         raise SpillwayError(
-            "not_utf8", f"a key is not in UTF-8: {value!r}", "backfill the table without --where and --parallel"
+            "not_utf8",
+            "the key of a row is not valid UTF-8, though that is the database's encoding",
+            "backfill the table without --where and --parallel",
         ) from None

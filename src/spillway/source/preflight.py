@@ -2,7 +2,8 @@
 
 Each finding has the exact SQL that mends it. What ``create_if_not_exists`` will create is no finding; that it cannot be
 created is one. Nothing is changed on the source, and nothing of it is held for longer than a query: one query
-connection and one walsender are opened, since whether the role may replicate is best known by doing it.
+connection and one walsender are opened, since whether the role may replicate is best known by doing it, and one query
+connection to the replica, if there is one.
 
 ``max_slot_wal_keep_size`` is -1 on a server as it comes, which is no fault; it is a finding when the slot already holds
 back so much WAL that the source's disk (no limit) or the slot (with a limit) is in danger.
@@ -19,6 +20,7 @@ from spillway.config import Config, Database, Sink, TableName
 from spillway.errors import Finding, SpillwayError
 from spillway.source import catalog
 from spillway.source.connect import Connection, connect_replication, querying
+from spillway.source.origin import Expected, check_origin, system_id
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import invalidated, missing_slot, other_database, quoted, wrong_plugin
 from spillway.source.slot import PLUGIN, SlotState, create_publication_sql, lag, no_publication, slot_state
@@ -56,6 +58,8 @@ async def _of_database(query: Connection, database: Database, sinks: list[Sink])
     found += of_server
     if not of_server:
         found += await _of_walsender(database)
+    if database.replica_url is not None:
+        found += await _of_replica(query, database)
     if state.exists and state.plugin == PLUGIN:
         found += await _of_kept_wal(query, database, state, server)
     for finding in found:
@@ -114,6 +118,24 @@ async def _of_walsender(database: Database) -> list[Finding]:
     except SpillwayError as error:
         return [_finding(error, database)]
     await replication.close()
+    return []
+
+
+async def _of_replica(query: Connection, database: Database) -> list[Finding]:
+    """Whether pages of backfills may be read there."""
+    slot = database.slot.name
+    try:
+        expected = Expected(await system_id(query, database.conninfo(), slot), replica=True)
+    except SpillwayError:  # it may not be asked for, which is a finding about the walsender
+        return []
+    conninfo = database.page_conninfo()
+    try:
+        async with querying(conninfo, slot) as replica:
+            seen = await fetch_one(replica, "reader")
+            assert seen is not None  # one row, always
+            await check_origin(replica, conninfo, slot, expected, standby=seen["standby"])
+    except SpillwayError as error:
+        return [replace(_finding(error, database), what=f"replica_url: {error.what}")]
     return []
 
 

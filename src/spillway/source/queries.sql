@@ -295,6 +295,9 @@ SELECT pg_is_in_recovery() AS standby, s.setting::float8 / 1000 AS wal_writer_de
   FROM pg_settings s
  WHERE s.name = 'wal_writer_delay';
 
+-- name: system_id
+SELECT system_identifier::text FROM pg_control_system();
+
 -- name: size
 -- Blocks and, if the table was ever analyzed, rows to a block. A partitioned table's are its leaves' together.
 SELECT sum(pg_relation_size(l.oid)) / current_setting('block_size')::int AS blocks,

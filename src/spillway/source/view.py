@@ -25,17 +25,16 @@ from spillway.pgoutput import Decoder
 from spillway.pgoutput.relation import TableInfo
 from spillway.position import parse_lsn
 from spillway.source import catalog, keyspace
-from spillway.source.connect import Connection, connect_query, connect_replication
+from spillway.source.connect import Connection, connect_query
 from spillway.source.keyspace import Rows
+from spillway.source.origin import Expected, check_origin, check_standby
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal, quoted
 from spillway.source.shape import Selection, Shape, rows_of
-from spillway.source.slot import system
 from spillway.source.snapshot import Snapshot
 
 LOCK_TIMEOUT_SECONDS = 0.5
 GRACE_SECONDS = 30.0  # on top of what the server is told to keep to; then the connection counts as dead
-RENEW_FRAME_BYTES = 8 << 20  # libpq keeps a buffer of the largest row's size until the connection is made anew
 BY_CTID_SINCE = 140000
 
 _WAL_BLOCK_BYTES: Final = 8192
@@ -83,16 +82,9 @@ class _Session:
     conditions: set[tuple[str, str, str]] = field(default_factory=set)  # found to be in order
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What the server must be that pages come from: one whose history is the stream's (I9)."""
-
-    system_id: str
-    standby: bool  # a replica: one that was promoted has left the history
-
-
 class Views:
-    """See the module. ``expected``: None where nothing is known yet."""
+    """See the module. ``renew_frame_bytes``: libpq keeps a buffer twice the size of the largest row that came until the
+    connection is made anew, which it is after a larger one."""
 
     def __init__(
         self,
@@ -100,7 +92,8 @@ class Views:
         slot: str,
         publication: str,
         new_decoder: Callable[[], Decoder],
-        expected: Expected | None = None,
+        expected: Expected,
+        renew_frame_bytes: int,
     ) -> None:
         self.standby = False  # the connection is to a server in recovery
         self.wal_writer_delay_seconds = 0.0
@@ -110,6 +103,7 @@ class Views:
         self._publication = publication
         self._new_decoder = new_decoder
         self._expected = expected
+        self._renew_frame_bytes = renew_frame_bytes
         self._session: _Session | None = None
         self._turn = asyncio.Lock()
         self._closed = False
@@ -129,7 +123,7 @@ class Views:
                 if isinstance(error, psycopg.Error):
                     raise _page_refusal(error, selection) from error
                 raise
-            if session.decoder.largest_frame_bytes > RENEW_FRAME_BYTES:
+            if session.decoder.largest_frame_bytes > self._renew_frame_bytes:
                 await self._drop()
 
     async def _look(self, session: _Session, selection: Selection, replayed: str | None) -> View:
@@ -144,6 +138,7 @@ class Views:
         )
         if seen["shape"] is None:
             raise _no_table(schema, table)
+        check_standby(self._expected, standby=seen["standby"])  # a promotion leaves connections as they are
         self.standby = seen["standby"]
         name = (schema, table, selection.sort_column)
         shape = session.shapes.get(name)
@@ -220,33 +215,15 @@ class Views:
     async def _connect(self) -> None:
         await self._drop()
         connection = await connect_query(self._conninfo, self._slot, lock_timeout_seconds=CATALOGUE_LOCK_SECONDS)
-        self._session = _Session(connection, self._new_decoder())
-        seen = await one(connection, "reader")
-        await self._check(seen["standby"])
+        try:
+            seen = await one(connection, "reader")
+            await check_origin(connection, self._conninfo, self._slot, self._expected, standby=seen["standby"])
+        except BaseException:  # cancelled, too: nobody uses a connection that was not looked at
+            await connection.close()
+            raise
         self.standby, self.wal_writer_delay_seconds = seen["standby"], seen["wal_writer_delay_seconds"]
         self.server_version = connection.info.server_version
-
-    async def _check(self, standby: bool) -> None:
-        expected = self._expected
-        if expected is None:
-            return
-        replication = await connect_replication(self._conninfo, self._slot)
-        try:
-            system_id = (await system(replication)).system_id
-        finally:
-            await replication.close()
-        if system_id != expected.system_id:
-            raise SourceUnavailable(
-                "replica_foreign",
-                f"the server for pages belongs to system {system_id}, the slot to {expected.system_id}",
-                "correct replica_url (or the host of url): it must be a physical standby of the same system",
-            )
-        if expected.standby and not standby:
-            raise SourceUnavailable(
-                "replica_promoted",
-                "the server of replica_url is no standby (any more): its history is another than the slot's",
-                "correct replica_url, or leave it out: pages then come from the server of the slot",
-            )
+        self._session = _Session(connection, self._new_decoder())
 
     async def _drop(self) -> None:
         session, self._session = self._session, None
