@@ -39,6 +39,7 @@ from spillway.flow.route import Router, Subscription
 from spillway.source import catalog
 from spillway.source.catalog import PublishedTable
 from spillway.source.connect import querying
+from spillway.source.refusal import quoted
 from spillway.source.tables import refusal
 from spillway.store.base import BackfillDocument, Gap, Store
 
@@ -202,15 +203,21 @@ class Backfills:
         return [table for table in _names(await self._published()) if selects(*table)]
 
     async def start(self, sink: str, request: Request) -> BackfillState:
-        """Durable when this returns. Raises SpillwayError: one is active, or the sink does not take the table."""
-        table = (request.schema, request.table)
-        self._check(sink, table, ())
+        return (await self.start_all(sink, [request]))[0]
+
+    async def start_all(self, sink: str, requests: Sequence[Request]) -> list[BackfillState]:
+        """All of them or none. Durable when this returns. Raises SpillwayError: one is active, or the sink does not
+        take a table."""
+        tables = [(request.schema, request.table) for request in requests]
+        for table in tables:
+            self._check(sink, table, ())
         try:
             published = await self._published()
         except SourceUnavailable:  # or a table is locked; then it is the stream that refuses, when it comes to that
             published = []
-        self._check(sink, table, published)
-        return await self._begin(sink, request)
+        for table in tables:
+            self._check(sink, table, published)
+        return [await self._begin(sink, request) for request in requests]
 
     def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
         """Whether a backfill may begin. Raises SpillwayError."""
@@ -218,6 +225,13 @@ class Backfills:
         if not configured.source.selects(*table):
             raise SpillwayError(
                 "table_not_taken", f"sink {sink} does not take {name}", "add it to the sink's source, or name another"
+            )
+        if published and table not in _names(published):
+            publication = self._database.publication.name
+            raise SpillwayError(
+                "not_published",
+                f"there is no table {name} in publication {publication}",
+                f"correct the name, or: ALTER PUBLICATION {quoted(publication)} ADD TABLE {quoted(*table)};",
             )
         refused = self._router().refused.get((sink, *table))
         if refused is None:

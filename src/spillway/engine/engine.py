@@ -256,7 +256,7 @@ class Engine:
             configured = next(s for s in pipeline.sinks if s.name == sink)
             tables = [] if order.tables else await pipeline.backfills.tables(sink)
             wanted = await requests(pipeline.database, configured, order, tables)
-            started = [await pipeline.backfills.start(sink, request) for request in wanted]
+            started = await pipeline.backfills.start_all(sink, wanted)
         ids = {state.id for state in started}
         return [item for item in await pipeline.backfills.all(delivery.name) if item["id"] in ids]
 

@@ -178,7 +178,8 @@ class Backfill:
     def _whole(self) -> bool:
         """All rows of the table are wanted."""
         request = self.state.request
-        return request.where is None and request.start is None and request.keys is None
+        least = (request.where, request.start, request.committed_since, request.keys, request.least_key)
+        return least == (None,) * len(least) and request.most_key is None
 
     async def _read_again(self, keys: Sequence[Cursor]) -> bool:
         """Rows that may have come behind the pages. Durable when this returns; False: it has ended."""
@@ -231,7 +232,10 @@ class Backfill:
                 continue
             selection = whole.selection(request)
             estimate += await reader.estimate(selection)
-            ranges = await reader.split(selection, request.parallel)
+            if request.least_key is not None or request.most_key is not None:
+                ranges = [await reader.bounded(selection, request.least_key, request.most_key)]
+            else:
+                ranges = await reader.split(selection, request.parallel)
             parts += [Part(schema, table, one.low, one.high) for one in ranges]
         self.state.parts = parts
         self.state.started_lsn = max(self.state.started_lsn, self._capture.received_lsn)
@@ -302,7 +306,7 @@ class Backfill:
                 await self._help_partial_updates()
                 seconds = await self._taken(placing)
                 if not by_key:
-                    self._size.took(page.chunk.count, used, page.seconds, seconds)
+                    self._size.took(max(page.chunk.count, page.looked_at), used, page.seconds, seconds)
 
     async def _help_partial_updates(self) -> None:
         """Updates without their TOAST columns wait for rows that the sink has not yet: those of the page may be theirs.

@@ -31,7 +31,10 @@ class Request:
     where: str | None = None
     sort_column: str | None = None
     start: str | None = None
+    committed_since: str | None = None
     keys: tuple[Cursor, ...] | None = None  # these rows alone: primary keys, in column order
+    least_key: Cursor | None = None  # bounds of the primary key, included; in column order
+    most_key: Cursor | None = None
     parallel: int = 1
     max_rows_per_second: int | None = None
     sweep: bool = False  # afterwards, delete what the sink has and the source has not
@@ -53,7 +56,16 @@ class Part:
         return Range(self.low, self.high)
 
     def selection(self, request: Request) -> Selection:
-        return Selection(self.schema, self.table, request.where, request.sort_column, request.start)
+        return Selection(
+            self.schema,
+            self.table,
+            request.where,
+            request.sort_column,
+            request.start,
+            request.committed_since,
+            request.least_key,
+            request.most_key,
+        )
 
 
 @dataclass(slots=True)

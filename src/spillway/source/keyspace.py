@@ -101,9 +101,9 @@ class Rows:
         """Above low, up to and including high."""
         bounds = [] if self.floor is None else [self.floor]
         if low is not None:
-            bounds.append(self._compare(GREATER, self.values(low)))
+            bounds.append(self.compared(GREATER, self.values(low)))
         if high is not None:
-            bounds.append(self._compare(LESS_EQUAL, self.values(high)))
+            bounds.append(self.compared(LESS_EQUAL, self.values(high)))
         return bounds
 
     def copy(self, bounds: Sequence[sql.Composable], limit: int) -> sql.Composed:
@@ -123,6 +123,16 @@ class Rows:
             self._where([*bounds, self.condition if conditioned else None]),
             self._order_by(),
             sql.Literal(n - 1),
+        )
+
+    def last_below(self, cursor: Cursor) -> sql.Composed:
+        """The order's values of the last row below."""
+        names = [column.name for column in self.order.columns]
+        return sql.SQL("SELECT {} FROM {}{} ORDER BY {} LIMIT 1").format(
+            self._list(names),
+            self.source,
+            self._where([self.compared(LESS, self.values(cursor))]),
+            sql.SQL(", ").join(sql.SQL("{} DESC").format(self.column(name)) for name in names),
         )
 
     def planned(self) -> sql.Composed:
@@ -204,7 +214,7 @@ class Rows:
             return sql.SQL("")
         return sql.SQL(" ORDER BY {}").format(self._list([c.name for c in self.order.columns]))
 
-    def _compare(self, strategy: int, values: Sequence[str]) -> sql.Composable:
+    def compared(self, strategy: int, values: Sequence[str]) -> sql.Composable:
         columns = self.order.columns
         left = [self.column(column.name) for column in columns]
         right = [column.literal(value) for column, value in zip(columns, values, strict=True)]
@@ -222,7 +232,8 @@ class Rows:
         """A row comparison whose operators are in several schemas, for which SQL has no notation. The first term is
         what the index is searched by."""
         columns = self.order.columns
-        strict, weak = (GREATER, GREATER_EQUAL) if strategy == GREATER else (LESS, LESS_EQUAL)
+        above = strategy in (GREATER, GREATER_EQUAL)
+        strict, weak = (GREATER, GREATER_EQUAL) if above else (LESS, LESS_EQUAL)
         cases: list[sql.Composable] = []
         for i, column in enumerate(columns):
             last = i == len(columns) - 1
@@ -248,6 +259,24 @@ def from_start(schema: str, table: str, column: Column, start: str) -> sql.Compo
 def condition(text: str) -> sql.Composable:
     """The user's, or the publication's filter. A comment at its end must not take the parenthesis with it."""
     return sql.SQL("(\n{}\n)").format(_verbatim(text))
+
+
+def key_bounds(
+    schema: str, table: str, columns: tuple[Column, ...], least: Cursor | None, most: Cursor | None
+) -> list[sql.Composable]:
+    """Conditions for keys from one to another, both included, compared in the order of these columns."""
+    rows = Rows(schema, table, partitioned=False, streamed=(), order=Order("", columns))
+    return [
+        rows.compared(strategy, key)
+        for strategy, key in ((GREATER_EQUAL, least), (LESS_EQUAL, most))
+        if key is not None
+    ]
+
+
+def committed_since(schema: str, table: str, time: str) -> sql.Composable:
+    return sql.SQL("pg_catalog.pg_xact_commit_timestamp({}) >= CAST({} AS pg_catalog.timestamptz)").format(
+        sql.Identifier(schema, table, "xmin"), sql.Literal(time)
+    )
 
 
 def tests_of_condition(source: sql.Composable, text: str) -> list[sql.Composed]:

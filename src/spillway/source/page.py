@@ -104,6 +104,7 @@ class Page:
     cursor: Cursor | None  # where the next page of the range begins; None: there is none
     missing: list[tuple[str, ...]]  # of a page by keys: those that are not there
     seconds: float  # for how long its transaction was open
+    looked_at: int = 0  # rows, whether they met the condition or not, as far as is known
 
 
 class PageReader:
@@ -196,6 +197,20 @@ class PageReader:
             assert row is not None
             return int(row[0][0]["Plan"]["Plan Rows"])
 
+    async def bounded(self, selection: Selection, least: tuple[str, ...] | None, most: tuple[str, ...] | None) -> Range:
+        """The range of the primary keys from one to another, both included (values in column order). No bounds at all
+        where the index has the columns in another order: the selection's own conditions hold then."""
+        async with self._views.transaction(Selection(selection.schema, selection.table), QUESTION_TIMEOUT_SECONDS) as v:
+            if not v.shape.key_in_column_order:
+                return Range()
+            tag = v.rows.order.tag
+            below: list[tuple[str, ...]] = []
+            if least is not None:
+                (values,) = _in_order(v, [least])
+                below = await _texts(v.connection, v.rows.last_below((tag, *values)))
+            high = None if most is None else (tag, *_in_order(v, [most])[0])
+            return Range((tag, *below[0]) if below else None, high)
+
     async def read(
         self,
         selection: Selection,
@@ -220,6 +235,7 @@ class PageReader:
             decoder = self._begin(view, low)
             full = await self._rows(view, view.rows.copy(bounds, max_rows), credit_bytes, max_rows)
             count = decoder.count
+            looked_at = max_rows if end is not None and full is None else count
             if full is not None and not count:
                 raise NeedsCredit(full.needed_bytes)
             chunk = decoder.take()
@@ -229,7 +245,8 @@ class PageReader:
                 else:
                     await view.connection.execute("ROLLBACK TO rows")
                     end = await self._nth(view, bounds, count, conditioned=True)
-        return Page(view.snapshot, chunk, None if end == within.high else end, [], time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Page(view.snapshot, chunk, None if end == within.high else end, [], seconds, looked_at)
 
     async def read_keys(
         self, selection: Selection, keys: Sequence[tuple[str, ...]], credit_bytes: int, timeout_seconds: float

@@ -32,6 +32,11 @@ class Selection:
     where: str | None = None  # SQL, the user's
     sort_column: str | None = None
     start: str | None = None  # the least value of sort_column that is read; needs sort_column
+    committed_since: str | None = None  # rows that were last changed later, by what the server keeps of that
+    # Bounds of the primary key, included, in column order. Where that is the index's, `PageReader.bounded` makes a
+    # range of them, and they count for nothing here.
+    least_key: Cursor | None = None
+    most_key: Cursor | None = None
 
 
 class _Column(TypedDict):
@@ -124,6 +129,16 @@ class Shape:
         """The stream sends the primary key."""
         return any(column.in_identity for column in self.relation.columns)
 
+    @property
+    def key_in_column_order(self) -> bool:
+        return self.primary_numbers == tuple(sorted(self.primary_numbers))
+
+    @property
+    def in_column_order(self) -> tuple[keyspace.Column, ...]:
+        """The primary key's columns."""
+        pairs = sorted(zip(self.primary_numbers, self.primary, strict=True), key=lambda pair: pair[0])
+        return tuple(column for _, column in pairs)
+
     def key_places(self, order: Order) -> tuple[int, ...] | None:
         """For each column of an order that is the primary key's: its place among the values of a key, which are in
         column order. None: a key does not give the order's values."""
@@ -144,6 +159,10 @@ def rows_of(shape: Shape, selection: Selection) -> Rows | None:
     conditions = [] if shape.row_filter is None else [keyspace.condition(shape.row_filter)]
     if selection.where is not None:
         conditions.append(keyspace.condition(selection.where))
+    if selection.committed_since is not None:
+        conditions.append(keyspace.committed_since(schema, table, selection.committed_since))
+    if shape.primary and not shape.key_in_column_order:
+        conditions += keyspace.key_bounds(schema, table, shape.in_column_order, selection.least_key, selection.most_key)
     order, floor = _order(shape, selection, conditions)
     if order is None:
         return None

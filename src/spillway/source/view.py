@@ -315,7 +315,7 @@ def _page_refusal(error: psycopg.Error, selection: Selection) -> SpillwayError:
         )
     if state in ("57014", "40001"):
         return PageTimeout("page_timeout", f"a page of table {name}: {_text(error)}", "retried with fewer rows")
-    if state in ("42P01", "3F000"):
+    if state in ("42P01", "3F000") and selection.where is None:
         return _no_table(selection.schema, selection.table)
     if state == "42501":
         return query_refusal(error)
