@@ -53,8 +53,8 @@ class Place(Site):
         self.v1, self.v2 = f"{self.alias}-v1", f"{self.alias}-v2"
         self.search = httpx.Client(base_url=search_url, timeout=30, trust_env=False)
         destination = {"type": "opensearch", "endpoint_url": through or search_url, "index_name": self.alias}
-        jobs = sink(SINK, ["public.jobs"], {**destination, "document": document}, **options)
-        super().__init__(conninfo, folder, [jobs, *more])
+        self.jobs = sink(SINK, ["public.jobs"], {**destination, "document": document}, **options)
+        super().__init__(conninfo, folder, [self.jobs, *more])
         self.sql(
             "create table public.jobs (id int primary key, seq bigint not null, title text, extra text)",
             "create publication spillway for table public.jobs",

@@ -12,6 +12,10 @@ sink that keeps up has brought it, and the document is asked for. What differs a
 What the sink leaves out on purpose is none: changes of actions that it does not take, columns that it may omit
 (``toast: omit``), rows above its ``max_message_bytes``.
 
+The relations of a table are asked for again and again: partitions may come, and are walked like the others, and may
+go. Nobody tells a sink of rows that go with a partition or a table: where one has gone, documents that the source has
+not are no difference, for the old index has them, too.
+
 Credit for a page and for its documents is taken from what nobody else wants, before they are read.
 """
 
@@ -54,6 +58,8 @@ MISSING = "is not in the new index"
 UNEQUAL = "is another in the new index"
 TOO_MUCH = "is in the new index alone"
 
+GONE = ("no_table", "not_published")  # codes of what is said of a relation that has gone
+
 Keys = dict[Cursor, str]  # what differs, and how
 
 
@@ -89,26 +95,47 @@ class Equality:
         self._come_by = come_by
         self._clock = clock
         self._needed_bytes = 0  # of credit, for a large row
+        self._seen: set[Selection] = set()  # relations of the table that is being compared, since it was backfilled
+        self._vanished = False  # one of these has gone
         self.found: dict[str, str] = {}  # what stays different, by table and key
 
     async def compare(self, tables: Sequence[tuple[str, str]]) -> None:
         """Afterwards `found` is what differs."""
         self._state.documents = self._state.differing = 0
         for table in tables:
+            since = self._state.relations.get(".".join(table), ())
+            self._seen, self._vanished = {Selection(*relation) for relation in since}, False
+            compared: set[Selection] = set()
             reader = await self._source.open_reader(self._state.id)
             try:
-                relations = [Selection(*name) for name in await reader.relations(*table)]
-                for relation in relations:
-                    await self._rows(reader, table, relations, relation)
+                while rest := [one for one in await self._relations(reader, table) if one not in compared]:
+                    await self._rows(reader, table, rest[0])
+                    compared.add(rest[0])
                 if "delete" in self._sink.actions and not (self._bare and len(tables) > 1):
-                    await self._keys(reader, table, relations)
+                    await self._keys(reader, table)
             finally:
                 await reader.close()
 
+    async def _relations(self, reader: PageReader, table: tuple[str, str]) -> list[Selection]:
+        """As of now; none of a table that has left the publication."""
+        while True:
+            try:
+                relations = [Selection(*name) for name in await reader.relations(*table)]
+                break
+            except (LockTimeout, PageTimeout):
+                await self._clock.sleep(LOOK_SECONDS)
+                await self._settled()
+            except SpillwayError as error:
+                if error.code not in GONE:
+                    raise
+                relations = []
+                break
+        self._vanished = self._vanished or not self._seen.issubset(relations)
+        self._seen.update(relations)
+        return relations
+
     # -- the two walks ----------------------------------------------------------------------------------------------
-    async def _rows(
-        self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection], relation: Selection
-    ) -> None:
+    async def _rows(self, reader: PageReader, table: tuple[str, str], relation: Selection) -> None:
         cursor: Cursor | None = None
         rows = PAGE_ROWS
         differing: Keys = {}
@@ -124,29 +151,37 @@ class Equality:
                 except NeedsCredit as error:
                     self._needed_bytes = error.needed_bytes
                     continue
+                except SpillwayError as error:
+                    if error.code not in GONE or relation in await self._relations(reader, table):
+                        raise
+                    break
                 differing |= await self._unequal(page)
             self._needed_bytes = 0
             self._state.documents += page.chunk.count
             self._state.differing = len(differing)
             cursor = page.cursor
-            if cursor is None or len(differing) >= LOOKED_AT_ONCE:
-                await self._look_again(reader, table, relations, differing)
-                differing = {}
             if cursor is None:
                 break
+            if len(differing) >= LOOKED_AT_ONCE:
+                await self._look_again(reader, table, differing)
+                differing = {}
             if self._sink.backfill.max_rows_per_second is not None:
                 await self._clock.sleep(page.chunk.count / self._sink.backfill.max_rows_per_second)
+        await self._look_again(reader, table, differing)
 
-    async def _keys(self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection]) -> None:
+    async def _keys(self, reader: PageReader, table: tuple[str, str]) -> None:
+        relations = await self._relations(reader, table)
+        if not relations:
+            return
         columns = await reader.key_columns(relations[0])
         after: str | None = None
-        while len(self.found) < ENOUGH:
+        while len(self.found) < ENOUGH and not self._vanished:
             await self._settled()
             keys, after = await self._index.keys(table, columns, after, PAGE_ROWS, None)
-            for relation in relations:
+            for relation in await self._relations(reader, table):
                 keys = await self._absent(reader, relation, keys)
             self._state.differing = len(keys)
-            await self._look_again(reader, table, relations, dict.fromkeys(keys, TOO_MUCH))
+            await self._look_again(reader, table, dict.fromkeys(keys, TOO_MUCH))
             if after is None:
                 break
 
@@ -157,16 +192,21 @@ class Equality:
             except (LockTimeout, PageTimeout):
                 await self._clock.sleep(LOOK_SECONDS)
                 await self._settled()
-        return []
+            except SpillwayError as error:
+                if error.code not in GONE:
+                    raise
+                break  # what is there of it is looked at again, in the relations of then
+        return keys
 
     # -- what differs -----------------------------------------------------------------------------------------------
-    async def _look_again(
-        self, reader: PageReader, table: tuple[str, str], relations: Sequence[Selection], differing: Keys
-    ) -> None:
+    async def _look_again(self, reader: PageReader, table: tuple[str, str], differing: Keys) -> None:
         for _ in range(LOOKS):
             if not differing:
                 break
             await self._come_by(await reader.flushed_lsn())
+            relations = await self._relations(reader, table)
+            if not relations:
+                return
             keys = list(differing)
             differing = {}
             for start in range(0, len(keys), KEYS_AT_ONCE):
@@ -194,6 +234,11 @@ class Equality:
                     except NeedsCredit as error:
                         self._needed_bytes = error.needed_bytes if len(some) == 1 else 1
                         continue
+                    except SpillwayError as error:
+                        if error.code not in GONE:
+                            raise
+                        keys += rest
+                        break
                     self._needed_bytes = 0
                     rest = rest[len(some) :]
                     keys += page.missing
@@ -201,7 +246,7 @@ class Equality:
                         await self._second()
                         differing |= await self._unequal(page)
                     newest = self._newest(page)
-        if keys and "delete" in self._sink.actions:
+        if keys and "delete" in self._sink.actions and not self._vanished:
             await self._second()
             found = await self._documents({document_id(key): key for key in keys}, 0)
             differing |= {key: TOO_MUCH for key, one in found.items() if one is None or one.version <= newest}

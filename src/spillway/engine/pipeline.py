@@ -65,6 +65,7 @@ class Pipeline:
         self.suffixes: dict[str, bytes] = {}
         self.health: dict[str, Health] = {}
         self._wants: list[Subscription] = []
+        self._shadow_of: dict[str, str] = {}  # by shadow: the sink
         self._config = config
         self._process = process
         for sink in self.sinks:
@@ -162,24 +163,36 @@ class Pipeline:
         """A sink joins while the process runs: from `rewire` on, at a commit, it gets what the others get."""
         delivery = self._add(sink, told_as)
         self.sinks.append(sink)
+        if sink.name != told_as.name:
+            self._shadow_of[sink.name] = told_as.name
         return delivery
 
     def joined(self, sink: Sink) -> None:
         """After `rewire`: its backfills may begin."""
-        self.backfills.add_sink(sink, self._wants[self.sinks.index(sink)])
+        at = self._at(sink.name)  # it may have changed meanwhile
+        self.backfills.add_sink(self.sinks[at], self._wants[at])
 
     async def change(self, sink: Sink) -> None:
-        """The sink takes other tables, or has other backfills, from the next commit on."""
-        at = next(i for i, known in enumerate(self.sinks) if known.name == sink.name)
-        self.sinks[at] = sink
-        self._wants[at] = replace(self._wants[at], wants_table=sink.source.selects)
+        """The sink takes other tables, or has other backfills, from the next commit on; so does its shadow."""
+        concerned = [known.name for known in self.sinks if self._shadow_of.get(known.name, known.name) == sink.name]
+        for name in concerned:
+            at = self._at(name)
+            shadow = self.sinks[at].model_copy(update={"source": sink.source, "backfill": sink.backfill})
+            self.sinks[at] = sink if name == sink.name else shadow
+            self._wants[at] = replace(self._wants[at], wants_table=sink.source.selects)
         await self.rewire()
-        self.backfills.change_sink(sink, self._wants[at])
+        for at, known in enumerate(self.sinks):  # a shadow may have left meanwhile
+            if known.name in concerned:
+                self.backfills.change_sink(known, self._wants[at])
+
+    def _at(self, name: str) -> int:
+        return next(i for i, known in enumerate(self.sinks) if known.name == name)
 
     def dismiss(self, name: str) -> None:
         """The sink is no more; after `rewire` nothing comes for it."""
-        at = next(i for i, sink in enumerate(self.sinks) if sink.name == name)
+        at = self._at(name)
         self.backfills.remove_sink(name)
+        self._shadow_of.pop(name, None)
         del self.sinks[at], self.deliveries[at], self._wants[at], self.suffixes[name], self.health[name]
 
     async def rewire(self) -> None:

@@ -12,6 +12,12 @@
                   requests of the main sink that were under way went to the old index
     done          the shadow has left; the old index stays until it is dropped by command
 
+The tables of the sink may change meanwhile, in the publication and (SIGHUP) in its ``source``, which the shadow
+follows at the same commit. They are asked for before the comparison and right before the alias moves: if one has no
+backfill into the new index, or one that is older than an initial backfill of it that the main sink has under way, that
+is made up for, and the comparison repeated. An initial backfill that began before is not waited for: it may be held up
+by what the new index mends. What enters in the moment of the switch is backfilled while the shadow is still there.
+
 The main sink is not touched: it writes through the alias. Both write the same versions (external_gte), so what is
 written twice is written once.
 
@@ -73,10 +79,9 @@ class Surroundings:
 
 
 class Reindex:
-    def __init__(self, state: ReindexState, sink: Sink, index: NewIndex, around: Surroundings) -> None:
+    def __init__(self, state: ReindexState, index: NewIndex, around: Surroundings) -> None:
         self.state = state
         self.waiting = ""
-        self._sink = sink
         self.index = index
         self._around = around
         self._pipeline = around.pipeline
@@ -205,16 +210,15 @@ class Reindex:
             await self._around.enlist(shadow_of(self._sink, state.into), self._sink)
             self._go_on()
         self.waiting = ""
-        for table in await backfills.tables(state.sink):
-            name = ".".join(table)
-            if name not in state.backfills:
-                self._go_on()
-                state.backfills[name] = await self._begin(table)
-                await self._save()
+        for table in await self._not_backfilled():
+            self._go_on()
+            await self._begin(table)
         while backfills.active(state.shadow):
             _has_missed_nothing(self._shadow)
             await self._sleep(LOOK_SECONDS)
             self._go_on()
+        if await self._not_backfilled():
+            return
         states = {item["id"]: item for item in await backfills.all(state.shadow)}
         for name, number in state.backfills.items():
             item = states.get(number)  # of very many only the last are kept; what one missed is seen later
@@ -223,15 +227,40 @@ class Reindex:
                 return
         await self._enter("catching_up")
 
-    async def _begin(self, table: tuple[str, str]) -> str:
+    async def _not_backfilled(self) -> list[tuple[str, str]]:
+        """Tables of the sink, as of now, whose rows the new index may lack. One that has left is forgotten: it is
+        backfilled anew if it comes back."""
+        state, backfills = self.state, self._pipeline.backfills
+        tables = {".".join(table): table for table in await backfills.tables(state.sink)}
+        for name in state.backfills.keys() - tables.keys():
+            del state.backfills[name]
+        began = {item["id"]: str(item["inserted_at"]) for item in await backfills.all(state.shadow)}
+        for item in backfills.active(state.sink):
+            name = str(item["table"])
+            mine = began.get(state.backfills.get(name))
+            if item["origin"] == "initial" and mine is not None and mine < str(item["inserted_at"]):
+                del state.backfills[name]
+        return [table for name, table in tables.items() if name not in state.backfills]
+
+    async def _begin(self, table: tuple[str, str]) -> None:
         """Its backfill; one that was begun right before a crash is taken over."""
-        backfills, shadow = self._pipeline.backfills, self.state.shadow
-        for item in backfills.active(shadow):
-            if item["table"] == ".".join(table):
-                return str(item["id"])
-        rate = self._sink.backfill.max_rows_per_second
-        request = Request(*table, "reindex", parallel=self.state.parallel, max_rows_per_second=rate)
-        return (await backfills.start(shadow, request)).id
+        state, backfills = self.state, self._pipeline.backfills
+        name = ".".join(table)
+        number = next((str(item["id"]) for item in backfills.active(state.shadow) if item["table"] == name), None)
+        if number is None:
+            # Known before the first page: rows of a partition that goes later may be in the new index.
+            reader = await self._pipeline.open_reader(state.id)
+            try:
+                relations = {*state.relations.get(name, ()), *await reader.relations(*table)}
+            finally:
+                await reader.close()
+            state.relations[name] = sorted(relations)
+            await self._save()
+            rate = self._sink.backfill.max_rows_per_second
+            request = Request(*table, "reindex", parallel=state.parallel, max_rows_per_second=rate)
+            number = (await backfills.start(state.shadow, request)).id
+        state.backfills[name] = number
+        await self._save()
 
     # -- catching up ------------------------------------------------------------------------------------------------
     async def _caught_up(self) -> None:
@@ -265,12 +294,14 @@ class Reindex:
         """Returns in a moment in which that needs no clock: nothing at all is on disk."""
         while True:
             self._go_on()
-            self.waiting = self._in_the_way(self._shadow)
-            waiting = self._shadow.counters.messages
-            if not self.waiting and not waiting:
+            self.waiting = self._what_waits()
+            if not self.waiting:
                 return
-            self.waiting = self.waiting or f"{waiting} messages wait for the new index"
             await self._sleep(SWAP_LOOK_SECONDS)
+
+    def _what_waits(self) -> str:
+        waiting = self._shadow.counters.messages
+        return self._in_the_way(self._shadow) or (f"{waiting} messages wait for the new index" if waiting else "")
 
     async def _stored(self, shadow: Delivery) -> str:
         if not shadow.counters.messages:
@@ -309,14 +340,14 @@ class Reindex:
             await self._enter("swapped")
             return
         self._moving = False
-        tables = await self._pipeline.backfills.tables(state.sink)
-        if any(".".join(table) not in state.backfills for table in tables):
-            await self._enter("backfilling")
+        if await self._not_backfilled():
+            await self._go_back()
             return
+        tables = await self._pipeline.backfills.tables(state.sink)
         timeout_seconds = self._sink.backfill.timeout_ms / 1000
         source = Source(self._pipeline.open_reader, self._around.spare, timeout_seconds)
         equality = Equality(self.index.sink, self._sink, state, source, self._caught_up, self._come_by, self._clock)
-        await equality.compare(tables)
+        await equality.compare([table for table in tables if ".".join(table) in state.backfills])
         self._go_on()
         if equality.found:
             examples = [f"{key} {how}" for key, how in list(equality.found.items())[:EXAMPLES]]
@@ -334,6 +365,13 @@ class Reindex:
         failures = 0
         while True:
             await self._has_nothing_waiting()
+            if not failures:  # else the alias may have moved
+                if await self._not_backfilled():
+                    await self._go_back()
+                    return
+                if self._what_waits():  # it has come meanwhile
+                    continue
+            self._go_on()
             self._moving = True
             try:
                 if not failures or not await self.index.has_alias():
@@ -350,6 +388,12 @@ class Reindex:
             state.swapped_lsn = max(self._pipeline.capture.received_lsn, self._shadow.tail.commit_lsn)
         await self._enter("swapped")
 
+    async def _go_back(self) -> None:
+        state = self.state
+        there = await self.index.in_its_place()
+        state.old = [index for index in state.old if index not in there]
+        await self._enter("backfilling")
+
     async def _drain(self) -> None:
         state, capture = self.state, self._pipeline.capture
         if not state.swapped_lsn:
@@ -359,12 +403,14 @@ class Reindex:
             finally:
                 await reader.close()
             await self._save()
-        shadow = self._shadow
+        await self._backfill_late()
+        shadow, backfills = self._shadow, self._pipeline.backfills
         while True:
             first = shadow.window.first_open()
             waiting = shadow.counters.messages
             if (
                 capture.received_lsn >= state.swapped_lsn
+                and not backfills.active(state.shadow)
                 and not waiting
                 and (first is None or first.first_lsn > state.swapped_lsn)
             ):
@@ -376,6 +422,18 @@ class Reindex:
         await self._leave()
         state.ended = self._clock.wall()
         await self._enter("done")
+
+    async def _backfill_late(self) -> None:
+        """Tables that have entered in the moment of the switch: the main sink may have had the first of their rows
+        written into the old index."""
+        for table in await self._not_backfilled():
+            try:
+                await self._begin(table)
+            except SpillwayError as error:
+                if _passes(error) or isinstance(error, StoreFailed):
+                    raise
+                name = ".".join(table)
+                _log.warning("no backfill after the switch", sink=self.state.sink, table=name, error=str(error))
 
     # -- the end ----------------------------------------------------------------------------------------------------
     async def _end(self) -> None:
@@ -426,6 +484,11 @@ class Reindex:
         await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
 
     # -- state ------------------------------------------------------------------------------------------------------
+    @property
+    def _sink(self) -> Sink:
+        """As it is configured now."""
+        return next(sink for sink in self._pipeline.sinks if sink.name == self.state.sink)
+
     @property
     def _shadow(self) -> Delivery:
         shadow = self._pipeline.delivery(self.state.shadow)

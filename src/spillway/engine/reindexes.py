@@ -79,7 +79,7 @@ class Reindexes:
             lambda shadow, told_as: self._enlist(pipeline, shadow, told_as),
             lambda name: self._dismiss(pipeline, name),
         )
-        return Reindex(state, sink, self._index(sink, state), around)
+        return Reindex(state, self._index(sink, state), around)
 
     def _index(self, sink: Sink, state: ReindexState) -> NewIndex:
         """To ask about the new index, on connections of its own: those of the sinks are theirs."""

@@ -1,8 +1,8 @@
 """SIGHUP: the configuration is read again while the process runs.
 
 Sinks that are new join at a commit: they get what is committed from there on, and their initial backfill begins behind
-it. Of a sink that is known the tables may change (``source``), and so may ``initial_backfill`` and ``backfill``.
-Whatever else differs waits for a restart, and is named.
+it. Of a sink that is known the tables may change (``source``; with them those of the new index while it is re-indexed),
+and so may ``initial_backfill`` and ``backfill``. Whatever else differs waits for a restart, and is named.
 """
 
 from __future__ import annotations

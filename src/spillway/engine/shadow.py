@@ -41,6 +41,7 @@ class ReindexState:
     ending: Literal["failed", "cancelled"] | None = None  # decided, and not yet done
     reason: str = ""  # why it has failed
     backfills: dict[str, str] = field(default_factory=dict)  # by table: the id
+    relations: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # by table: what was backfilled
     ended_backfills: list[dict[str, object]] = field(default_factory=list)  # as they were at the end
     old: list[str] = field(default_factory=list)  # what the alias stood for, as far as it is kept
     swapped_lsn: int = 0  # up to there the main sink may have written into the old index; 0: not known
