@@ -19,6 +19,11 @@ Until it has its place a page is a cache: it is given up as soon as anybody wait
 
 Rows that are stale but for which the sink got no whole image are kept with the cursor (``Part.again``) and read anew,
 by key.
+
+**Relations.** Parts are laid out over the relations that the table's rows are in, which change: a part whose relation
+was dropped, detached or taken out of the publication is dropped, as long as the table has others; when all parts are
+read, the relations that have come meanwhile are laid out, too. A relation whose cursors mean nothing any more (it was
+rewritten, or has another key) is read from its beginning, once.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ LEAST_AHEAD = 50  # messages that may always wait for the sink when a page is re
 RETRY_CAP_SECONDS = 30.0
 RATE_SECONDS = 10.0
 HELP_SECONDS = 2.0
+GONE = ("no_table", "not_published", "bad_condition")  # codes of what is said of a relation that has gone
 
 _log = structlog.get_logger()
 
@@ -108,6 +114,7 @@ class Backfill:
         self._pause_reason = ""
         self._help_at = 0.0
         self._must_wait = True  # for whatever is running, before the next page
+        self._begun_anew: set[tuple[str, str]] = set()  # relations whose order has changed
         self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
 
     # -- what people do ---------------------------------------------------------------------------------------------
@@ -208,6 +215,8 @@ class Backfill:
             raise _first(group) from None
         if not all(part.done and not part.again for part in self.state.parts or ()):
             return  # it was paused for a moment
+        if self.state.state == "active" and await self._more_parts():
+            return
         if self.state.state == "active" and self.state.request.sweep and not await self._sweep():
             return
         if self.state.state == "active":
@@ -220,36 +229,108 @@ class Backfill:
                 await self._end("completed")
 
     async def _lay_out(self, reader: PageReader) -> None:
-        request = self.state.request
+        """Relations of the table that are not known yet become parts."""
+        state = self.state
+        known = {(part.schema, part.table) for part in state.parts or ()}
         parts: list[Part] = []
         estimate = 0
-        for schema, table in await reader.relations(request.schema, request.table):
-            whole = Part(schema, table)
-            if request.keys is not None:
-                whole.again, whole.done = list(request.keys), True
-                estimate += len(request.keys)
-                parts.append(whole)
+        for relation in await reader.relations(state.request.schema, state.request.table):
+            if relation in known:
                 continue
-            selection = whole.selection(request)
-            estimate += await reader.estimate(selection)
-            if request.least_key is not None or request.most_key is not None:
-                ranges = [await reader.bounded(selection, request.least_key, request.most_key)]
-            else:
-                ranges = await reader.split(selection, request.parallel)
-            parts += [Part(schema, table, one.low, one.high) for one in ranges]
-        self.state.parts = parts
-        self.state.started_lsn = max(self.state.started_lsn, self._capture.received_lsn)
-        self.state.estimate_rows = estimate
+            try:
+                found, rows = await self._parts_of(reader, Part(*relation))
+            except SpillwayError as error:
+                await self._check_gone(reader, relation, error)
+                continue
+            parts += found
+            estimate += rows
+        if state.parts is None:
+            state.started_lsn = max(state.started_lsn, self._capture.received_lsn)
+        elif not parts:
+            return
+        state.parts = [*(state.parts or ()), *parts]
+        state.estimate_rows = (state.estimate_rows or 0) + estimate
+        self._must_wait = True  # what runs may have begun before they were published
         await self._save()
+
+    async def _parts_of(self, reader: PageReader, whole: Part) -> tuple[list[Part], int]:
+        """And about how many rows they have."""
+        request = self.state.request
+        if request.keys is not None:
+            whole.again, whole.done = list(request.keys), True
+            return [whole], len(request.keys)
+        selection = whole.selection(request)
+        rows = await reader.estimate(selection)
+        if request.least_key is not None or request.most_key is not None:
+            ranges = [await reader.bounded(selection, request.least_key, request.most_key)]
+        else:
+            ranges = await reader.split(selection, request.parallel)
+        return [Part(whole.schema, whole.table, one.low, one.high) for one in ranges], rows
+
+    async def _more_parts(self) -> bool:
+        """All are read; whether there are others by now."""
+        before = len(self.state.parts or ())
+        reader = await self._open_reader(self.state.id)
+        try:
+            await self._lay_out(reader)
+        except SpillwayError as error:
+            if error.code != "not_published":  # the table has gone: what it had was read
+                raise
+        finally:
+            await reader.close()
+        return len(self.state.parts or ()) > before
 
     async def _read_parts(self, parts: deque[Part]) -> None:
         reader = await self._open_reader(self.state.id)
         try:
             while parts and await self._room():
                 part = parts.popleft()
-                await self._read_part(reader, part)
+                try:
+                    await self._read_part(reader, part)
+                except SpillwayError as error:
+                    parts += await self._instead(reader, part, error)
         finally:
             await reader.close()
+
+    async def _instead(self, reader: PageReader, part: Part, error: SpillwayError) -> list[Part]:
+        """What is to be read in place of the parts of this relation. Raises the error if nobody can say."""
+        state, relation = self.state, (part.schema, part.table)
+        if not any(part is known for known in state.parts or ()):
+            return []  # another reader has met the same
+        instead: list[Part] = []
+        if error.code == "order_changed":
+            request = state.request
+            bounded = (request.keys, request.least_key, request.most_key) != (None, None, None)
+            if bounded or relation in self._begun_anew:
+                raise error
+            if self._subscription.needs_key and not await reader.key_columns(Selection(*relation)):
+                raise error
+            self._begun_anew.add(relation)
+            instead.append(Part(*relation))
+        else:
+            await self._check_gone(reader, relation, error)
+        state.parts = [known for known in state.parts or () if (known.schema, known.table) != relation] + instead
+        _log.info(
+            "backfill goes on",
+            sink=state.sink,
+            relation=".".join(relation),
+            now="from its beginning" if instead else "without it",
+            error=str(error),
+        )
+        await self._save()
+        return instead
+
+    async def _check_gone(self, reader: PageReader, relation: tuple[str, str], error: SpillwayError) -> None:
+        """Raises unless the relation has gone and the table has others: the error, or `SourceUnavailable` if it is
+        there again."""
+        if error.code not in GONE:
+            raise error
+        try:
+            relations = await reader.relations(self.state.request.schema, self.state.request.table)
+        except SpillwayError as now:
+            raise error if now.code == "not_published" else now from None
+        if relation in relations:
+            raise error if error.code == "bad_condition" else SourceUnavailable(error.code, str(error))
 
     async def _read_part(self, reader: PageReader, part: Part) -> None:
         needed_bytes = 0  # more than usual, for a large row
@@ -421,9 +502,15 @@ class Backfill:
         selection = part.selection(self.state.request)
         timeout_seconds = self._manners.timeout_seconds
         if by_key:
-            return await reader.read_keys(selection, by_key, credit_bytes, timeout_seconds)
-        rows = min(self._size.fitting(credit_bytes), self._delivery.page_messages)
-        return await reader.read(selection, part.within, part.cursor, rows, credit_bytes, timeout_seconds)
+            page = await reader.read_keys(selection, by_key, credit_bytes, timeout_seconds)
+        else:
+            rows = min(self._size.fitting(credit_bytes), self._delivery.page_messages)
+            page = await reader.read(selection, part.within, part.cursor, rows, credit_bytes, timeout_seconds)
+        table = (self.state.request.schema, self.state.request.table)
+        if page.chunk.count and page.chunk.table(0) != table:  # a partition that was detached
+            name = ".".join(table)
+            raise SpillwayError("not_published", f"{part.schema}.{part.table} is no part of {name}", "start it again")
+        return page
 
     # -- before a page is read --------------------------------------------------------------------------------------
     async def _room(self) -> bool:
@@ -447,6 +534,9 @@ class Backfill:
             return f"the sink is down: {sink.last_error or ''}"
         if sink.full is not None:
             return f"the backlog of the sink is full: {sink.full}"
+        rejects = sink.last_error or ""
+        if sink.queue_throttle.narrow and not rejects.startswith(UNCHANGED_TOAST.reason):  # a page may mend that
+            return f"the sink rejects what it gets: {rejects}"
         counters = sink.counters
         if not counters.messages and not sink.memory_messages:
             sink.reads_resolved = sink.reads_taken  # what was discarded, or emptied by a TRUNCATE, is not counted
@@ -625,7 +715,9 @@ class Backfill:
     async def _save(self) -> None:
         state = self.state
         state.changed = self._clock.wall()
-        await self._delivery.note(BackfillDocument(state.id, state.as_json(), state.has_ended), covering=True)
+        await self._delivery.note(
+            BackfillDocument(state.id, state.as_json(), state.has_ended and not state.is_owed), covering=True
+        )
 
     async def _sleep(self, seconds: float) -> None:
         self._woken.clear()

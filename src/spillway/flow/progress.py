@@ -94,6 +94,11 @@ class BackfillState:
     def has_ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def is_owed(self) -> bool:
+        """It has failed, and its rows are still promised: somebody has to see to that."""
+        return self.state == "failed" and self.request.origin in ("initial", "gap")
+
 
 def of_json(document: bytes) -> BackfillState:
     return _ADAPTER.validate_json(document)
