@@ -220,6 +220,68 @@ def test_partitions(database: str, tmp_path: Path, via_root: bool) -> None:
         assert not judge_rows(site.source_rows(A), site.sqlite_rows("mirror", A))
 
 
+def test_partitions_that_go_and_come_while_they_are_read(database: str, tmp_path: Path) -> None:
+    """One is dropped and one detached before they are read; one with rows is attached."""
+    limits = {"max_rows_per_second": 400}
+    with Site(database, tmp_path, [sqlite_sink("mirror", [A], initial_backfill=True, backfill=limits)]) as site:
+        site.sql("create table a (id text primary key, v text) partition by range (id)")
+        bounds = ("ab", "bc", "cd", "de")
+        site.sql(*(f"create table a_{n} partition of a for values from ('{n}') to ('{end}')" for n, end in bounds))
+        site.sql(
+            "insert into a select x || n, 'row' from unnest('{a,b,c,d}'::text[]) x, generate_series(1, 300) n",
+            "create table a_e (id text primary key, v text)",
+            "insert into a_e select 'e' || n, 'row' from generate_series(1, 50) n",
+            "create publication spillway for all tables",
+        )
+        site.begin()
+        site.wait(lambda: any(i["rows_processed_count"] for i in site.of_table("mirror", A)), "rows", every=0.001)
+        site.sql(
+            "drop table a_b", "alter table a detach partition a_c",
+            "alter table a attach partition a_e for values from ('e') to ('f')",
+        )  # fmt: skip
+        site.wait(lambda: site.of_table("mirror", A)[0]["state"] != "active", "its end")
+        assert site.of_table("mirror", A)[0]["state"] == "completed"
+        site.drained("mirror")
+        found = site.sqlite_rows("mirror", A)
+        assert {key: found[key] for key in site.source_rows(A)} == site.source_rows(A)
+        assert not [key for key in found if key[1] and key[1].startswith(("b", "c"))]
+
+
+def test_what_failed_is_said_until_somebody_saw_to_it(database: str, tmp_path: Path) -> None:
+    manners = {"initial_backfill": True, "backfill": {"max_rows_per_second": 400}}
+    with Site(database, tmp_path, [file_sink("out", [A, B], **manners)]) as site:
+        site.sql(TWO_TABLES)
+        site.begin()
+        site.wait(lambda: site.of_table("out", B) and site.of_table("out", B)[0]["state"] == "completed", "rows of b")
+        site.wait(lambda: any(i["rows_processed_count"] for i in site.of_table("out", A)), "rows of a", every=0.001)
+
+        def fail(table: str) -> None:
+            plain = table.removeprefix("public.")
+            site.sql(f"alter publication spillway drop table {plain}")
+            site.wait(lambda: site.of_table("out", table)[-1]["state"] == "failed", "its end")
+            site.sql(f"alter publication spillway add table {plain}")
+
+        def said() -> bool:
+            status = site.status("out")
+            return (
+                "the initial backfill of public.a failed: " in status["reason"]
+                and "spillway backfill start out public.a;" in status["remedy"]
+            )
+
+        fail(A)
+        site.wait(said, "what has failed")
+        site.again()
+        site.wait(said, "what has failed, after a restart")
+        assert len(site.of_table("out", A)) == 1
+        site.run("out", table=A, where="id < 10")
+        assert said(), "some rows are not all"
+        site.run("out", table=A)
+        site.wait(lambda: site.status("out")["reason"] == "", "nothing to be said")
+        site.again()
+        site.drained("out")
+        site.wait(lambda: site.status("out")["reason"] == "", "nothing to be said")
+
+
 @pytest.mark.parametrize("postgres", ["15"], indirect=True)
 def test_a_table_without_primary_key(database: str, tmp_path: Path) -> None:
     """Into a file; a sink that keeps rows cannot take it."""

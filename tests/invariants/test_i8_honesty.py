@@ -10,6 +10,7 @@ import pytest
 
 from invariants.instruments import RecordedStream, Script, script, sole, until
 from invariants.world import Engine, FastClock, World
+from spillway.engine.backfills import Backfills
 from spillway.engine.pipeline import Pipeline
 from spillway.errors import Finding, SourceUnavailable
 from spillway.flow.health import Health
@@ -26,6 +27,8 @@ def pipeline(engine: Engine) -> Pipeline:
     made.capture, made.deliveries, made._clock = engine.capture, list(engine.deliveries.values()), FastClock()
     made.router = engine.capture._router
     made.health = {name: Health() for name in engine.deliveries}
+    made.backfills = Backfills.__new__(Backfills)
+    made.backfills._sinks, made.backfills._owed = {}, {}
     return made
 
 
@@ -262,6 +265,21 @@ async def test_a_refused_table_is_said_beside_whatever_the_state_is(world: World
         assert watch.look() == "idle"
         assert watch.health.reason == "table public.x has no primary key"
         assert watch.health.remedy == "ALTER TABLE x ..."
+
+
+async def test_a_failed_backfill_is_said_beside_whatever_the_state_is(world: World) -> None:
+    script(world, "s", lambda _: OK)
+    async with world.running() as engine:
+        watch = Watch(engine)
+        failed = Finding("backfill_failed", "the initial backfill of public.x failed: no grant", "GRANT ...")
+        also = Finding("backfill_failed", "the initial backfill of public.y failed: no grant", "GRANT ...")
+        watch._pipeline.backfills.owed = lambda name: [failed, also] if name == "s" else []  # type: ignore[method-assign]
+        assert watch.look() == "idle"
+        assert watch.health.reason == f"{failed.what}; {also.what}"
+        assert watch.health.remedy == "GRANT ..."
+        watch._pipeline.backfills.owed = lambda _: []  # type: ignore[method-assign]
+        watch.look()
+        assert watch.health.reason == ""
 
 
 async def test_ready_is_false_when_the_source_is_gone_for_a_minute(world: World, streams: list[RecordedStream]) -> None:

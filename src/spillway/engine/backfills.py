@@ -12,7 +12,12 @@ and takes it for what it is. Tables that enter the publication later get theirs 
 deleted, where the sink takes deletes and can say which rows of a table it has. The gap holds the tables that are still
 to be repaired (`spillway.flow.delivery.Delivery.refilled`): each that is complete leaves it, and with the last one the
 gap is cleared; where deletes could not be repaired it stays, and says so. A refill belongs to the gap as it was when it
-began (``Request.gap``): one that has grown since is not repaired by it.
+began (``Request.gap``): one that has grown since is not repaired by it. Nothing is swept from a search index in which
+documents may be another's: of another sink, or of another table that the sink may take and nobody could tell apart.
+
+**Owed.** An initial backfill or a refill that failed is not had: the sink's health says so (`Backfills.owed`), over
+restarts, for its document stays among those that have not ended, until the table's rows have come with another, or
+somebody cancels it.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -30,7 +35,7 @@ import structlog
 from spillway.clock import Clock
 from spillway.config import Database, Search, Sink
 from spillway.engine.shadow import REINDEX
-from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.backfill import Backfill, Manners, OpenReader
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
@@ -46,6 +51,7 @@ from spillway.store.base import BackfillDocument, Gap, Store
 LOOK_SECONDS = 5.0  # tables that have entered the publication are looked for so often
 CATALOGUE_LOCK_SECONDS = 1
 FIRST_LOOK_SECONDS = 0.5  # as long as there is no publication, or no source
+OWED_NAMED = 10  # so many failed backfills are named in the sink's health
 INITIAL = "initial"  # the id of the document that says which tables have had their initial backfill
 
 Table = tuple[str, str]
@@ -68,7 +74,9 @@ class Backfills:
         open_reader: OpenReader,
         epoch: Callable[[], int],
         clock: Clock,
+        configured: Sequence[Sink],
     ) -> None:
+        """``configured``: all sinks of the configuration, of other databases, too."""
         self._database = database
         self._capture = capture
         self._router = router
@@ -77,9 +85,11 @@ class Backfills:
         self._open_reader = open_reader
         self._epoch = epoch
         self._clock = clock
+        self._configured = configured
         self._sinks: dict[str, tuple[Sink, Subscription]] = {}
         self._initial: dict[str, set[str]] = {}  # by sink: tables that have had theirs
         self._backfills: dict[str, Backfill] = {}  # by id: those that have not ended
+        self._owed: dict[str, BackfillState] = {}  # by id: those that have failed, and somebody has to see to
         self._starting: set[tuple[str, Table]] = set()  # sink and table, while the beginning is being written
         self._told: set[tuple[str, Table, str]] = set()  # what initial backfills were refused for
         self._tasks: asyncio.TaskGroup | None = None
@@ -93,7 +103,11 @@ class Backfills:
             if number == INITIAL:
                 self._initial[sink.name] = set(orjson.loads(document))
             elif number != REINDEX:
-                self._own(of_json(document))
+                state = of_json(document)
+                if state.is_owed:
+                    self._owed[state.id] = state
+                else:
+                    self._own(state)
         self._look.set()
 
     def change_sink(self, sink: Sink, subscription: Subscription) -> None:
@@ -103,6 +117,7 @@ class Backfills:
 
     def remove_sink(self, name: str) -> None:
         del self._sinks[name], self._initial[name]
+        self._owed = {number: state for number, state in self._owed.items() if state.sink != name}
 
     # -- life -------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -129,6 +144,11 @@ class Backfills:
         await backfill.run()
         self._backfills.pop(state.id, None)
         _log.info("backfill ended", sink=state.sink, table=_name(state), state=state.state, rows=state.rows)
+        if state.is_owed:
+            self._owed[state.id] = state
+        elif state.state == "completed":
+            for owed in [owed for owed in self._owed.values() if _makes_up_for(state, owed)]:
+                await self._no_longer_owed(owed)
         if state.request.origin == "gap" and state.state == "completed":
             await self._refilled([state])
 
@@ -149,6 +169,37 @@ class Backfills:
         if self._tasks is not None:
             self._tasks.create_task(self._run(backfill))
         return backfill
+
+    # -- what has failed --------------------------------------------------------------------------------------------
+    def owed(self, sink: str) -> list[Finding]:
+        """What was promised to the sink and did not come, for its health."""
+        if sink not in self._sinks:  # one that is joining
+            return []
+        configured, subscription = self._sinks[sink]
+        gap = subscription.delivery.gap
+        found: list[Finding] = []
+        for state in self._owed.values():
+            request, table = state.request, _name(state)
+            if state.sink != sink or not configured.source.selects(request.schema, request.table):
+                continue
+            if request.origin == "gap":
+                if gap is None or request.gap != _token(gap):
+                    continue  # acknowledged, or another by now
+                what, remedy = "refill", f"then: spillway backfill start {sink} --gap"
+            else:
+                what, remedy = "initial backfill", f"then: spillway backfill start {sink} {table}"
+            remedy += f"; or do without: spillway backfill cancel {sink} {table}"
+            found.append(Finding("backfill_failed", f"the {what} of {table} failed: {state.error}", remedy))
+        if len(found) > OWED_NAMED:
+            more = f"{len(found) - OWED_NAMED} more backfills failed"
+            found[OWED_NAMED:] = [Finding("backfill_failed", more, f"see: spillway backfill list {sink} --all")]
+        return found
+
+    async def _no_longer_owed(self, state: BackfillState) -> None:
+        self._owed.pop(state.id, None)
+        document = BackfillDocument(state.id, state.as_json(), ended=True)
+        if state.sink in self._sinks:  # it may have left meanwhile
+            await self._sinks[state.sink][1].delivery.note(document)
 
     # -- what begins by itself --------------------------------------------------------------------------------------
     async def _start_initial(self) -> bool:
@@ -279,7 +330,8 @@ class Backfills:
         published = await self._published()
         gap = _ended_gap(sink, delivery.gap)
         taken = [table for table in _names(published) if configured.source.selects(*table)]
-        sweep = delivery.readable is not None and "delete" in configured.actions and not _shares(configured, taken)
+        shared = _shares(configured, [*self._configured, *(known for known, _ in self._sinks.values())])
+        sweep = delivery.readable is not None and "delete" in configured.actions and not shared
         if gap.tables == () and not sweep:
             raise SpillwayError("nothing_missed", f"sink {sink} has no rows to refill", _acknowledge(sink))
         missed = [table for table in taken if gap.tables is None or table in gap.tables]
@@ -347,6 +399,12 @@ class Backfills:
             if state.sink == sink and id_or_table in (state.id, _name(state), state.request.table):
                 await backfill.change(_STATES[verb])
                 return item(backfill.state, backfill)
+        for state in reversed(self._owed.values()):
+            if verb == "cancel" and state.sink == sink and id_or_table in (state.id, _name(state), state.request.table):
+                state.state, state.ended = "cancelled", self._clock.wall()
+                state.changed = state.ended
+                await self._no_longer_owed(state)
+                return item(state, None)
         raise SpillwayError(
             "unknown_backfill",
             f"no backfill {id_or_table!r} of sink {sink} is active or paused",
@@ -372,9 +430,34 @@ def _token(gap: Gap) -> tuple[int, float] | None:
     return None if gap.last_lsn is None else (gap.last_lsn, gap.since)
 
 
-def _shares(sink: Sink, tables: Sequence[Table]) -> bool:
-    """Documents that are rows do not say of which table: what is in the index may be another's, and is not deleted."""
-    return isinstance(sink.destination, Search) and sink.destination.document == "record" and len(tables) > 1
+def _shares(sink: Sink, sinks: Iterable[Sink]) -> bool:
+    """What is in the sink's index may be another's: another sink writes there, or documents, which do not say of which
+    table they are, are those of several, now or at another time."""
+    index = _index(sink)
+    if index is None:
+        return False
+    if any(other.name != sink.name and _index(other) == index for other in sinks):
+        return True
+    tables = sink.source.include_tables
+    one_table = tables is not None and len(set(tables)) == 1
+    return isinstance(sink.destination, Search) and sink.destination.document == "record" and not one_table
+
+
+def _index(sink: Sink) -> tuple[str, str] | None:
+    """Where a search sink writes."""
+    to = sink.destination
+    return (to.endpoint_url.lower(), to.index_name) if isinstance(to, Search) else None
+
+
+def _makes_up_for(done: BackfillState, owed: BackfillState) -> bool:
+    """What one has brought is all that was to come with the other."""
+    brought, promised = done.request, owed.request
+    same = (done.sink, brought.schema, brought.table) == (owed.sink, promised.schema, promised.table)
+    if not same or (promised.origin == "gap" and brought.gap != promised.gap):
+        return False
+    limits = (brought.where, brought.keys, brought.least_key, brought.most_key, brought.committed_since)
+    whole = brought.start is None or (brought.sort_column, brought.start) == (promised.sort_column, promised.start)
+    return whole and limits == (None,) * len(limits)
 
 
 def _acknowledge(sink: str) -> str:

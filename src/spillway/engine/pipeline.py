@@ -93,6 +93,7 @@ class Pipeline:
             self.open_reader,
             lambda: self.identity.epoch if self.identity is not None else 1,
             self._clock,
+            config.sinks,
         )
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
             self.backfills.add_sink(sink, subscription)
@@ -280,6 +281,7 @@ class Pipeline:
         """As of now."""
         health = self.health[delivery.name]
         health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+        health.owed = self.backfills.owed(delivery.name)
         health.not_read = self.not_read()
         health.update(delivery, self._clock.monotonic(), self._clock.wall())
         return health

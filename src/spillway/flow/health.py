@@ -15,6 +15,9 @@ behind     it works off a backlog, or its oldest open message is older than five
 caught_up  everything is delivered
 idle       everything is delivered, and nothing has come for a minute
 ========== ============================================================================================
+
+Beside whatever the state is, reason and remedy name the tables that cannot be delivered, and those whose existing rows
+were promised and did not all come.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Health:
     reason: str = ""
     remedy: str = ""
     since: float = 0.0
-    refused: list[Finding] = field(default_factory=list)
+    refused: list[Finding] = field(default_factory=list)  # tables that cannot be delivered
+    owed: list[Finding] = field(default_factory=list)  # backfills that have failed
     not_read: str = ""  # why the slot is not read, which every sink of it says
 
     def update(self, delivery: Delivery, now: float, wall: float) -> None:
@@ -53,9 +57,9 @@ class Health:
             state = "stalled" if state in ("idle", "caught_up", "behind") else state
             self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")
             self.remedy = self.remedy or "mend what keeps the slot from being read"
-        if self.refused:
-            self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in self.refused)]))
-            self.remedy = "; ".join(filter(None, [self.remedy, *(f.remedy for f in self.refused)]))
+        if beside := [*self.refused, *self.owed]:
+            self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in beside)]))
+            self.remedy = "; ".join(dict.fromkeys(filter(None, [self.remedy, *(f.remedy for f in beside)])))
         if state != self.state or not self.since:
             if self.since:
                 _log.info("sink state", sink=delivery.name, state=state, was=self.state, reason=self.reason)
