@@ -31,7 +31,7 @@ def existing(connection: psycopg.Connection) -> None:
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
-@pytest.mark.parametrize(("status", "why"), [(503, "down"), (422, "behind")])
+@pytest.mark.parametrize(("status", "why"), [(503, "down"), (422, "rejects")])
 def test_reading_stops_and_goes_on(
     status: int, why: str, parallel: int, database: str, tmp_path: Path, recorder: Recorder
 ) -> None:

@@ -42,7 +42,7 @@ _log = structlog.get_logger()
 
 class Engine:
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config  # as of the start
         self.metrics = Metrics()
         self._started = datetime.now(UTC)
         self._store = open_store(config.state_path)

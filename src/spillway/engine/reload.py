@@ -32,8 +32,9 @@ async def reload(engine: Engine, config: Config) -> Reloaded:
     """Raises SpillwayError for a new sink that cannot be built; those before it have joined."""
     done = Reloaded()
     pipelines = {pipeline.database.name: pipeline for pipeline in engine.pipelines}
-    if list(config.databases) != [pipeline.database for pipeline in engine.pipelines]:
-        done.waits.append("databases")
+    for name in ("memory", "state", "server", "databases", "http_endpoints"):
+        if getattr(config, name) != getattr(engine.config, name):
+            done.waits.append(name)
     for sink in config.sinks:
         pipeline = pipelines.get(sink.database)
         if pipeline is None or sink.status == "disabled":
