@@ -300,3 +300,14 @@ def test_a_table_without_primary_key(database: str, tmp_path: Path) -> None:
         assert refused.value.code == "no_primary_key"
         assert site.product.backfills("mirror") == []
         assert "no initial backfill" in site.product.log_end()
+
+        # Rewritten while it is read: its rows are elsewhere, and are read from the first.
+        before = len(site.reads("out", A))
+        site.start("out", table=A, max_rows_per_second=1000)
+        site.wait(lambda: site.of_table("out", A)[-1]["rows_processed_count"] > 0, "a page", every=0.001)
+        site.sql("vacuum full a")
+        site.wait(lambda: site.of_table("out", A)[-1]["state"] != "active", "its end")
+        assert site.of_table("out", A)[-1]["state"] == "completed"
+        site.drained("out")
+        assert set(map(str, site.reads("out", A)[before:])) >= {str(n) for n in range(2, 3001)}
+        assert "from its beginning" in site.product.log_end()
