@@ -106,11 +106,15 @@ def adopt(site: Site) -> None:
 
 def test_a_search_sink_is_refilled_and_swept(database: str, tmp_path: Path, opensearch: OpenSearch) -> None:
     """It is down because its address is wrong: the gap begins in one life of the process and ends in another. Then the
-    slot is lost. A second sink has the rows of two tables in one index, where nobody can tell whose they are."""
+    slot is lost. A second sink has the rows of two tables in one index, where nobody can tell whose they are; two more
+    sinks have one index together."""
 
     def searches(url: str) -> list[dict[str, object]]:
-        tables = {"search": [JOBS], "both": [JOBS, PAIRS]}
-        where = {name: {"type": "opensearch", "endpoint_url": url, "index_name": f"gap_{name}"} for name in tables}
+        tables = {"search": [JOBS], "both": [JOBS, PAIRS], "left": [STILL], "right": [PAIRS]}
+        indexes = {"search": "gap_search", "both": "gap_both", "left": "gap_shared", "right": "gap_shared"}
+        where = {
+            name: {"type": "opensearch", "endpoint_url": url, "index_name": index} for name, index in indexes.items()
+        }
         return [sink(name, tables[name], where[name], backlog=BACKLOG) for name in tables]
 
     def documents(index: str) -> dict[str, Row]:
@@ -126,7 +130,7 @@ def test_a_search_sink_is_refilled_and_swept(database: str, tmp_path: Path, open
         site.sql(SCHEMA)
         site.begin()
         site.sql(ROWS)
-        site.drained("search", "both")
+        site.drained(*("search", "both", "left", "right"))
         assert len(documents("gap_search")) == 900
         assert len(documents("gap_both")) == 1500
         site.stop()
@@ -149,7 +153,7 @@ def test_a_search_sink_is_refilled_and_swept(database: str, tmp_path: Path, open
         site.end_gap("both")
         assert [item["swept"] for item in site.run("both", gap=True)] == [0, 0]
         site.drained("both")
-        assert "deletes are not repaired" in site.status("both")["reason"]
+        site.wait(lambda: "deletes are not repaired" in site.status("both")["reason"], "the gap to be refilled")
         found, wanted = documents("gap_both"), rows(JOBS)
         assert {identity: found.get(identity) for identity in wanted} == wanted
 
@@ -159,9 +163,13 @@ def test_a_search_sink_is_refilled_and_swept(database: str, tmp_path: Path, open
         site.begin()
         (item,) = site.run("search", gap=True)
         assert item["swept"] == 10
-        site.drained("search")
+        assert [item["swept"] for item in site.run("left", gap=True)] == [0]
+        site.drained("search", "left", "right")
         site.wait_state("search", "caught_up")
         assert documents("gap_search") == rows(JOBS)
+        site.wait(lambda: "deletes are not repaired" in site.status("left")["reason"], "the gap to be refilled")
+        shared = [row["b"] for row in documents("gap_shared").values() if "b" in row]
+        assert sorted(map(str, shared)) == sorted(str(row["b"]) for row in rows(PAIRS).values())
 
 
 def test_a_file_is_refilled_and_its_deletes_are_not_repaired(database: str, tmp_path: Path) -> None:
