@@ -99,12 +99,20 @@ def test_which_rows_are_replayed(site: Site) -> None:
             ("6",), ("60",)
         }  # fmt: skip
 
+        # A condition is one expression by itself, whatever it is joined with.
+        (failed,) = site.start("out", "replay", table=ORDERS, where="true) OR (true", to_key="2")
+        site.wait(lambda: site.item("out", failed)["state"] == "failed", "the condition to be refused")
+        assert "[bad_condition]" in site.item("out", failed)["error"]
+
         # What does not say which rows, or says it wrongly.
-        for refusal, order in {
-            "bad_request": {"table": ORDERS},
-            "bad_key": {"table": LINES, "from_key": "5"},
-            "table_not_taken": {"table": "public.others", "where": "true"},
-        }.items():
+        for refusal, order in (
+            ("bad_request", {"table": ORDERS}),
+            ("bad_key", {"table": LINES, "from_key": "5"}),
+            ("bad_key", {"table": LINES, "keys": [["5", "a"], ["5"]]}),
+            ("bad_key", {"table": ORDERS, "keys": ["5", "five"]}),
+            ("bad_key", {"table": LINES, "to_key": "x:a"}),
+            ("table_not_taken", {"table": "public.others", "where": "true"}),
+        ):
             with pytest.raises(Refused) as refused:
                 site.start("out", "replay", **order)
             assert refused.value.code == refusal

@@ -45,6 +45,39 @@ async def test_a_condition_ends_pages_by_the_index(source: SourceDatabase) -> No
             assert [c.pks[0] for page in read for c in changes(page)] == expected
             assert credit < MANY or len(read) >= 100 // size  # also where no row matched
         assert await reader.estimate(selection) < 100
+        looked_at = [page.looked_at for page in await pages(reader, selection, 7)]
+        assert looked_at[:-1] == [7] * 14, "whether they met the condition or not"
+
+
+@pytest.mark.parametrize("key", ["tenant, k", "k, tenant"])
+async def test_bounds_of_the_key(source: SourceDatabase, key: str) -> None:
+    """Both included, by the operators of the index: by the bare name citext would be compared as text. A row that comes
+    between the last one below and the least is none of theirs."""
+    await source.execute(
+        "CREATE EXTENSION citext SCHEMA public",
+        f"CREATE TABLE public.t (tenant int, k public.citext, PRIMARY KEY ({key}))",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+        "INSERT INTO public.t SELECT n, k FROM generate_series(1, 300) n, unnest(ARRAY['a', 'B', 'c']) k",
+        "ANALYZE public.t",
+    )
+    selection = Selection("public", "t", least_key=("9", "b"), most_key=("10", "B"))
+    async with reading(source) as reader:
+        within = await reader.bounded(selection)
+        await source.execute("INSERT INTO public.t VALUES (9, 'aa')")
+        for size in (1, 2, MANY):
+            found = {c.pks for page in await pages(reader, selection, size, within) for c in changes(page)}
+            assert found == {("9", "B"), ("9", "c"), ("10", "a"), ("10", "B")}
+        if key == "tenant, k":
+            assert len(await pages(reader, selection, 4, within)) <= 2, "nothing else is looked at"
+            assert await reader.estimate(selection, within) < 100
+        await source.execute(
+            "ALTER TABLE public.t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (tenant, k, extra)".replace(
+                "DROP", "ADD COLUMN extra int DEFAULT 0, DROP"
+            )
+        )
+        with pytest.raises(SpillwayError) as caught:
+            await pages(reader, selection, within=within)
+        assert caught.value.code == "order_changed"
 
 
 @pytest.mark.parametrize("index", [True, False])

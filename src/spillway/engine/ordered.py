@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import UTC
+
+import psycopg
+from psycopg import sql
 
 from spillway.config import Database, Sink
 from spillway.config.orders import BackfillOrder, Key
 from spillway.errors import SpillwayError
 from spillway.flow.progress import Request
 from spillway.source import catalog
+from spillway.source.catalog import PublishedTable
 from spillway.source.connect import Connection, querying
 from spillway.source.queries import fetch_one
+from spillway.source.refusal import query_refusal
 
 Table = tuple[str, str]
 
@@ -77,3 +83,22 @@ async def _check_keys(query: Connection, database: Database, table: Table, keys:
                 f"a key of {name} has {len(columns)} parts ({', '.join(columns)}), this one has {len(key)}",
                 "separate the parts by :",
             )
+    await _check_types(query, found[0], keys)
+
+
+async def _check_types(query: Connection, table: PublishedTable, keys: Sequence[Key]) -> None:
+    """Each value must be one of its column's type: read as such by the server, without a look at the table."""
+    rows = json.dumps([dict(zip(table.primary_key, key, strict=True)) for key in keys])
+    statement = sql.SQL("SELECT count(*) FROM jsonb_populate_recordset(CAST(NULL AS {}), CAST({} AS jsonb))")
+    try:
+        await query.execute(statement.format(sql.Identifier(table.schema, table.table), sql.Literal(rows)))
+    except psycopg.DataError as error:
+        raise SpillwayError(
+            "bad_key",
+            f"a key of {'.'.join(table.name)} is ({', '.join(table.primary_key)}): {error.diag.message_primary}",
+            "give keys as they are shown",
+        ) from error
+    except psycopg.IntegrityError:
+        pass  # a domain of another column that may not be null
+    except psycopg.Error as error:
+        raise query_refusal(error) from error

@@ -260,11 +260,12 @@ class Backfill:
             whole.again, whole.done = list(request.keys), True
             return [whole], len(request.keys)
         selection = whole.selection(request)
-        rows = await reader.estimate(selection)
         if request.least_key is not None or request.most_key is not None:
-            ranges = [await reader.bounded(selection, request.least_key, request.most_key)]
+            ranges = [await reader.bounded(selection)]
+            rows = await reader.estimate(selection, ranges[0])
         else:
             ranges = await reader.split(selection, request.parallel)
+            rows = await reader.estimate(selection)
         return [Part(whole.schema, whole.table, one.low, one.high) for one in ranges], rows
 
     async def _more_parts(self) -> bool:

@@ -125,19 +125,9 @@ class Rows:
             sql.Literal(n - 1),
         )
 
-    def last_below(self, cursor: Cursor) -> sql.Composed:
-        """The order's values of the last row below."""
-        names = [column.name for column in self.order.columns]
-        return sql.SQL("SELECT {} FROM {}{} ORDER BY {} LIMIT 1").format(
-            self._list(names),
-            self.source,
-            self._where([self.compared(LESS, self.values(cursor))]),
-            sql.SQL(", ").join(sql.SQL("{} DESC").format(self.column(name)) for name in names),
-        )
-
-    def planned(self) -> sql.Composed:
+    def planned(self, bounds: Sequence[sql.Composable]) -> sql.Composed:
         return sql.SQL("EXPLAIN (FORMAT JSON) SELECT 1 FROM {}{}").format(
-            self.source, self._where([self.floor, self.condition])
+            self.source, self._where([*bounds, self.condition])
         )
 
     def quantiles(self, ranges: int, sampled_percent: float) -> sql.Composed:

@@ -190,26 +190,22 @@ class PageReader:
                 ends = [(order.tag, *values) for values in found]
         return [Range(low, high) for low, high in zip([None, *ends], [*ends, None], strict=True)]
 
-    async def estimate(self, selection: Selection) -> int:
+    async def estimate(self, selection: Selection, within: Range | None = None) -> int:
         """How many rows there are, by the planner's statistics; never counts."""
         async with self._views.transaction(selection, QUESTION_TIMEOUT_SECONDS) as view:
-            row = await (await view.connection.execute(view.rows.planned())).fetchone()
+            bounds = view.rows.between(*((None, None) if within is None else (within.low, within.high)))
+            row = await (await view.connection.execute(view.rows.planned(bounds))).fetchone()
             assert row is not None
             return int(row[0][0]["Plan"]["Plan Rows"])
 
-    async def bounded(self, selection: Selection, least: tuple[str, ...] | None, most: tuple[str, ...] | None) -> Range:
-        """The range of the primary keys from one to another, both included (values in column order). No bounds at all
+    async def bounded(self, selection: Selection) -> Range:
+        """The range up to the selection's ``most_key``; its ``least_key`` is a bound of every page. No bounds at all
         where the index has the columns in another order: the selection's own conditions hold then."""
-        async with self._views.transaction(Selection(selection.schema, selection.table), QUESTION_TIMEOUT_SECONDS) as v:
-            if not v.shape.key_in_column_order:
+        plain, most = Selection(selection.schema, selection.table), selection.most_key
+        async with self._views.transaction(plain, QUESTION_TIMEOUT_SECONDS) as view:
+            if most is None or not view.shape.key_in_column_order:
                 return Range()
-            tag = v.rows.order.tag
-            below: list[tuple[str, ...]] = []
-            if least is not None:
-                (values,) = _in_order(v, [least])
-                below = await _texts(v.connection, v.rows.last_below((tag, *values)))
-            high = None if most is None else (tag, *_in_order(v, [most])[0])
-            return Range((tag, *below[0]) if below else None, high)
+            return Range(None, (view.rows.order.tag, *_in_order(view, [most])[0]))
 
     async def read(
         self,

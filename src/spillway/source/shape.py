@@ -33,8 +33,8 @@ class Selection:
     sort_column: str | None = None
     start: str | None = None  # the least value of sort_column that is read; needs sort_column
     committed_since: str | None = None  # rows that were last changed later, by what the server keeps of that
-    # Bounds of the primary key, included, in column order. Where that is the index's, `PageReader.bounded` makes a
-    # range of them, and they count for nothing here.
+    # Bounds of the primary key, included, in column order. Where that is the index's, the least is a bound that the
+    # index serves, and `PageReader.bounded` makes a range of the most, which counts for nothing here.
     least_key: Cursor | None = None
     most_key: Cursor | None = None
 
@@ -161,9 +161,14 @@ def rows_of(shape: Shape, selection: Selection) -> Rows | None:
         conditions.append(keyspace.condition(selection.where))
     if selection.committed_since is not None:
         conditions.append(keyspace.committed_since(schema, table, selection.committed_since))
-    if shape.primary and not shape.key_in_column_order:
-        conditions += keyspace.key_bounds(schema, table, shape.in_column_order, selection.least_key, selection.most_key)
     order, floor = _order(shape, selection, conditions)
+    if selection.least_key is not None or selection.most_key is not None:
+        ranged = shape.key_in_column_order
+        bounds = _key_bounds(shape, selection, None if ranged else selection.most_key)
+        if ranged and bounds and floor is None:
+            (floor,) = bounds
+        else:
+            conditions += bounds
     if order is None:
         return None
     return Rows(
@@ -209,6 +214,17 @@ def _order(
     tag = ",".join(str(number) for number in (sort["number"], *(number for number, _ in rest)))
     floor = None if start is None else keyspace.floor(selection.schema, selection.table, first, start)
     return Order(tag, (first, *(column for _, column in rest))), floor
+
+
+def _key_bounds(shape: Shape, selection: Selection, most: Cursor | None) -> list[sql.Composable]:
+    columns, least = shape.in_column_order, selection.least_key
+    if any(len(key) != len(columns) for key in (least, most) if key is not None):
+        raise SpillwayError(
+            "order_changed",
+            f"the primary key of {selection.schema}.{selection.table} has changed",
+            "cancel this backfill and start another, with bounds of its key",
+        )
+    return keyspace.key_bounds(selection.schema, selection.table, columns, least, most)
 
 
 def _by_key(shape: Shape) -> Order | None:
