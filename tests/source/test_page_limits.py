@@ -71,9 +71,8 @@ async def test_bounds_of_the_key(source: SourceDatabase, key: str) -> None:
             assert len(await pages(reader, selection, 4, within)) <= 2, "nothing else is looked at"
             assert await reader.estimate(selection, within) < 100
         await source.execute(
-            "ALTER TABLE public.t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (tenant, k, extra)".replace(
-                "DROP", "ADD COLUMN extra int DEFAULT 0, DROP"
-            )
+            "ALTER TABLE public.t ADD COLUMN extra int DEFAULT 0, DROP CONSTRAINT t_pkey,"
+            " ADD PRIMARY KEY (tenant, k, extra)"
         )
         with pytest.raises(SpillwayError) as caught:
             await pages(reader, selection, within=within)
