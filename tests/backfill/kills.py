@@ -2,8 +2,10 @@
 
 While pages are read one writer goes on, so that no two pages stand at the same ``commit_lsn``: rows of one page are
 those that say the same. A row that was *read* again in the same backfill, which its ``idempotency_key`` tells, comes
-with another page; what the store had at the kill is *sent* again as it was. Of what was read again there may be one
-page for each parallel reader and kill. A backfill that completes before the last kill is followed by another.
+with another page; what the store had at the kill is *sent* again as it was. Of what one life had sent one page for each
+parallel reader may be read again, in whichever life that is: the pages after a restart are small, and a further kill
+may come before all of the large one that was lost has come again. A backfill that completes before the last kill is
+followed by another.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Verdict:
     parallel: int
     backfills: int = 0
     reads: int = 0
-    again: list[int] = field(default_factory=list)  # rows that were read again, by life
+    again: list[int] = field(default_factory=list)  # rows that were read again, by the life that had sent them
     pages_again: list[int] = field(default_factory=list)
     sent_again: int = 0  # rows that were in the store at a kill, or on their way
     largest_page: int = 0
@@ -110,21 +112,24 @@ def _judge(stage: Stage, ids: list[str], verdict: Verdict) -> None:
     if len(once) < len(reads):
         text = f"{len(reads) - len(once)} reads came twice without a kill between"
         verdict.violations.append(Violation("went back", text))
-    came: dict[str, tuple[str, int]] = {}  # with which page a row came the last time
-    again: dict[int, list[tuple[str, int]]] = defaultdict(list)  # by life: of which pages rows were read again
+    came: dict[str, tuple[tuple[str, int], int]] = {}  # with which page a row came the last time, and in which life
+    lost: dict[int, list[tuple[str, int]]] = defaultdict(
+        list
+    )  # by the life that was killed: pages that were read again
     for read in reads:
         before = came.get(read.identity)
-        if before == read.page:
+        if before is not None and before[0] == read.page:
             verdict.sent_again += 1
-        elif before is not None:
-            again[read.life].append(before)
-        came[read.identity] = read.page
+            continue
+        if before is not None:
+            lost[before[1]].append(before[0])
+        came[read.identity] = (read.page, read.life)
     for life in range(verdict.kills + 1):
-        pages = set(again[life])
-        verdict.again.append(len(again[life]))
+        pages = set(lost[life])
+        verdict.again.append(len(lost[life]))
         verdict.pages_again.append(len(pages))
-        if len(pages) > (verdict.parallel if life else 0):
-            text = f"in life {life} {len(again[life])} rows of {len(pages)} pages were read again"
+        if len(pages) > (verdict.parallel if life < verdict.kills else 0):
+            text = f"of life {life} {len(lost[life])} rows of {len(pages)} pages were read again"
             verdict.violations.append(Violation("went back", text))
     touched = {key for event in stage.history().of([TABLE]) if event.number not in stage.before for key in event.keys}
     untouched = {str(number) for number in ROWS if (TABLE, str(number)) not in touched}
