@@ -33,6 +33,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import structlog
@@ -194,7 +195,7 @@ class Backfill:
         for part in parts.values():  # in which of them they are is not known: where they are not they are not missed
             part.again += [key for key in keys if key not in part.again]
         if not self.state.has_ended:
-            await self._delivery.note(BackfillDocument(self.state.id, self.state.as_json(), self.state.has_ended))
+            await self._save()
         return not self.state.has_ended
 
     async def _work(self) -> None:
@@ -374,13 +375,13 @@ class Backfill:
             most_keys = self._most_keys
             try:
                 try:
-                    placing = await self._place(reader, page, began, (part.schema, part.table))
+                    advance = partial(self._advance, part, page, by_key)
+                    placing = await self._place(reader, page, began, (part.schema, part.table), advance)
                 finally:
                     self._carried.close(view)
                 if placing is not None:
                     placing.placed_at = self._clock.monotonic()
                     await self._settled(placing)
-                    self._advance(part, page, by_key, placing)
                     await self._save()
             finally:
                 self._spare.give(used)
@@ -635,10 +636,15 @@ class Backfill:
 
     # -- when it has been read --------------------------------------------------------------------------------------
     async def _place(
-        self, reader: PageReader, page: Page, began: int, relation: tuple[str, str] | None = None
+        self,
+        reader: PageReader,
+        page: Page,
+        began: int,
+        relation: tuple[str, str] | None = None,
+        advance: Callable[[_Placing], None] | None = None,
     ) -> _Placing | None:
         """Its place in the stream. None: it cannot be judged any more, or its credit was wanted: to be read again."""
-        placing = _Placing(page, relation, self._subscription, self._keying, self._capture, began)
+        placing = _Placing(page, relation, self._subscription, self._keying, self._capture, began, advance)
         turn = Turn(page.snapshot.lsn, placing)
         waits = asyncio.ensure_future(self._capture.placed(turn))
         started = self._clock.monotonic()
@@ -738,8 +744,12 @@ class _Placing:
         keying: int,
         capture: Capture,
         began: int,
+        advance: Callable[[_Placing], None] | None,
     ) -> None:
+        """``advance``: is called as soon as it is placed, before anything is awaited: who is cancelled then must not
+        have the page read again. No cursor is saved without what was placed."""
         self._page = page
+        self._advance = advance
         self._relation = relation
         self._subscription = subscription
         self._keying = keying
@@ -793,6 +803,8 @@ class _Placing:
         self.dropped = len(stale.dropped)
         self.again = [_cursor(chunk, place) for place in sorted(stale.again)]
         self.placed = True
+        if self._advance is not None:
+            self._advance(self)
         return True
 
 
