@@ -27,6 +27,14 @@ state file stays on one architecture)::
 no text of PostgreSQL holds a zero byte. A hash is `key_hash`: equal texts have equal hashes, and whoever must be sure
 of the converse compares texts.
 
+**Filters.** ``matched`` has ``filters`` bytes per change, one for each filter that the decoder was given: `NO`, `YES`,
+or `LEFT` for an update whose new row does not match while the old one did, or is not known. It serves the router and is
+not stored.
+
+**Shaped** chunks are made of a batch right before it is sent (`reshaped`), and live no longer than the attempt: their
+bodies are whole messages, to which nothing is appended (``complete``; where a sink keeps rows, the body is the row),
+and ``routes`` has by index what the sink's routing function said, checked by the sink's type.
+
 **A change of the primary key** is two records: the delete of the old key (flag OLD), which only sinks of state take,
 and the change itself (flag MOVED, WAS set).
 """
@@ -35,7 +43,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Final, overload
 from zlib import crc32
@@ -52,6 +60,9 @@ HASHED: Final = 1 << 32  # set in every hash, so that none is 0
 ACTION, N, FLAGS, SUB, TABLE = range(KIND * WORD_BYTES, KIND * WORD_BYTES + 5)
 
 WHOLE, OLD, MOVED, TOO_LARGE = 1, 2, 4, 8  # flags
+NO, YES, LEFT = range(3)  # what a filter says of a change
+
+Route = Mapping[str, object]  # where a message goes: values by the sink's routing keys
 
 # The credit that covers a change in memory beyond its body: at least so much; its record and key texts as they are,
 # which grow with the groups, and what is made of them (hashes and ends as Python integers, a place in a line: some 170
@@ -84,8 +95,8 @@ class Chunk:
     """See the module. ``commit_lsn`` and ``end_lsn`` are those of the last commit that was read with it, 0 without one;
     ``truncates`` counts TRUNCATE statements."""
 
-    __slots__ = ("_ends", "commit_lsn", "count", "data", "end_lsn", "groups", "holders", "keys", "meta", "stride",
-                 "tables", "truncates", "words")  # fmt: skip
+    __slots__ = ("_ends", "commit_lsn", "complete", "count", "data", "end_lsn", "filters", "groups", "holders", "keys",
+                 "matched", "meta", "routes", "stride", "tables", "truncates", "words")  # fmt: skip
 
     def __init__(
         self,
@@ -98,6 +109,8 @@ class Chunk:
         commit_lsn: int = 0,
         end_lsn: int = 0,
         truncates: int = 0,
+        matched: bytes = b"",
+        filters: int = 0,
     ) -> None:
         self.count = count
         self.data = data
@@ -110,6 +123,10 @@ class Chunk:
         self.truncates = truncates
         self.stride = WORDS + 2 * groups  # in words
         self.words = memoryview(meta).cast("Q")
+        self.matched = matched
+        self.filters = filters
+        self.complete = False
+        self.routes: Sequence[Route | None] | None = None
         self.holders = 0  # owned by flow.budget: how many windows hold it
         self._ends: list[int] | None = None
 
@@ -187,8 +204,12 @@ class Chunk:
             halves[2 * INDEX + _LOW_HALF :: 2 * self.stride] = array("I", range(first_idx, first_idx + self.count))
         return Chunk(
             self.count, self.data, bytes(meta), self.keys, self.tables, self.groups, self.commit_lsn, self.end_lsn,
-            self.truncates,
+            self.truncates, self.matched, self.filters,
         )  # fmt: skip
+
+    def route(self, index: int) -> Route:
+        """What was said of this change; empty: nothing."""
+        return (self.routes[index] if self.routes is not None else None) or {}
 
     def numbered(self, n: int) -> Chunk:
         """The same changes, each with this n."""
@@ -196,7 +217,7 @@ class Chunk:
         meta[N :: self.stride * WORD_BYTES] = bytes([n]) * self.count
         return Chunk(
             self.count, self.data, bytes(meta), self.keys, self.tables, self.groups, self.commit_lsn, self.end_lsn,
-            self.truncates,
+            self.truncates, self.matched, self.filters,
         )  # fmt: skip
 
 
@@ -487,6 +508,34 @@ class Message:
         return Message(Span(Chunk(1, body, bytes(record), keys, chunk.tables, chunk.groups), self.span.keying), 0)
 
 
+def reshaped(messages: Sequence[Message], bodies: Sequence[bytes], routes: Sequence[Route | None] | None) -> Batch:
+    """These changes, in this order, with these whole messages as bodies. One may stand there several times. All are of
+    one sink, and so of one keying."""
+    groups = max(message.span.chunk.groups for message in messages)  # they differ where the sinks have changed since
+    record_bytes = (WORDS + 2 * groups) * WORD_BYTES
+    tables: dict[tuple[str, str], int] = {}
+    records: list[bytes] = []
+    keys: list[bytes] = []
+    ends = keys_end = 0
+    for message, body in zip(messages, bodies, strict=True):
+        chunk, index = message.span.chunk, message.span.indices[message.place]
+        stride = chunk.stride * WORD_BYTES
+        record = bytearray(chunk.meta[index * stride : (index + 1) * stride].ljust(record_bytes, b"\0"))
+        texts = b"\0".join(chunk.key_texts(index)) + b"\0" * (1 + 2 * (groups - chunk.groups))
+        ends += len(body)
+        keys_end += len(texts)
+        with memoryview(record) as view, view.cast("Q") as words:
+            words[ENDS] = ends | keys_end << 32
+            words[INDEX] &= LOW
+        record[TABLE : TABLE + 2] = tables.setdefault(chunk.table(index), len(tables)).to_bytes(2, _BYTE_ORDER)
+        records.append(bytes(record))
+        keys.append(texts)
+    shaped = Chunk(len(records), b"".join(bodies), b"".join(records), b"".join(keys), tuple(tables), groups)
+    shaped.complete = True
+    shaped.routes = routes
+    return Batch([(Span(shaped, messages[0].span.keying), 0, shaped.count)])
+
+
 Piece = tuple[Span, int, int]  # the messages of a span from one place up to, not including, another
 
 
@@ -518,6 +567,11 @@ class Batch(Sequence[Message]):
         return all(
             span.byte_column(FLAGS, start, stop).count(WHOLE) == stop - start for span, start, stop in self.pieces
         )
+
+    @property
+    def complete(self) -> bool:
+        """Its bodies are whole messages (see the module)."""
+        return self.pieces[0][0].chunk.complete
 
     @property
     def body_bytes(self) -> int:
