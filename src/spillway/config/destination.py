@@ -1,6 +1,6 @@
 """`sinks[].destination`: one model per type. What a sink's type decides for the rest of the sink stands here, as class
 attributes: how many messages make a batch, whether the last write of a key wins (``state``), what becomes of a missing
-TOAST value and of a TRUNCATE.
+TOAST value and of a TRUNCATE, and what a message may say about where it goes (``routing_keys``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spillway.config.database import FilePath
 from spillway.config.section import Reading, Section
 from spillway.config.values import Flag, Name, Number, Secret, SizeBytes, Whole
 
-Toast = Literal["omit", "fail"]
+Toast = Literal["omit", "reselect", "fail"]
 OnTruncate = Literal["apply", "ignore"]
 
 # Sequin's types that do not exist here yet; they are refused by name.
@@ -33,6 +33,7 @@ class _Destination(Section):
     state: ClassVar[bool] = False
     default_toast: ClassVar[Toast] = "omit"
     default_on_truncate: ClassVar[OnTruncate] = "ignore"
+    routing_keys: ClassVar[tuple[str, ...]] = ()
 
 
 def http_url(url: str) -> str:
@@ -67,7 +68,8 @@ IndexName = Annotated[str, AfterValidator(_index_name)]
 class Search(_Destination):
     default_batch_size: ClassVar[int] = 100
     state: ClassVar[bool] = True
-    default_toast: ClassVar[Toast] = "fail"
+    default_toast: ClassVar[Toast] = "reselect"
+    routing_keys: ClassVar[tuple[str, ...]] = ("index_name", "id", "op", "doc_as_upsert", "routing", "pipeline")
 
     endpoint_url: Annotated[str, AfterValidator(_endpoint_url)]
     index_name: IndexName
@@ -78,6 +80,24 @@ class Search(_Destination):
     tls_ca_file: FilePath | None = None
     timeout_seconds: Annotated[Number, Field(gt=0, le=3600)] | None = None
     gzip: Flag = False
+    op: Literal["index", "update"] = "index"
+    doc_as_upsert: Flag = False  # with op: update
+    pipeline: Name | None = None  # of ingest
+    routing_column: Name | None = None  # whose value is the document's _routing
+
+    @field_validator("doc_as_upsert")
+    @classmethod
+    def _upsert(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("op") == "index":
+            raise ValueError("has no meaning without op: update")
+        return value
+
+    @field_validator("pipeline")
+    @classmethod
+    def _pipeline(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("op") == "update":
+            raise ValueError("has no meaning with op: update: the server runs pipelines for whole documents alone")
+        return value
 
     @field_validator("auth_value")
     @classmethod
@@ -111,6 +131,8 @@ def _endpoint_path(path: str) -> str:
 
 
 class Webhook(_Destination):
+    routing_keys: ClassVar[tuple[str, ...]] = ("method", "endpoint_path", "headers")
+
     type: Literal["webhook"]
     http_endpoint: Name
     http_endpoint_path: Annotated[str, AfterValidator(_endpoint_path)] = ""
@@ -141,6 +163,7 @@ class Stdout(_Destination):
 class Sqlite(_Destination):
     default_batch_size: ClassVar[int] = 1000
     state: ClassVar[bool] = True
+    # default_toast is omit: an UPDATE leaves the column as it is, which is right and costs no query
     default_on_truncate: ClassVar[OnTruncate] = "apply"
 
     type: Literal["sqlite"]

@@ -18,9 +18,11 @@ from spillway.config.database import Database
 from spillway.config.destination import NOT_YET, TYPES, File, Sqlite
 from spillway.config.document import Block, DocumentError, Items, read
 from spillway.config.endpoint import HttpEndpoint
+from spillway.config.functions import Function, FunctionLimits
 from spillway.config.interpolate import interpolate
 from spillway.config.memory import MB
 from spillway.config.process import Memory, Server, State
+from spillway.config.references import references, sections
 from spillway.config.section import Reading, Section, nearest
 from spillway.config.sink import MAX_MESSAGE_BYTES, Sink
 from spillway.config.values import Wrong
@@ -50,6 +52,8 @@ class Config:
     databases: tuple[Database, ...]
     sinks: tuple[Sink, ...]
     http_endpoints: tuple[HttpEndpoint, ...]
+    functions: tuple[Function, ...]
+    function_limits: FunctionLimits
     warnings: tuple[str, ...]  # one line each: FILE:LINE: KEY: what
 
     @property
@@ -70,6 +74,9 @@ class Config:
     def http_endpoint(self, name: str) -> HttpEndpoint:
         return next(endpoint for endpoint in self.http_endpoints if endpoint.name == name)
 
+    def function(self, name: str) -> Function:
+        return next(function for function in self.functions if function.name == name)
+
 
 class _Whole(Section):
     """The file's top level."""
@@ -79,13 +86,15 @@ class _Whole(Section):
         "users": "has no effect: there are no users here",
         "api_tokens": "has no effect here; see server.token",
     }
-    not_yet: ClassVar = {"functions": ([],), "transforms": ([],), "change_retentions": ([],)}
+    not_yet: ClassVar = {"change_retentions": ([],)}
 
     memory: Memory = Field(default_factory=Memory)
     state: State = Field(default_factory=State)
     server: Server = Field(default_factory=Server)
     databases: tuple[Database, ...] = Field(min_length=1)
     http_endpoints: tuple[HttpEndpoint, ...] = ()
+    functions: tuple[Function, ...] = ()
+    function_limits: FunctionLimits = Field(default_factory=FunctionLimits)
     sinks: tuple[Sink, ...] = ()
 
     @classmethod
@@ -140,6 +149,7 @@ def load(path: Path, env: Mapping[str, str]) -> Config:
     """Read and validate a configuration file. Raises ConfigErrors, a ConfigError, with everything that is wrong."""
     reading = Reading(str(path), path.parent.absolute())
     root = _read(path, reading)
+    _functions_of_old(root, reading)
     known = _Whole.known_keys()
     used = Block("", root.line)
     used.update({key: value for key, value in root.items() if key in known})
@@ -152,7 +162,7 @@ def load(path: Path, env: Mapping[str, str]) -> Config:
     except ValidationError as error:
         for details in error.errors(include_url=False):
             _translate(details, root, reading)
-    _references(root, reading)
+    references(root, reading)
     if reading.problems:
         raise ConfigErrors(sorted(reading.problems, key=lambda problem: problem.line))
     warnings = tuple(text for _, text in sorted(reading.warnings, key=lambda warning: warning[0]))
@@ -164,6 +174,8 @@ def load(path: Path, env: Mapping[str, str]) -> Config:
         whole.databases,
         whole.sinks,
         whole.http_endpoints,
+        whole.functions,
+        whole.function_limits,
         warnings,
     )
 
@@ -180,15 +192,10 @@ def _read(path: Path, reading: Reading) -> Block:
         raise ConfigErrors([ConfigError(reading.file, error.line, error.key, error.what)]) from None
 
 
-def _sections(root: Block, key: str) -> list[Block]:
-    value = root.get(key)
-    return [item for item in value if isinstance(item, Block)] if isinstance(value, Items) else []
-
-
 def _unique_names(root: Block, reading: Reading) -> None:
     for key in ("databases", "http_endpoints", "sinks", "functions"):
         seen: dict[object, int] = {}
-        for section in _sections(root, key):
+        for section in sections(root, key):
             name = section.get("name")
             if not isinstance(name, str):
                 continue
@@ -200,20 +207,16 @@ def _unique_names(root: Block, reading: Reading) -> None:
             seen.setdefault(name, line)
 
 
-def _references(root: Block, reading: Reading) -> None:
-    for sink in _sections(root, "sinks"):
-        _reference(sink, "database", root, "databases", reading)
-        destination = sink.get("destination")
-        if isinstance(destination, Block) and destination.get("type") == "webhook":
-            _reference(destination, "http_endpoint", root, "http_endpoints", reading)
-
-
-def _reference(section: Block, key: str, root: Block, kind: str, reading: Reading) -> None:
-    name = section.get(key)
-    names = [str(target["name"]) for target in _sections(root, kind) if isinstance(target.get("name"), str)]
-    if isinstance(name, str) and name not in names:
-        what = f"none of {kind} has this name"
-        reading.problem(section.line_of(key), section.key_path(key), what + nearest(name, names))
+def _functions_of_old(root: Block, reading: Reading) -> None:
+    """``transforms:`` -> ``functions:``."""
+    if root.get("transforms") is None:
+        root.pop("transforms", None)
+    elif root.get("functions") is not None:
+        what = "is an old spelling of functions; give one of the two"
+        reading.problem(root.line_of("transforms"), "transforms", what)
+        del root["transforms"]
+    else:
+        root["functions"], root.lines["functions"] = root.pop("transforms"), root.line_of("transforms")
 
 
 def _translate(details: ErrorDetails, root: Block, reading: Reading) -> None:

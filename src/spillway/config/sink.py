@@ -3,13 +3,16 @@
 Whatever a file leaves out and the destination's type decides (batch size, TOAST, TRUNCATE) is filled in here, so that
 the fields of a `Sink` always hold what is in force. ``destination.batch_size`` and ``destination.timeout_seconds``
 override the sink's; `Sink.batch_size` and `Sink.request_timeout_seconds` are the results.
+
+How messages are shaped is said by the names of functions (`spillway.config.functions`; whether there are such is seen
+when the file is whole, in `references`) and without code (`spillway.config.shape`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from spillway.config.backfill import BackfillLimits, InitialBackfill, InitialBackfills
 from spillway.config.database import stable_id
@@ -17,6 +20,7 @@ from spillway.config.destination import OLD_SPELLINGS, Destination, OnTruncate, 
 from spillway.config.document import Block
 from spillway.config.memory import MB
 from spillway.config.section import Reading, Section, nearest
+from spillway.config.shape import Condition, Outbox, Related, fill_tables
 from spillway.config.values import (
     Annotations,
     DurationSeconds,
@@ -27,7 +31,6 @@ from spillway.config.values import (
     TableName,
     Whole,
     Wrong,
-    later,
 )
 
 Action = Literal["insert", "update", "delete"]
@@ -75,11 +78,21 @@ class Backlog(Section):
     max_messages: Annotated[Whole, Field(ge=1)] | None = None
     max_bytes: Annotated[SizeBytes, Field(ge=MB)] | None = None
     max_age_seconds: Annotated[DurationSeconds, Field(gt=0)] | None = Field(default=None, alias="max_age")
-    on_full: Annotated[Literal["block", "pause"], later("compact")] = "block"
+    on_full: Literal["block", "pause", "compact"] = "block"
 
 
 _ELSEWHERE = "has no effect here"
-_FUNCTION = (None, "none")
+_OF_STATE = "is for sinks that keep rows (search and sqlite): elsewhere every message counts"
+
+
+def _no_function(value: object) -> object:
+    """Sequin's way to say that there is none, where its file may not leave a key out."""
+    return None if value in ("none", "null", "nil") else value
+
+
+FunctionName = Annotated[Name | None, BeforeValidator(_no_function)]
+FUNCTION_KEYS = ("filter", "routing", "transform", "enrichment")
+Format = Literal["sequin", "debezium", "cloudevents", "record"]
 
 
 class Sink(Section):
@@ -97,14 +110,6 @@ class Sink(Section):
         "inserted_at": _ELSEWHERE,
         "updated_at": _ELSEWHERE,
     }
-    not_yet: ClassVar = {
-        "transform": _FUNCTION,
-        "filter": _FUNCTION,
-        "routing": _FUNCTION,
-        "enrichment": _FUNCTION,
-        "legacy_transform": _FUNCTION,
-    }
-
     name: Name
     database: Name
     destination: Destination
@@ -124,9 +129,20 @@ class Sink(Section):
     max_retry_count: Annotated[Whole, Field(ge=0)] | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     backlog: Backlog = Field(default_factory=Backlog)
-    toast: Annotated[Toast, later("reselect")] = Field(default_factory=lambda data: data["destination"].default_toast)
+    toast: Toast = Field(default_factory=lambda data: data["destination"].default_toast)
     on_truncate: OnTruncate = Field(default_factory=lambda data: data["destination"].default_on_truncate)
-    timestamp_format: Annotated[Literal["iso8601"], later("unix_microsecond")] = "iso8601"
+    filter: FunctionName = None
+    routing: FunctionName = None
+    transform: FunctionName = None
+    enrichment: FunctionName = None
+    enrichment_timeout_ms: Annotated[Whole, Field(ge=1, le=3_600_000)] = 15_000  # of one query
+    enrichment_from: Literal["primary", "replica"] = "primary"
+    filters: tuple[Condition, ...] = ()
+    format: Format = "sequin"
+    timestamp_format: Literal["iso8601", "unix_microsecond"] = "iso8601"
+    tx: Flag = False
+    related: tuple[Related, ...] = ()
+    outbox: Outbox | None = None
     annotations: Annotations = Field(default_factory=dict)
     initial_backfill: InitialBackfills = ()
     backfill: BackfillLimits = Field(default_factory=BackfillLimits)
@@ -140,6 +156,8 @@ class Sink(Section):
                 reading.problem(destination.line_of("type"), destination.key_path("type"), "must be text")
             destination["type"] = OLD_SPELLINGS.get(str(kind), str(kind))
         _source_of_old(block, reading)
+        _format_of_old(block, reading)
+        fill_tables(block, reading)
 
     @field_validator("tables")
     @classmethod
@@ -162,9 +180,23 @@ class Sink(Section):
     def _latest_wins(cls, value: str, info: ValidationInfo) -> str:
         destination = info.data.get("destination")
         if value == "latest_wins" and destination is not None and not destination.state:
-            raise ValueError(
-                "latest_wins is for sinks that keep rows (search and sqlite): elsewhere every message counts"
-            )
+            raise ValueError(f"latest_wins {_OF_STATE}")
+        return value
+
+    @field_validator("backlog")
+    @classmethod
+    def _compact(cls, value: Backlog, info: ValidationInfo) -> Backlog:
+        destination = info.data.get("destination")
+        if value.on_full == "compact" and destination is not None and not destination.state:
+            raise Wrong("on_full", f"compact {_OF_STATE}")
+        return value
+
+    @field_validator("toast")
+    @classmethod
+    def _reselect(cls, value: str, info: ValidationInfo) -> str:
+        destination = info.data.get("destination")
+        if value == "reselect" and destination is not None and not destination.state:
+            raise ValueError(f"reselect {_OF_STATE}, and would give them a later row")
         return value
 
     @field_validator("on_truncate")
@@ -180,14 +212,80 @@ class Sink(Section):
     def _tables_of_its_own(
         cls, entries: tuple[InitialBackfill, ...], info: ValidationInfo
     ) -> tuple[InitialBackfill, ...]:
-        source = info.data.get("source")
         for index, entry in enumerate(entries):
             if entry.table in [earlier.table for earlier in entries[:index]]:
                 raise Wrong(f"{index}.table", "is in the list already")
-            if entry.table is not None and source is not None and not source.selects(*entry.table):
-                near = nearest(str(entry.table), map(str, source.include_tables or ()))
-                raise Wrong(f"{index}.table", f"is not a table of this sink: its source leaves it out{near}")
+            if entry.table is not None:
+                _of_this_sink(entry.table, f"{index}.table", info)
         return entries
+
+    @field_validator("routing")
+    @classmethod
+    def _routable(cls, value: str | None, info: ValidationInfo) -> str | None:
+        destination = info.data.get("destination")
+        if value is not None and destination is not None and not destination.routing_keys:
+            raise ValueError(f"has no meaning for {destination.type}: there is one place to go")
+        return value
+
+    @field_validator("enrichment")
+    @classmethod
+    def _one_table(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if value is not None and source is not None and len(source.include_tables or ()) != 1:
+            raise ValueError(
+                "needs a source with exactly one table in include_tables: its SQL is about that table's keys"
+            )
+        return value
+
+    @field_validator("filters")
+    @classmethod
+    def _filtered_tables(cls, conditions: tuple[Condition, ...], info: ValidationInfo) -> tuple[Condition, ...]:
+        for index, condition in enumerate(conditions):
+            _of_this_sink(condition.table, f"{index}.table", info)
+        return conditions
+
+    @field_validator("format")
+    @classmethod
+    def _one_shape(cls, value: str, info: ValidationInfo) -> str:
+        if value != "sequin" and info.data.get("transform") is not None:
+            raise ValueError("does not go together with transform, which makes the whole message")
+        return value
+
+    @field_validator("related")
+    @classmethod
+    def _refreshed_tables(cls, related: tuple[Related, ...], info: ValidationInfo) -> tuple[Related, ...]:
+        destination = info.data.get("destination")
+        if related and destination is not None and not destination.state:
+            raise ValueError(_OF_STATE)
+        for index, entry in enumerate(related):
+            _of_this_sink(entry.refreshes, f"{index}.refreshes", info)
+        return related
+
+    @field_validator("outbox")
+    @classmethod
+    def _outbox(cls, outbox: Outbox | None, info: ValidationInfo) -> Outbox | None:
+        destination = info.data.get("destination")
+        if outbox is None or destination is None:
+            return outbox
+        if outbox.table is not None:
+            _of_this_sink(outbox.table, "table", info)
+        for key in outbox.routing:
+            if key not in destination.routing_keys:
+                near = nearest(key, destination.routing_keys)
+                raise Wrong(f"routing.{key}", f"is nothing that {destination.type} is routed by{near}")
+        if outbox.headers and "headers" not in destination.routing_keys:
+            raise Wrong("headers", f"has no meaning for {destination.type}")
+        return outbox
+
+    @model_validator(mode="after")
+    def _compacts(self) -> Sink:
+        named = [key for key in ("filter", "transform", "routing") if getattr(self, key) is not None]
+        if self.backlog.on_full == "compact" and named:
+            raise Wrong(
+                "backlog.on_full",
+                f"compact does not go together with {named[0]}: a function may make something else of each message",
+            )
+        return self
 
     @property
     def id(self) -> str:
@@ -202,6 +300,27 @@ class Sink(Section):
     def group_columns(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """By table (schema, name): what its messages are grouped by, where that is not the primary key."""
         return {table.name: table.group_column_names for table in self.tables if table.group_column_names}
+
+
+def _of_this_sink(table: TableName, key: str, info: ValidationInfo) -> None:
+    source = info.data.get("source")
+    if source is not None and not source.selects(*table):
+        near = nearest(str(table), map(str, source.include_tables or ()))
+        raise Wrong(key, f"is not a table of this sink: its source leaves it out{near}")
+
+
+def _format_of_old(block: Block, reading: Reading) -> None:
+    """``legacy_transform: record_only`` -> ``format: record``."""
+    key = "legacy_transform"
+    line, old = block.line_of(key), block.pop(key, None)
+    if old in (None, "none"):
+        return
+    if old != "record_only":
+        reading.problem(line, block.key_path(key), "must be none or record_only")
+    elif any(block.get(other) not in (None, "none") for other in ("transform", "format")):
+        reading.problem(line, block.key_path(key), "is an old spelling of format: record; give one of the two")
+    else:
+        block["format"], block.lines["format"] = "record", line
 
 
 def _source_of_old(block: Block, reading: Reading) -> None:

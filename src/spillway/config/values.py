@@ -10,7 +10,6 @@ import re
 from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
-from pydantic_core import PydanticCustomError
 
 from spillway.config.document import Block, Items
 
@@ -84,17 +83,6 @@ def plain(value: object) -> object:
     if isinstance(value, Items):
         return [plain(item) for item in value]
     return value
-
-
-def later(*values: str) -> BeforeValidator:
-    """Values that a later version will understand are refused by their name."""
-
-    def refuse(value: object) -> object:
-        if isinstance(value, str) and value in values:
-            raise PydanticCustomError("not_yet", "'{value}' is not there yet in this version", {"value": value})
-        return value
-
-    return BeforeValidator(refuse)
 
 
 class TableName(NamedTuple):

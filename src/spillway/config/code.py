@@ -1,0 +1,76 @@
+"""Is it Python with the function that is wanted, or SQL that can be asked? Found without running any of it.
+
+Python is parsed and compiled here, never executed: that happens in the worker alone. What a problem says may hold lines
+of the code, which is never interpolated and so holds no secret of the environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+
+from spillway.config.elixir import PARAMETERS, in_python, is_elixir
+from spillway.config.section import nearest
+
+MAX_CODE_BYTES = 256 << 10
+ENTRY = {"transform": "transform", "filter": "filter", "routing": "route"}  # by type: the function that is called
+
+_DOLLAR = re.compile(r"\$([0-9]+)")
+
+
+def python_problem(code: str, kind: str) -> str | None:
+    """What is wrong with the code of a function of this type."""
+    name = ENTRY[kind]
+    if len(code.encode()) > MAX_CODE_BYTES:
+        return f"is longer than {MAX_CODE_BYTES >> 10} kB; put it into a package and name it with module"
+    tree, problem = _parsed(code)
+    if tree is None:
+        if is_elixir(code):
+            return "is Elixir, as Sequin has it; here functions are Python:\n" + in_python(code, name)
+        return problem
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    wanted = [node for node in found if node.name == name]
+    signature = f"def {name}({', '.join(PARAMETERS)})"
+    if not wanted:
+        near = nearest(name, [node.name for node in found])
+        return f"must define {signature}" + (near.replace("did you mean", "is that") if near else "")
+    if isinstance(wanted[-1], ast.AsyncFunctionDef):
+        return f"must define {signature}: not async def"
+    if not _takes_four(wanted[-1].args):
+        return f"line {wanted[-1].lineno}: must be {signature}, with these four parameters"
+    return None
+
+
+def sql_problem(code: str, arrays: int | None = None) -> str | None:
+    """``arrays``: how many there are to be had as ``$1..$n``, where that is known."""
+    numbers = {int(number) for number in _DOLLAR.findall(code)}
+    if 1 not in numbers:
+        return "must contain $1, the array of the keys: ... WHERE id = ANY($1)"
+    if arrays is not None and max(numbers) > arrays:
+        return f"has ${max(numbers)}, but there are {arrays} columns"
+    return None
+
+
+def _parsed(code: str) -> tuple[ast.Module | None, str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of style, such as an escape that is none
+            tree = ast.parse(code)
+            compile(code, "function", "exec", dont_inherit=True)  # finds a `return` outside of a function
+    except SyntaxError as error:
+        line = f": {error.text.strip()}" if error.text and error.text.strip() else ""
+        return None, f"line {error.lineno or 1}: {error.msg}{line}"
+    except ValueError:
+        return None, "holds a zero byte"
+    except (RecursionError, MemoryError):
+        return None, "is nested too deeply"
+    return tree, ""
+
+
+def _takes_four(arguments: ast.arguments) -> bool:
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    required = positional - len(arguments.defaults)
+    keywords = sum(default is None for default in arguments.kw_defaults)
+    most = positional if arguments.vararg is None else max(positional, len(PARAMETERS))
+    return not keywords and required <= len(PARAMETERS) <= most
