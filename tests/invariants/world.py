@@ -31,11 +31,12 @@ from typing import NamedTuple, Protocol
 from spillway.change import ACTIONS, Action
 from spillway.chunk import MOVED, OLD, WHOLE, Batch, Chunk, ChunkBuilder, Message
 from spillway.errors import Finding, SourceUnavailable
-from spillway.flow.backfill import Backfill, Manners
+from spillway.flow.backfill import Backfill
 from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.inflow import Process, SinkSpec
+from spillway.flow.paging import Manners
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import ROW_ACTIONS, Router, Subscription
 from spillway.metrics import Metrics

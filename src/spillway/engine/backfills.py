@@ -36,9 +36,10 @@ from spillway.clock import Clock
 from spillway.config import Database, Search, Sink
 from spillway.engine.shadow import REINDEX
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
-from spillway.flow.backfill import Backfill, Manners, OpenReader
+from spillway.flow.backfill import Backfill
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
+from spillway.flow.paging import Manners, OpenReader
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import Router, Subscription
 from spillway.source import catalog

@@ -32,8 +32,8 @@ from spillway.clock import Clock
 from spillway.config import Search, Sink
 from spillway.engine.shadow import ReindexState
 from spillway.errors import SpillwayError
-from spillway.flow.backfill import OpenReader
 from spillway.flow.budget import Spare
+from spillway.flow.paging import OpenReader
 from spillway.position import version
 from spillway.sinks.document import document_id, parsed
 from spillway.sinks.index import Found

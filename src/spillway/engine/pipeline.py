@@ -102,7 +102,7 @@ class Pipeline:
     def _max_message_bytes(self) -> int:
         return max((s.max_message_bytes for s in self.sinks), default=1 << 20)
 
-    async def open_reader(self, backfill_id: str, *, primary: bool = False) -> PageReader:
+    async def open_reader(self, page_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
         replica = self.database.replica_url is not None and not primary
         if self.identity is None:
@@ -112,7 +112,7 @@ class Pipeline:
             self._slot,
             self.database.publication.name,
             lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
-            backfill_id.encode(),
+            page_id.encode(),
             Expected(self.identity.system_id, replica),
             min(RENEW_FRAME_BYTES, self._process.budget.pages.limit_bytes // RENEW_PART),
         )

@@ -12,7 +12,7 @@ unseen TRUNCATE makes the whole page void.
 
 **Bounded.** What is remembered (records and texts of keys, no bodies) is charged to the capture pool, up to a part of
 it. Where that does not do, everything is forgotten, pages that are being read are void, and `began` starts anew: its
-caller then waits until whatever ran at that moment has ended (spillway.flow.backfill).
+caller then waits until whatever ran at that moment has ended (spillway.flow.paging).
 """
 
 from __future__ import annotations
