@@ -1,0 +1,65 @@
+"""An outbox: what is sent of a row or of an emitted message, and what is it routed by."""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+import pytest
+
+from spillway.functions.base import Failure, Outcome, Output
+from spillway.functions.outbox import OutboxFunctions
+
+
+def event(functions: OutboxFunctions, record: dict[str, object], action: str = "insert") -> Outcome:
+    message = orjson.dumps({"record": record, "changes": None, "action": action, "metadata": {}})
+    (outcome,) = asyncio.run(functions([message], [False]))
+    return outcome
+
+
+def of_table(**routing: str) -> OutboxFunctions:
+    return OutboxFunctions("payload", routing, {}, emitted=False)
+
+
+@pytest.mark.parametrize(
+    ("payload", "body"),
+    [
+        ({"id": 1}, b'{"id":1}'),
+        ('{"id":  1.0}', b'{"id":  1.0}'),
+        ('{"id":\n1}', b'{"id": 1}'),
+        ("plain", b'"plain"'),
+        ([1, 2], b"[1,2]"),
+        (0, b"0"),
+    ],
+)
+def test_the_payload_is_the_body(payload: object, body: bytes) -> None:
+    assert event(of_table(), {"payload": payload}) == (Output(body),)
+
+
+def test_it_is_routed_by_its_columns() -> None:
+    functions = OutboxFunctions("payload", {"endpoint_path": "/{kind}/{id}"}, {"x-type": "{kind}"}, emitted=False)
+    outcome = event(functions, {"payload": {}, "kind": "order", "id": 7})
+    assert outcome == (Output(b"{}", {"endpoint_path": "/order/7", "headers": {"x-type": "order"}}),)
+
+
+@pytest.mark.parametrize("record", [{"payload": None, "kind": "x"}, {"kind": "x"}, {"payload": {}, "kind": None}])
+def test_what_is_missing_fails_the_message(record: dict[str, object]) -> None:
+    outcome = event(of_table(endpoint_path="/{kind}"), record)
+    assert isinstance(outcome, Failure)
+    assert outcome.reason == "outbox_failed"
+
+
+@pytest.mark.parametrize("action", ["update", "delete"])
+def test_only_inserts_are_events(action: str) -> None:
+    assert event(of_table(), {"payload": {}}, action) == ()
+
+
+def test_an_emitted_message() -> None:
+    whole = OutboxFunctions(None, {"endpoint_path": "/{kind}"}, {}, emitted=True)
+    assert event(whole, {"prefix": "p", "content": {"kind": "x", "data": [1]}}) == (
+        Output(b'{"kind":"x","data":[1]}', {"endpoint_path": "/x"}),
+    )
+    part = OutboxFunctions("data", {}, {}, emitted=True)
+    assert event(part, {"prefix": "p", "content": {"kind": "x", "data": [1]}}) == (Output(b"[1]"),)
+    text = OutboxFunctions(None, {}, {}, emitted=True)
+    assert event(text, {"prefix": "p", "content": "hello"}) == (Output(b'"hello"'),)
