@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from store_support import SINK, SLOT, at, fast_folder, opened, park, plain, put, span
 
-from spillway.store import apply, backfills, commands, lanes, people, queue, reads, sqlite
+from spillway.store import apply, backfills, commands, lanes, people, queue, reads, refreshes, sqlite
 from spillway.store.base import Write
 from spillway.store.file import open_writer
 
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[-1]}.{name}": text
-    for module in (queue, lanes, apply, backfills, commands, reads, people, sqlite)
+    for module in (queue, lanes, apply, backfills, refreshes, commands, reads, people, sqlite)
     for name, text in vars(module).items()
     if name.isupper() and isinstance(text, str) and text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")
 }

@@ -26,6 +26,7 @@ from spillway.store.backfills import write_backfill
 from spillway.store.base import Counters, Gap, Identity, Park, SinkState, Write, Written
 from spillway.store.lanes import Failure, Lanes
 from spillway.store.queue import Put, Queue, Taken
+from spillway.store.refreshes import ask_refreshes, drop_refreshes
 from spillway.store.rows import CHUNK, INSERT_BYTES, Row, SinkRow, as_json, message_rows, ones, rows_of, single
 
 INSERT_DEAD = """
@@ -48,9 +49,9 @@ UPDATE_GAP = """
     UPDATE sink SET gap_first = ?, gap_last = ?, gap_since = ?, gap_reason = ?, gap_tables = ? WHERE id = ?"""
 UPDATE_SINK = """
     UPDATE sink SET lsn = ?, idx = ?, sub = ?, run = ?, messages = ?, bytes = ?, queued = ?, parked_keys = ?,
-    dead_letters = ? WHERE id = ?"""
+    dead_letters = ?, refreshes = ?, asked = ? WHERE id = ?"""
 SELECT_SINK = """
-    SELECT id, slot, run, lsn, idx, sub, messages, bytes, queued, parked_keys, dead_letters,
+    SELECT id, slot, run, lsn, idx, sub, asked, messages, bytes, queued, parked_keys, dead_letters, refreshes,
     paused, gap_first, gap_last, gap_since, gap_reason, gap_tables FROM sink WHERE name = ?"""
 UPSERT_SLOT = """
     INSERT INTO slot (name, system_id, timeline, epoch, mark) VALUES (?, ?, ?, ?, ?)
@@ -90,7 +91,7 @@ class Transaction:
     def _save(self, sink: SinkRow) -> None:
         c = sink.counters
         position = sink.position or (None, None, None)
-        counters = (c.messages, c.bytes, c.queued, c.parked_keys, c.dead_letters)
+        counters = (c.messages, c.bytes, c.queued, c.parked_keys, c.dead_letters, c.refreshes, sink.asked)
         self._db.execute(UPDATE_SINK, (*position, sink.run, *counters, sink.id))
 
     def committed(self) -> None:
@@ -108,17 +109,17 @@ class Transaction:
         if found is None:
             self._db.execute("INSERT INTO sink (name, slot) VALUES (?, ?)", (name, slot))
             found = self._db.execute(SELECT_SINK, (name,)).fetchone()
-        number, its_slot, run, lsn, idx, sub = found[:6]
+        number, its_slot, run, lsn, idx, sub, asked = found[:7]
         if its_slot != slot:
             raise SpillwayError(
                 "sink_moved",
                 f"the state of sink {name} belongs to slot {its_slot}, not to {slot}",
                 "give the sink another name (it then starts anew), or its database the slot it had",
             )
-        counters = Counters(*found[6:11])
-        paused, gap_first, gap_last, gap_since, why, missed = found[11:]
+        counters = Counters(*found[7:13])
+        paused, gap_first, gap_last, gap_since, why, missed = found[13:]
         position = None if lsn is None else Position(lsn, idx, sub)
-        self._sinks[name] = SinkRow(number, slot, run, position, counters)
+        self._sinks[name] = SinkRow(number, slot, run, position, counters, asked)
         tables = None if missed is None else tuple((schema, table) for schema, table in orjson.loads(missed))
         gap = None if gap_first is None else Gap(gap_first, gap_last, gap_since, why, tables)
         return SinkState(position, None if paused is None else bool(paused), gap, replace(counters))
@@ -172,6 +173,10 @@ class Transaction:
             self._db.execute(UPDATE_GAP, (*values, sink.id))
         if write.backfill is not None:
             write_backfill(self._db, sink.id, write.backfill)
+        if write.ask is not None:
+            ask_refreshes(self._db, sink, write.ask, self._clock.wall())
+        if write.refreshed:
+            drop_refreshes(self._db, sink, write.refreshed)
         return Written(replace(sink.counters))
 
     def _append(self, sink: SinkRow, puts: Sequence[Put]) -> None:

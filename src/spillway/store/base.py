@@ -53,6 +53,9 @@ another: a caller on an event loop has it done by `ask`, so that no thread that 
 the store does not look into, by sink and id; a `Write` replaces it. Of those that have ended the last hundred of a sink
 stay.
 
+**Refreshes.** Rows whose documents are to be made anew are kept by sink, table and key until somebody says that it is
+done (spillway.store.refreshes): each once, however often it is asked for.
+
 **Start.** ``open_sink`` reads one row. Due times are void after a restart: all parked keys are due at once, without
 touching them (a row's due time carries the number of the run that wrote it).
 """
@@ -69,6 +72,8 @@ from spillway.position import Position
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+EVERYTHING = ""  # the key of a due refresh of all rows of its table
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Counters:
     queued: int = 0  # of messages: in the queue, not in a lane
     parked_keys: int = 0
     dead_letters: int = 0
+    refreshes: int = 0  # due
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,8 @@ class Write:
     gap: Gap | None = None
     clear_gap: bool = False
     backfill: BackfillDocument | None = None
+    ask: AskedRefreshes | None = None
+    refreshed: Sequence[DueRefresh] = ()  # done; those that were asked for again since they were read stay due
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,25 @@ class BackfillDocument:
     document: bytes
     ended: bool
     forgotten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AskedRefreshes:
+    """Rows of a table (schema, name) whose documents are to be made anew, by keys of `spillway.change.make_key`."""
+
+    table: tuple[str, str]
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class DueRefresh:
+    """See spillway.store.refreshes."""
+
+    table: tuple[str, str]
+    key: str
+    place: int
+    number: int
+    since: float  # wall seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +296,9 @@ class Store(Protocol):
     def backfills(self, sink: str, *, ended: bool) -> list[tuple[str, bytes]]:
         """Ids and documents, in the order in which they were first written; without ``ended`` those alone that have not
         ended."""
+
+    def refreshes(self, sink: str, table: tuple[str, str], after_place: int, limit: int) -> list[DueRefresh]:
+        """Those that are due of a table, by their places."""
 
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""

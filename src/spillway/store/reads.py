@@ -25,9 +25,10 @@ from spillway.chunk import FLAGS, MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
 from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
-from spillway.store.base import Identity, LaneHead, P, T
+from spillway.store.base import DueRefresh, Identity, LaneHead, P, T
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.queue import find_spans, with_key
+from spillway.store.refreshes import SELECT_REFRESHES, table_text
 from spillway.store.rows import (
     CHUNK,
     MESSAGE_COLUMNS,
@@ -299,6 +300,14 @@ class Reads:
         given = (self._id(sink),)
         rows = self._asked(SELECT_BACKFILLS, given) if ended else self._rows(SELECT_RUNNING, given)
         return cast("list[tuple[str, bytes]]", rows)
+
+    def refreshes(self, sink: str, table: tuple[str, str], after_place: int, limit: int) -> list[DueRefresh]:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 1
+            cursor = db.execute(SELECT_REFRESHES, (number, table_text(table), after_place, limit))
+            found = cast("list[tuple[int, str, int, float]]", rows_of(cursor))
+        return [DueRefresh(table, key, place, asked, since) for place, key, asked, since in found]
 
     def oldest(self, sink: str) -> float | None:
         found = self._first(SELECT_OLDEST, (self._id(sink),))

@@ -62,6 +62,7 @@ class SinkRow:
     run: int
     position: tuple[int, int, int] | None
     counters: Counters
+    asked: int = 0  # the last number of a due refresh
 
     def copy(self) -> SinkRow:
         return replace(self, counters=replace(self.counters))

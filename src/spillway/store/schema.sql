@@ -24,7 +24,9 @@ CREATE TABLE sink (
     bytes INTEGER NOT NULL DEFAULT 0,
     queued INTEGER NOT NULL DEFAULT 0,
     parked_keys INTEGER NOT NULL DEFAULT 0,
-    dead_letters INTEGER NOT NULL DEFAULT 0
+    dead_letters INTEGER NOT NULL DEFAULT 0,
+    refreshes INTEGER NOT NULL DEFAULT 0,
+    asked INTEGER NOT NULL DEFAULT 0  -- the last number of table refresh
 );
 
 -- The queue: a row per span, what is small and may change of it here, its columns below. The row of a message is
@@ -122,3 +124,12 @@ CREATE TABLE backfill (
 CREATE INDEX backfill_sink ON backfill (sink);
 CREATE INDEX backfill_running ON backfill (sink) WHERE ended IS NULL;
 CREATE INDEX backfill_ended ON backfill (sink, ended) WHERE ended IS NOT NULL;
+
+-- Rows whose documents are to be made anew, see refreshes.py. ``tbl``: JSON array of schema and table. ``number``: of the
+-- last asking; ``since``: wall seconds of the first, whose number is its ``place``.
+CREATE TABLE refresh (
+    sink INTEGER NOT NULL, tbl TEXT NOT NULL, place INTEGER NOT NULL,
+    key TEXT NOT NULL, number INTEGER NOT NULL, since REAL NOT NULL,
+    PRIMARY KEY (sink, tbl, place)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX refresh_key ON refresh (sink, tbl, key);
