@@ -39,6 +39,7 @@ def errors(tmp_path: Path, text: str) -> list[str]:
 
 
 LATER = "is not there yet in this version"
+OF_STATE = "is for sinks that keep rows (search and sqlite): elsewhere every message counts"
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,8 @@ LATER = "is not there yet in this version"
         (DATABASES + "memory: {limit_mb: [64]}\n", "6: memory.limit_mb: must be a whole number"),
         (DATABASES + "server: {tokn: x}\n", "6: server.tokn: unknown key; did you mean token?"),
         (DATABASES + "server: {token: 5}\n", "6: server.token: must be text; put it in quotes"),
-        (DATABASES + "functions: [{name: f}]\n", f"6: functions: 'functions' {LATER}; leave it out"),
-        (DATABASES + "transforms: [{name: f}]\n", f"6: transforms: 'transforms' {LATER}; leave it out"),
+        (DATABASES + "functions: [{name: f}]\n", "6: functions[0].type: is required"),
+        (DATABASES + "transforms: [{name: f}]\n", "6: transforms[0].type: is required"),
         (
             DATABASES + "change_retentions: [{name: f}]\n",
             f"6: change_retentions: 'change_retentions' {LATER}; leave it out",
@@ -343,26 +344,18 @@ TABLE = 'must be a table: schema.table, with "..." around a part that holds a do
         ("backlog: {max_age: 7y}", "", "backlog.max_age: must be a time such as 7d, 12h, 30m or 90s"),
         ("backlog: {max_age: 0s}", "", "backlog.max_age: must be more than 0"),
         ("backlog: {max_age_seconds: 7}", "", "backlog.max_age_seconds: unknown key; did you mean max_age?"),
-        ("backlog: {on_full: compact}", "", f"backlog.on_full: 'compact' {LATER}"),
-        ("backlog: {on_full: drop}", "", "backlog.on_full: must be block or pause"),
+        ("backlog: {on_full: compact}", "", f"backlog.on_full: compact {OF_STATE}"),
+        ("backlog: {on_full: drop}", "", "backlog.on_full: must be block, pause or compact"),
         ("on_reject: discard", "", "on_reject: must be block, dead_letter or latest_wins"),
-        (
-            "on_reject: latest_wins",
-            "",
-            "on_reject: latest_wins is for sinks that keep rows (search and sqlite): elsewhere every message counts",
-        ),
-        ("toast: reselect", "", f"toast: 'reselect' {LATER}"),
-        ("toast: fial", "", "toast: must be omit or fail; did you mean fail?"),
+        ("on_reject: latest_wins", "", f"on_reject: latest_wins {OF_STATE}"),
+        ("toast: reselect", "", f"toast: reselect {OF_STATE}"),
+        ("toast: fial", "", "toast: must be omit, reselect or fail; did you mean fail?"),
         ("on_truncate: apply", "", f"on_truncate: 'apply' {LATER} for stdout"),
         ("on_truncate: apply", OPENSEARCH, f"on_truncate: 'apply' {LATER} for opensearch"),
-        ("timestamp_format: unix_microsecond", "", f"timestamp_format: 'unix_microsecond' {LATER}"),
-        ("timestamp_format: rfc", "", "timestamp_format: must be iso8601"),
-        ("transform: f", "", f"transform: 'transform' {LATER}; leave it out"),
-        ("transform: {type: path, path: record}", "", f"transform: 'transform' {LATER}; leave it out"),
-        ("filter: f", "", f"filter: 'filter' {LATER}; leave it out"),
-        ("routing: f", "", f"routing: 'routing' {LATER}; leave it out"),
-        ("enrichment: f", "", f"enrichment: 'enrichment' {LATER}; leave it out"),
-        ("legacy_transform: record_only", "", f"legacy_transform: 'legacy_transform' {LATER}; leave it out"),
+        ("timestamp_format: rfc", "", "timestamp_format: must be iso8601 or unix_microsecond"),
+        ("transform: f", "", "transform: none of functions has this name"),
+        ("transform: {type: path, path: record}", "", "transform: must be text; put it in quotes"),
+        ("legacy_transform: record", "", "legacy_transform: must be none or record_only"),
         (
             "initial_backfill: yes",
             "",
@@ -604,12 +597,11 @@ sinks:
         "6: databases[0].port: the environment variable PORT is not set; set it, or write ${PORT:-default}",
         "11: sinks[0].database: none of databases has this name; did you mean app?",
         "12: sinks[0].batch_size: must be a whole number",
-        "13: sinks[0].transform: 'transform' is not there yet in this version; leave it out",
+        "13: sinks[0].transform: none of functions has this name",
         "14: sinks[0].destination.index_nme: unknown key; did you mean index_name?",
         "14: sinks[0].destination.index_name: is required",
         "14: sinks[0].destination.auth_value: is required with auth_type: basic",
         "17: sinks[1].destination.type: 'kafka' is not there yet in this version",
-        "18: sinks[1].toast: 'reselect' is not there yet in this version",
     ]
 
 
@@ -682,8 +674,30 @@ FULL = {
             "actions": ["insert"],
             "tables": [{"name": "a", "group_column_names": ["b"]}],
             "backlog": {"max_bytes": "1GB"},
+            "filter": "f",
+            "routing": "r",
+            "filters": [{"column": "c", "operator": "in", "value": [1], "path": "p.q"}],
+            "outbox": {"table": "a", "payload": "p", "routing": {"method": "{m}"}, "headers": {"x": "{y}"}},
             "destination": {"type": "webhook", "http_endpoint": "e", "batch": True},
         },
+        {
+            "name": "y",
+            "database": "app",
+            "source": {"include_tables": ["a"]},
+            "enrichment": "e",
+            "transform": "s",
+            "related": [{"table": "b", "columns": ["c"], "sql": "SELECT $1", "refreshes": "a"}],
+            "destination": {"type": "opensearch", "endpoint_url": "http://h", "index_name": "i", "op": "update"},
+        },
+    ],
+    "function_limits": {"timeout_ms": 5, "memory_mb": 64},
+    "functions": [
+        {"name": "f", "type": "filter", "code": "def filter(action, record, changes, metadata): return True"},
+        {"name": "r", "type": "routing", "sink_type": "webhook", "module": "a.b:c"},
+        {"name": "e", "type": "enrichment", "code": "SELECT $1"},
+        {"name": "p", "function": {"type": "path", "path": "record.a"}},
+        {"name": "s", "type": "fields", "fields": [{"drop": ["a"]}, {"rename": {"b": "c"}}, {"set": {"d": 1}}]},
+        {"name": "x", "type": "filter", "file": "no"},
     ],
 }
 

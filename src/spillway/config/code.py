@@ -59,8 +59,8 @@ def _parsed(code: str) -> tuple[ast.Module | None, str]:
             tree = ast.parse(code)
             compile(code, "function", "exec", dont_inherit=True)  # finds a `return` outside of a function
     except SyntaxError as error:
-        line = f": {error.text.strip()}" if error.text and error.text.strip() else ""
-        return None, f"line {error.lineno or 1}: {error.msg}{line}"
+        text = (error.text or "").strip()
+        return None, f"line {error.lineno or 1}: {error.msg}" + (f": {text}" if text and text.isprintable() else "")
     except ValueError:
         return None, "holds a zero byte"
     except (RecursionError, MemoryError):

@@ -11,6 +11,7 @@ beside the name; ``sink_type: http_push`` is `webhook`.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,13 +40,14 @@ _PATH = re.compile(r"(record|changes|action|metadata)(\.[a-zA-Z0-9_\-.]+)*")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-class FieldOperation(Section):
+@dataclass(frozen=True, slots=True)
+class FieldOperation:
     """One step of a function of type fields."""
 
     kind: FieldKind
     columns: tuple[str, ...] = ()  # select, drop, mask, hash, flatten
-    names: dict[str, str] = Field(default_factory=dict)  # rename: old -> new
-    values: dict[str, object] = Field(default_factory=dict)  # set
+    names: dict[str, str] = field(default_factory=dict)  # rename: old -> new
+    values: dict[str, object] = field(default_factory=dict)  # set
 
 
 def _function_name(name: str) -> str:

@@ -242,7 +242,7 @@ def _place(location: Sequence[int | str], root: Block) -> tuple[int, str]:
     line, key = root.line, ""
     for part in location:
         if isinstance(here, Block) and isinstance(part, str):
-            if part not in here and part not in here.lines and part == here.get("type"):
+            if key.endswith("destination") and part == here.get("type"):
                 continue  # pydantic names the member of a union by its tag
             line, key, here = here.line_of(part), here.key_path(part), here.get(part)
         elif isinstance(here, Items) and isinstance(part, int):

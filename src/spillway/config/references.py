@@ -4,8 +4,9 @@ the type that is wanted. Looked at in the file's tree, so that it is told also w
 
 from __future__ import annotations
 
-from spillway.config.destination import OLD_SPELLINGS
+from spillway.config.destination import NOT_YET, OLD_SPELLINGS, TYPES
 from spillway.config.document import Block, Items
+from spillway.config.functions import SOURCES
 from spillway.config.section import Reading, nearest
 from spillway.config.sink import FUNCTION_KEYS
 
@@ -51,10 +52,11 @@ def _named(section: Block, key: str, root: Block, kind: str, reading: Reading) -
 
 def _fits(sink: Block, key: str, function: Block, reading: Reading) -> None:
     line, path, kind = sink.line_of(key), sink.key_path(key), function.get("type")
-    if isinstance(kind, str) and kind not in _TYPES[key]:
+    if isinstance(kind, str) and kind in SOURCES and kind not in _TYPES[key]:
         reading.problem(line, path, f"is a function of type: {kind}; wanted is {' or '.join(_TYPES[key])}")
         return
     destination, wanted = sink.get("destination"), function.get("sink_type")
     to = destination.get("type") if isinstance(destination, Block) else None
-    if key == "routing" and isinstance(wanted, str) and isinstance(to, str) and OLD_SPELLINGS.get(wanted, wanted) != to:
+    wanted = OLD_SPELLINGS.get(wanted, wanted) if isinstance(wanted, str) else wanted
+    if key == "routing" and to in TYPES and wanted in (*TYPES, *NOT_YET) and wanted != to:
         reading.problem(line, path, f"routes messages of {wanted} sinks; this one is {to}")

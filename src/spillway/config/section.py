@@ -83,7 +83,7 @@ class Section(BaseModel):
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """``; did you mean NAME?``, or nothing where none is near."""
-    candidates = list(known)
+    candidates = [name for name in known if name.isprintable()]
     near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
     if not near:
         lower = {candidate.lower(): candidate for candidate in candidates}

@@ -196,7 +196,7 @@ class Sink(Section):
     def _reselect(cls, value: str, info: ValidationInfo) -> str:
         destination = info.data.get("destination")
         if value == "reselect" and destination is not None and not destination.state:
-            raise ValueError(f"reselect {_OF_STATE}, and would give them a later row")
+            raise ValueError(f"reselect {_OF_STATE}")
         return value
 
     @field_validator("on_truncate")
