@@ -48,7 +48,7 @@ def sql_problem(code: str, arrays: int | None = None) -> str | None:
     if 1 not in numbers:
         return "must contain $1, the array of the keys: ... WHERE id = ANY($1)"
     if arrays is not None and max(numbers) > arrays:
-        return f"has ${max(numbers)}, but there are {arrays} columns"
+        return f"has ${max(numbers)}, but there {'is 1 column' if arrays == 1 else f'are {arrays} columns'}"
     return None
 
 
