@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spillway.change import BODY_START, Action, Change, make_key
-from spillway.chunk import Batch, Keying, Span, chunk_of
+from spillway.chunk import Batch, Keying, Route, Span, chunk_of, reshaped
 from spillway.sinks.base import SinkContext, message_suffix
 
 SUFFIX = message_suffix("3f0c", "jobs_sink", {})
@@ -59,6 +59,19 @@ def batch_of(changes: Sequence[Change], keying: int = Keying.STATE) -> Batch:
     """All of them, from one chunk."""
     span = Span(chunk_of(changes), keying)
     return Batch([(span, 0, span.size)])
+
+
+def shaped(documents: Sequence[tuple[Change, Any, Route | None]], keying: int = Keying.STATE) -> Batch:
+    """As functions have made them: the change, what is sent of it, and where; a change may stand there several times,
+    one after the other."""
+    changes = list(dict.fromkeys(one for one, _, _ in documents))
+    messages = dict(zip(changes, batch_of(changes, keying).messages, strict=True))
+    routes = [route for _, _, route in documents]
+    return reshaped(
+        [messages[one] for one, _, _ in documents],
+        [_json(body).encode() for _, body, _ in documents],
+        routes if any(route is not None for route in routes) else None,
+    )
 
 
 def scattered(changes: Sequence[Change]) -> Batch:

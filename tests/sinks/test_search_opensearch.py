@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import httpx
 import pytest
 
-from servers.opensearch import OpenSearch
 from sinks.conformance import send
-from sinks.messages import change, context, full
+from sinks.indexes import Index
+from sinks.messages import change, full
 from spillway.errors import SpillwayError
 from spillway.position import version
 from spillway.sinks.base import OK, Readable, Result
@@ -22,55 +19,6 @@ from spillway.sinks.mapping import derived
 from spillway.sinks.search import SearchSink
 
 LSN = 0x16B3748
-
-
-class Index:
-    """An index of its own for a test, and a sink for it."""
-
-    def __init__(self, server: OpenSearch, client: httpx.AsyncClient, folder: Path) -> None:
-        self.client = client
-        self.name = f"search-{uuid4().hex}"
-        self._url = server.url
-        self._folder = folder
-        self._sinks: list[SearchSink] = []
-
-    def sink(self, *, started_lsn: int = 0, epoch: int = 1, **options: Any) -> SearchSink:
-        arguments = {"endpoint_url": self._url, "index_name": self.name, "document": "record", **options}
-        sink = SearchSink(context(self._folder, epoch=epoch, started_lsn=started_lsn), **arguments)
-        self._sinks.append(sink)
-        return sink
-
-    async def create(self, **body: Any) -> None:
-        (await self.client.put(f"/{self.name}", json=body)).raise_for_status()
-
-    async def document(self, identity: str) -> dict[str, Any] | None:
-        found = (await self.client.get(f"/{self.name}/_doc/{identity}")).json()
-        return found["_source"] if found["found"] else None
-
-    async def setting(self, name: str) -> str:
-        found = (await self.client.get(f"/{self.name}/_settings?flat_settings=true")).json()
-        setting: str = found[self.name]["settings"][name]
-        return setting
-
-    async def put_settings(self, **settings: Any) -> None:
-        (await self.client.put(f"/{self.name}/_settings", json=settings)).raise_for_status()
-
-    async def stands_for(self, alias: str) -> dict[str, Any]:
-        found = (await self.client.get(f"/_alias/{alias}")).json()
-        return {index: of["aliases"][alias] for index, of in found.items()}
-
-    async def close(self) -> None:
-        for sink in self._sinks:
-            await sink.close()
-        await self.client.delete(f"/{self.name}*")
-
-
-@pytest.fixture
-async def index(opensearch: OpenSearch, tmp_path: Path) -> AsyncIterator[Index]:
-    async with httpx.AsyncClient(base_url=opensearch.url, trust_env=False, timeout=30) as client:
-        index = Index(opensearch, client, tmp_path)
-        yield index
-        await index.close()
 
 
 async def one(sink: SearchSink, *args: Any, **arguments: Any) -> Result:

@@ -15,9 +15,12 @@ one that was there is a finding.
 
 **``_id``** is the primary key's values joined by ``-``, as in Sequin; see `spillway.sinks.document`.
 
-**Results**, by position and id: 4xx of an item rejects it, with the error's type as the reason; 429 and 5xx retry it.
-What concerns the index (missing, closed, read-only) or the whole request (401, 403, 404, 429, 5xx, no connection) is
-the sink's failure; 400 and 413 of a whole request reject the batch.
+**Routes, updates, shards**: a batch of which something is said of single messages is taken apart into operations
+(`spillway.sinks.operations`) and sent in rounds (`spillway.sinks.rounds`); any other never is. An index that a route
+names is made with the configured mapping, if there is one, when the first message goes there and it is missing; else it
+is as the server does it (``action.auto_create_index``, index templates).
+
+**Results**: see `spillway.sinks.outcomes`.
 
 Sources: "Bulk API" and "Index modules: index.gc_deletes" of the Elasticsearch reference; the wording of conflicts from
 ``VersionType.explainConflictForWrites``, checked against OpenSearch 2.19.
@@ -35,36 +38,32 @@ from typing import Literal
 import orjson
 
 from spillway import impl
-from spillway.change import ACTIONS, key_values
-from spillway.chunk import ACTION, FLAGS, HASH, MOVED, OLD, TOO_LARGE, WHOLE, WORD_BYTES, Batch, Chunk, Message
+from spillway.change import ACTIONS
+from spillway.chunk import ACTION, FLAGS, HASH, MOVED, OLD, WHOLE, WORD_BYTES, Batch, Chunk
 from spillway.clock import Clock, SystemClock
 from spillway.errors import Finding, SpillwayError
-from spillway.position import version
-from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, retry, sink_down
+from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, sink_down
 from spillway.sinks.document import document_id, key_of_message, key_of_record
 from spillway.sinks.encode import runs
 from spillway.sinks.http import Answer, Body, Failure, Http, parse_url
-from spillway.sinks.index import ALREADY_THERE, Hit, Indexes, describe, error_of, words
+from spillway.sinks.index import ALREADY_THERE, Hit, Indexes, error_of, words
 from spillway.sinks.mapping import GC_DELETES_SECONDS, Definition, Document, read_definition
+from spillway.sinks.operations import Destination, operations, row_id, why_unfit
+from spillway.sinks.outcomes import NO_INDEX, Outcomes
+from spillway.sinks.rounds import ANSWER_BYTES, ANSWER_ITEM_BYTES, Rounds
 
 AuthType = Literal["none", "api_key", "basic", "bearer"]
 Toast = Literal["omit", "reselect", "fail"]
 
 _SERVER_GC_DELETES_SECONDS = 60.0
 
-_ANSWER_BYTES = 64 * 1024
-_ANSWER_ITEM_BYTES = 4 * 1024
+_MOST_READY = 10_000  # names of indices that are remembered
 # Only what is read here: an item that went well takes some 60 bytes of the answer.
 _ANSWER_FIELDS = ",".join(
     ["errors"]
     + [f"items.*.{name}" for name in ("_id", "status", "error.type", "error.reason", "error.caused_by.reason")]
 )
 
-# Errors of an item that say nothing of the document.
-_INDEX_DOWN = frozenset(
-    ("index_not_found_exception", "index_closed_exception", "cluster_block_exception", "security_exception")
-)
-_CURRENT_VERSION = re.compile(r"current version \[(-?\d+)\]")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(nanos|micros|ms|s|m|h|d)")
 _DURATION_SECONDS = {"nanos": 1e-9, "micros": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -108,13 +107,21 @@ class SearchSink:
         ca_file: Path | None = None,
         mapping: Path | None = None,
         toast: Toast = "fail",
+        op: Literal["index", "update"] = "index",
+        doc_as_upsert: bool = False,
+        pipeline: str = "",
+        routing_column: str = "",
         clock: Clock | None = None,
     ) -> None:
         self._context = context
         self._index = index_name
         self._document = document
         self._gzip = gzip
-        self._takes_partial = toast == "omit"
+        self._destination = Destination(
+            index_name, document, context.suffix, context.epoch, op, doc_as_upsert, pipeline, routing_column,
+            takes_partial=toast == "omit",
+        )  # fmt: skip
+        self._one_by_one = op != "index" or bool(routing_column)
         self._auth_value = auth_value
         root = parse_url("destination.endpoint_url", endpoint_url.rstrip("/") + "/")
         self._headers = {"content-type": "application/json", **_authorization(auth_type, auth_value)}
@@ -127,10 +134,17 @@ class SearchSink:
         )
         self.indexes = Indexes(self._http, root, self._headers, auth_value)
         self._index_url = self.indexes.url(index_name)
-        self._bulk_url = self.indexes.url(index_name, "/_bulk").copy_with(params={"filter_path": _ANSWER_FIELDS})
+        fields = {"filter_path": _ANSWER_FIELDS}
+        self._bulk_url = self.indexes.url(index_name, "/_bulk").copy_with(
+            params=fields | {"pipeline": pipeline} if pipeline else fields
+        )
+        self._outcomes = Outcomes(context, auth_value)
+        bulk_of_any = root.join("_bulk").copy_with(params=fields)
+        self._rounds = Rounds(self._http, root, bulk_of_any, self._headers, self._outcomes, index_name)
         self._mapping = mapping and context.base_dir / mapping
         self._definition: Definition | None = None
         self._prepared = False
+        self._ready: set[str] = set()  # indices of routes that are there
 
     async def open(self) -> None:
         self._http.open()
@@ -145,6 +159,8 @@ class SearchSink:
             down = await self._prepare()
             if down is not None:
                 return down
+        if self._one_by_one or self._is_routed(batch):
+            return await self._send_one_by_one(batch)
         unfit = self._unfit(batch)
         fit = [place for place in range(len(batch)) if place not in unfit] if unfit else range(len(batch))
         if unfit:
@@ -168,15 +184,40 @@ class SearchSink:
             "POST",
             self._bulk_url,
             self._headers | {"content-type": "application/x-ndjson"},
-            Body(impl.bulk(*run, self._context.epoch, suffix, document_id) for run in runs(batch)),
+            Body(
+                impl.bulk(chunk, indices, self._context.epoch, b"" if chunk.complete else suffix, document_id)
+                for chunk, indices in runs(batch)
+            ),
             gzip=self._gzip,
-            max_answer_bytes=_ANSWER_BYTES + _ANSWER_ITEM_BYTES * len(batch),
+            max_answer_bytes=ANSWER_BYTES + ANSWER_ITEM_BYTES * len(batch),
         )
-        whole = self._whole(answer)
+        whole = self._outcomes.whole(answer)
         if whole is not None:
-            return whole
+            return self._noted(whole)
         assert isinstance(answer, Answer)
         return self._failures(answer, batch)
+
+    @staticmethod
+    def _is_routed(batch: Batch) -> bool:
+        """Whether something is said of single messages."""
+        if any(span.chunk.routes is not None for span, _, _ in batch.pieces):
+            return True
+        return batch.complete and _duplicates(batch)
+
+    async def _send_one_by_one(self, batch: Batch) -> Sequence[Result] | Result:
+        found, failed = operations(batch, self._destination)
+        for index in dict.fromkeys([one.index for one in found]):
+            missing = await self._make(index)
+            if missing is not None and missing.outcome == "sink_down":
+                return missing
+            if missing is not None:
+                failed |= dict.fromkeys([one.message for one in found if one.index == index], missing)
+        found = [one for one in found if one.message not in failed]
+        outcome = await self._rounds.send(found, gzip=self._gzip)
+        if isinstance(outcome, Result):
+            return self._noted(outcome)
+        failed |= {place: self._noted(result) for place, result in outcome.items()}
+        return [failed.get(place, OK) for place in range(len(batch))] if failed else OK
 
     async def findings(self) -> list[Finding]:
         """What is wrong with the index that is there; for ``spillway check``."""
@@ -258,7 +299,24 @@ class SearchSink:
         if isinstance(answer, Answer) and (answer.status < 300 or answer.status == 403):
             self._prepared = True
             return None
-        return self._whole(answer)
+        return self._outcomes.whole(answer)
+
+    async def _make(self, index: str) -> Result | None:
+        """Create an index that a route names, if there is a mapping for it and it is missing. None: go on."""
+        if self._mapping is None or index == self._index or index in self._ready:
+            return None
+        answer = await self._http.request("HEAD", self.indexes.url(index), self._headers)
+        if isinstance(answer, Answer) and answer.status == 404:
+            answer = await self.indexes.put(index, self._read_definition())
+            if isinstance(answer, Answer) and answer.status == 400 and error_of(answer.body)[0] != ALREADY_THERE:
+                reason, detail = error_of(answer.body)
+                return reject(reason or "index_not_created", detail)
+        if not isinstance(answer, Answer) or answer.status == 429 or answer.status >= 500:
+            return self._outcomes.whole(answer)
+        if len(self._ready) >= _MOST_READY:
+            self._ready.clear()
+        self._ready.add(index)  # or we are not allowed to know: the bulk will tell
+        return None
 
     def _read_definition(self) -> Definition:
         """Once: like the configuration, it is that of the start."""
@@ -288,101 +346,38 @@ class SearchSink:
             indices = span.indices[start:stop]
             if not _all_fit(span.chunk, indices):
                 for place, index in enumerate(indices, first):
-                    why = self._why_unfit(span.chunk, index)
+                    why = why_unfit(span.chunk, index, takes_partial=self._destination.takes_partial)
                     if why is not None:
                         found[place] = why
             first += stop - start
         return found
 
-    def _why_unfit(self, chunk: Chunk, index: int) -> Result | None:
-        if not chunk.word(index, HASH):
-            return reject("no_primary_key", f"{'.'.join(chunk.table(index))} has no primary key to make an _id of")
-        action, flags = chunk.byte(index, ACTION), chunk.byte(index, FLAGS)
-        if action == _TRUNCATE:
-            return reject("truncate", "an index does not take a TRUNCATE")
-        if action == _DELETE:
-            return None
-        if flags & TOO_LARGE:
-            return reject("too_large", "the row was above max_message_bytes: only its key is known")
-        if not flags & WHOLE and not self._takes_partial:
-            return reject(
-                "unchanged_toast",
-                "PostgreSQL did not send the row's unchanged TOAST columns; the document would lose these fields. "
-                f"ALTER TABLE {'.'.join(chunk.table(index))} REPLICA IDENTITY FULL, or set toast: omit",
-            )
-        return None
-
-    # -- the answer ---------------------------------------------------------------------------------------------------
-
-    def _whole(self, answer: Answer | Failure) -> Result | None:
-        """The result of the whole batch; None for an answer that has one for each item."""
-        if isinstance(answer, Failure):
-            return sink_down(answer.reason, answer.detail)
-        if answer.status == 200:
-            return None if answer.whole else reject("answer_too_large")
-        if answer.status in (400, 413):
-            reason, detail = error_of(answer.body)
-            return reject(reason or f"http_{answer.status}", detail or words(answer, self._auth_value))
-        if answer.status == 404:
-            self._prepared = False
-        return sink_down(f"http_{answer.status}", words(answer, self._auth_value), answer.retry_after_seconds)
-
     def _failures(self, answer: Answer, batch: Batch) -> dict[int, Result] | Result:
         if b'"errors":false' in answer.body[:256]:
             return {}
-        try:
-            items = orjson.loads(answer.body)["items"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            items = None
-        if not isinstance(items, list) or len(items) != len(batch):
-            return sink_down("bad_answer", f"this is no answer to a bulk request: {answer.text[:200]}")
+        items = self._outcomes.items(answer, len(batch))
+        if isinstance(items, Result):
+            return items
         failures: dict[int, Result] = {}
         for place, (message, item) in enumerate(zip(batch, items, strict=True)):
-            (outcome,) = item.values()
-            identity, is_delete = _operation(message)
-            result = OK
-            if outcome.get("_id") != identity:
-                result = retry("answer_mismatch", f"the answer for {outcome.get('_id')!r} is in its place")
-            elif "error" in outcome or (outcome["status"] >= 300 and not (is_delete and outcome["status"] == 404)):
-                result = self._failed(outcome["status"], outcome.get("error"))
+            chunk, index = message.span.chunk, message.span.indices[message.place]
+            is_delete = chunk.byte(index, ACTION) == _DELETE
+            result = self._outcomes.of_item(item, row_id(chunk, index), delete=is_delete, routed=False)
             if result is not OK:
-                failures[place] = result
+                failures[place] = self._noted(result)
         return failures
 
-    def _failed(self, status: int, error: object) -> Result:
-        reason, detail = describe(error)
-        reason = reason or f"http_{status}"
-        if reason in _INDEX_DOWN:
-            if reason == "index_not_found_exception":
-                self._prepared = False
-            return sink_down(reason, detail)
-        if status == 409:
-            return self._conflict(reason, detail)
-        if status == 429 or status >= 500:
-            return retry(reason, detail)
-        return reject(reason, detail)
+    def _noted(self, result: Result) -> Result:
+        if result.reason in ("http_404", NO_INDEX):
+            self._prepared = False
+            self._ready.clear()
+        return result
 
-    def _conflict(self, reason: str, detail: str) -> Result:
-        if reason != "version_conflict_engine_exception":
-            return reject(reason, detail)
-        found = _CURRENT_VERSION.search(detail)
-        # The epoch is on top: a version above ours is of our epoch or of a later one.
-        if found and self._lowest <= int(found[1]) <= self._highest:
-            return OK
-        return sink_down(
-            "foreign_versions",
-            f"the index holds a version that this sink cannot have written: {detail}. Another program or another "
-            "Spillway writes into this index; give this sink an index of its own",
-        )
 
-    @property
-    def _lowest(self) -> int:
-        # A page of existing rows may stand right before the position at which the sink began.
-        return version(self._context.epoch, max(self._context.started_lsn - 1, 0), 0)
-
-    @property
-    def _highest(self) -> int:
-        return version(self._context.epoch, -1, 0xFF)
+def _duplicates(batch: Batch) -> bool:
+    """Whether a message stands there as several documents."""
+    hashes = [one for span, start, stop in batch.pieces for one in span.column(HASH, start, stop)]
+    return len(set(hashes)) < len(hashes)
 
 
 def _all_fit(chunk: Chunk, indices: Sequence[int]) -> bool:
@@ -398,13 +393,6 @@ def _all_fit(chunk: Chunk, indices: Sequence[int]) -> bool:
         hashes = [chunk.words[index * words + HASH] for index in indices]
     whole = flags.count(WHOLE) + flags.count(WHOLE | OLD) + flags.count(WHOLE | MOVED)
     return whole == len(indices) and _TRUNCATE not in actions and 0 not in hashes
-
-
-def _operation(message: Message) -> tuple[str, bool]:
-    """The message's ``_id``, and whether it is a delete."""
-    chunk, index = message.span.chunk, message.span.indices[message.place]
-    pks = key_values(*chunk.table(index), chunk.key_texts(index)[0].decode())
-    return document_id(pks), chunk.byte(index, ACTION) == _DELETE
 
 
 def _authorization(auth_type: AuthType, value: str) -> dict[str, str]:
