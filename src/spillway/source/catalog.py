@@ -55,13 +55,17 @@ async def describe(query: Connection, relation: Relation) -> TableInfo:
     """The answer to a Relation message. A table that was dropped since has what the message alone can tell."""
     columns = await fetch(query, "columns", oid=relation.oid)
     root = await fetch_one(query, "root", oid=relation.oid)
-    rows = await fetch(query, "types", oids=sorted({column.type_oid for column in relation.columns}))
     return TableInfo(
         oid=relation.oid,
         primary_key=_primary_key(relation, columns),
-        types={row["oid"]: _type(row) for row in rows},
+        types=await types(query, [column.type_oid for column in relation.columns]),
         root=None if root is None else (root["schema"], root["table"]),
     )
+
+
+async def types(query: Connection, oids: Sequence[int]) -> dict[int, TypeInfo]:
+    """These and all that they are made of, by OID."""
+    return {row["oid"]: _type(row) for row in await fetch(query, "types", oids=sorted(set(oids)))}
 
 
 def _primary_key(relation: Relation, columns: Sequence[DictRow]) -> tuple[str, ...]:

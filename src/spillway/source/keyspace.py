@@ -41,10 +41,17 @@ class Column:
     operators: Mapping[int, tuple[str, str]]  # schema and name, by strategy
 
     def literal(self, value: str) -> sql.Composable:
-        cast_value = sql.SQL("CAST({} AS {})").format(sql.Literal(value), _verbatim(self.type))
+        return self.made_of(sql.Literal(value))
+
+    def made_of(self, text: sql.Composable) -> sql.Composable:
+        """An expression for a text, as one of the column's own type and collation."""
+        cast_value = sql.SQL("CAST({} AS {})").format(text, _verbatim(self.type))
         if self.collation is None:
             return cast_value
         return sql.SQL("{} COLLATE {}").format(cast_value, sql.Identifier(*self.collation))
+
+    def equals(self, one: sql.Composable, other: sql.Composable) -> sql.Composable:
+        return _operation(one, self.operators[EQUAL], other)
 
 
 CTID: Final = Column(
@@ -153,6 +160,25 @@ class Rows:
 
     # By keys.
 
+    def by_arrays(self, columns: Sequence[Column]) -> sql.Composed:
+        """The rows with the keys in $1 ... $n, arrays of text of these columns, which are the order's. What is equal
+        under a collation or as a number and reads otherwise is found as well."""
+        names = [sql.Identifier(_GIVEN, str(i)) for i in range(len(columns))]
+        arrays = [_verbatim(f"${i + 1}") for i in range(len(columns))]
+        pairs = [
+            column.equals(self.column(column.name), column.made_of(name))
+            for column, name in zip(columns, names, strict=True)
+        ]
+        return sql.SQL("SELECT {} FROM {} JOIN pg_catalog.unnest({}) AS {} ({}) ON {}{}").format(
+            self._list(self.streamed),
+            self.source,
+            sql.SQL(", ").join(arrays),
+            sql.Identifier(_GIVEN),
+            sql.SQL(", ").join(sql.Identifier(str(i)) for i in range(len(columns))),
+            _AND.join(pairs),
+            self._where([self.condition]),
+        )
+
     def copy_keys(self, keys: Sequence[Sequence[str]]) -> sql.Composed:
         """The rows with these values of the order's columns, text for text: what is equal under a collation or as a
         number and reads otherwise is another key."""
@@ -184,7 +210,7 @@ class Rows:
         pairs: list[sql.Composable] = []
         for i, column in enumerate(self.order.columns):
             one, other = self.column(column.name), sql.Identifier(_GIVEN, str(i))
-            pairs.append(_operation(one, column.operators[EQUAL], other))
+            pairs.append(column.equals(one, other))
             as_text = sql.SQL('CAST({} AS pg_catalog.text) COLLATE pg_catalog."C"')
             pairs.append(_operation(as_text.format(one), ("pg_catalog", "="), as_text.format(other)))
         return _AND.join(pairs)

@@ -52,7 +52,7 @@ from spillway.source.queries import fetch
 from spillway.source.refusal import quoted
 from spillway.source.reread import Frames, begin_frame, commit_frame, row_frame
 from spillway.source.shape import Selection
-from spillway.source.snapshot import Snapshot
+from spillway.source.snapshot import Snapshot, parsed
 from spillway.source.view import (
     BY_CTID_SINCE,
     BY_LIST,
@@ -306,8 +306,8 @@ class PageReader:
     async def horizon(self) -> tuple[int, int]:
         """Of a snapshot: below the first number every transaction has ended; from the second on none had."""
         async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
-            xmin, xmax, _ = str((await one(session.connection, "horizon"))["snapshot"]).split(":")
-            return int(xmin), int(xmax)
+            xmin, xmax, _ = parsed((await one(session.connection, "horizon"))["snapshot"])
+            return xmin, xmax
 
     async def flushed_lsn(self) -> int:
         """What the server has on disk; of a standby what it has replayed."""

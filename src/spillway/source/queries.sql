@@ -313,3 +313,29 @@ SELECT current_setting('track_commit_timestamp')::boolean AS kept;
 
 -- name: horizon
 SELECT txid_current_snapshot()::text AS snapshot;
+
+-- name: key_arrays
+-- The primary key in column order, with the types of arrays of its columns; 0 for a column that is an array itself.
+SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type, t.typarray AS array_oid,
+       t.typdelim::text AS delimiter
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+  JOIN pg_attribute a ON a.attrelid = c.oid AND array_position(i.indkey::int2[], a.attnum) < i.indnkeyatts
+  JOIN pg_type t ON t.oid = a.atttypid
+ WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+ ORDER BY a.attnum;
+
+-- name: timestamp_columns
+-- Columns of a table, or of its root, of type timestamp or timestamptz, or of a domain over one; also arrays of these.
+WITH RECURSIVE based (attname, oid) AS (
+    SELECT a.attname, coalesce(nullif(t.typelem, 0), t.oid)
+      FROM pg_attribute a
+      JOIN pg_type t ON t.oid = a.atttypid
+      JOIN pg_class c ON c.oid = a.attrelid
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND a.attnum > 0 AND NOT a.attisdropped
+     UNION
+    SELECT b.attname, t.typbasetype FROM based b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd'
+)
+SELECT attname::text AS name FROM based WHERE oid IN ('timestamp'::regtype, 'timestamptz'::regtype);

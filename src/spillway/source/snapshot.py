@@ -12,6 +12,7 @@ replayed before the snapshot was taken is seen, and everything else counts as un
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _HALF = 1 << 31
@@ -32,8 +33,33 @@ class Snapshot:
         """Whether the transaction with these 32 bits of an id, whose commit record begins there, is seen for sure."""
         if self.replayed_lsn is not None:
             return commit_lsn < self.replayed_lsn
-        whole = widened(xid, self.xmax)
-        return whole < self.xmin or (whole < self.xmax and whole not in self.running)
+        return ended(xid, self.xmin, self.xmax, self.running)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a question asked because of changes must see of them: on a primary these transactions, on a standby what was
+    committed below."""
+
+    xids: Collection[int]  # 32 bits each, none of them 0
+    lsn: int  # where the last of the commits ends
+
+    def by(self, snapshot: str) -> bool:
+        """Of a primary, as `txid_current_snapshot` writes it."""
+        xmin, xmax, running = parsed(snapshot)
+        return all(ended(xid, xmin, xmax, running) for xid in self.xids)
+
+
+def parsed(snapshot: str) -> tuple[int, int, frozenset[int]]:
+    """xmin, xmax and who was running, of the text of a `txid_current_snapshot`."""
+    xmin, xmax, running = snapshot.split(":")
+    return int(xmin), int(xmax), frozenset(int(xid) for xid in running.split(",") if xid)
+
+
+def ended(xid: int, xmin: int, xmax: int, running: Collection[int]) -> bool:
+    """Whether the transaction with these 32 bits of an id is over for such a snapshot of a primary."""
+    whole = widened(xid, xmax)
+    return whole < xmin or (whole < xmax and whole not in running)
 
 
 def widened(xid: int, near: int) -> int:

@@ -31,7 +31,7 @@ from spillway.source.origin import Expected, check_origin, check_standby
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal, quoted
 from spillway.source.shape import Selection, Shape, rows_of
-from spillway.source.snapshot import Snapshot
+from spillway.source.snapshot import Snapshot, parsed
 
 LOCK_TIMEOUT_SECONDS = 0.5
 GRACE_SECONDS = 30.0  # on top of what the server is told to keep to; then the connection counts as dead
@@ -239,12 +239,12 @@ def before_header(lsn: int) -> int:
 
 
 def _snapshot(seen: DictRow, replayed: str | None) -> Snapshot:
-    xmin, xmax, running = seen["snapshot"].split(":")
+    xmin, xmax, running = parsed(seen["snapshot"])
     return Snapshot(
         lsn=before_header(parse_lsn(seen["lsn"])),
-        xmin=int(xmin),
-        xmax=int(xmax),
-        running=frozenset(int(xid) for xid in running.split(",") if xid),
+        xmin=xmin,
+        xmax=xmax,
+        running=running,
         microseconds=seen["microseconds"],
         replayed_lsn=None if replayed is None else parse_lsn(replayed),
     )

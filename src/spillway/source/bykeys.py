@@ -1,0 +1,408 @@
+"""Rows for keys, on behalf of changes: what `spillway.source.enrich` and `spillway.source.reselect` have in common.
+
+One call is one question for all keys of a batch (`spillway.source.wrapped`), by the extended protocol, prepared once
+per connection and table. Several calls at a time are as many connections at work (`spillway.source.sessions`).
+
+**Freshness.** A commit is streamed before it is visible. The first row of every answer says what the statement's own
+snapshot sees; if that is not everything that the caller has seen, the answer counts for nothing, and the question is
+asked again once the server says that it does: it is asked for that alone at first after 5 ms, then ever more seldom. So
+a commit that is held back costs one question, not one for each look. On a standby transactions cannot be told, and
+visibility follows replay: its position is read *before* the question, which is not asked until that is far enough.
+
+**Memory.** The server never sends more than the credit, and of what was sent only what is within the credit once it is
+JSON is kept, too (a control character takes six bytes there). Rows come one by one: beside those that are kept there
+is one in libpq and in the making, which is why a caller takes `FETCH_FACTOR` times the credit.
+
+**What fails whom.** `BatchFailed`: a value in one row is wrong for the question (division by zero, a text that is no
+number, a key that is not of its column's type any more, an exception that a function raises), and the others suffer
+from that. Ask again with fewer keys: what fails for one key alone concerns its message. Any other SpillwayError
+concerns all: the SQL is wrong, or may not be run. SourceUnavailable: later it may succeed. A connection that is lost, a
+conflict, a deadlock or a table that was altered meanwhile are tried once more, with a new connection, before they are
+told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import psycopg
+from psycopg import generators, waiting
+from psycopg.abc import PQGen
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
+
+from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.pgoutput.relation import TypeInfo
+from spillway.pgoutput.scalars import to_text
+from spillway.pgoutput.types import renderer_for
+from spillway.position import parse_lsn
+from spillway.source.catalog import types as catalogue_types
+from spillway.source.connect import Connection
+from spillway.source.origin import check_standby
+from spillway.source.queries import fetch_one
+from spillway.source.refusal import query_refusal
+from spillway.source.sessions import Session, Sessions
+from spillway.source.snapshot import Seen
+from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, INT8_OID, Prepared, Question, statement, types_of
+
+__all__ = ["FETCH_FACTOR", "BatchFailed", "ByKeys", "Fetched"]
+
+# Credit to take for each byte of `credit_bytes`. Measured with one row that is all of it (tests/source/test_enrich.py):
+# libpq's buffer, the row in libpq or as JSON, its values. Of many rows little more than what is kept is ever there.
+FETCH_FACTOR: Final = 4
+
+VISIBLE_SECONDS: Final = 30.0
+LOOK_SECONDS: Final = 2.0  # for so long a question counts as found to be the same
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.2
+
+# Classes of SQLSTATEs, and what they mean. Cardinality, data, constraint, limit of the program, PL/pgSQL's RAISE.
+_OF_THE_DATA: Final = ("21", "22", "23", "54", "P0")
+_AGAIN: Final = ("08", "40")  # connection, transaction rollback: deadlock, conflict with replay
+# Of a statement that was prepared before: what it stands on may be another (feature not supported: "cached plan must
+# not change result type", syntax or name, no such statement).
+_OUTDATED: Final = ("0A", "42", "26")
+_LATER: Final = ("53", "55", "57", "58", "XX")  # resources, not ready, intervention, system, corruption
+_SHUTDOWN: Final = ("57P01", "57P02", "57P03", "57P05")
+_CANCELLED: Final = "57014"
+
+
+class BatchFailed(SpillwayError):
+    """The data of one row, or a few, is wrong for the SQL, and who asks for it gets nothing: ask with fewer keys."""
+
+
+class _AgainError(Exception):
+    """To be tried once more with a new connection; ``reason`` is what is told if that does not help."""
+
+    def __init__(self, reason: SpillwayError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Fetched:
+    """By place among the keys."""
+
+    rows: dict[int, dict[str, bytes]] = field(default_factory=dict)  # column -> JSON
+    sizes: dict[int, int] = field(default_factory=dict)  # of rows that the credit did not allow for: what they need
+    several: set[int] = field(default_factory=set)  # keys with more than one row
+    seconds: float = 0.0  # that the server was at work on the question
+    queries: int = 0  # how often it was asked
+
+
+class ByKeys:
+    """``what`` is the prefix of the errors' codes, ``subject`` what they are said of, ``question`` makes a table's
+    question of the catalogue; it is asked again every now and then."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        question: Callable[[Connection, tuple[str, str]], Awaitable[Question]],
+        what: str,
+        subject: str,
+        remedy: str,
+        visible_seconds: float = VISIBLE_SECONDS,
+    ) -> None:
+        self._sessions = sessions
+        self._question = question
+        self._what = what
+        self._subject = subject
+        self._remedy = remedy
+        self._visible_seconds = visible_seconds
+
+    async def columns(self, table: tuple[str, str]) -> tuple[str, ...]:
+        """Those of the question, which is prepared and planned for it and not run."""
+        async with self._sessions.one(fresh=True) as session:
+            try:
+                return (await self._prepare(session, table)).columns
+            except psycopg.Error as error:
+                raise self._refusal(error) from error
+
+    async def fetch(
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+    ) -> Fetched:
+        until = time.monotonic() + self._visible_seconds
+        pause_seconds = _FIRST_PAUSE_SECONDS
+        seconds, queries, tried = 0.0, 0, False
+        while True:
+            reading = None
+            try:
+                async with self._sessions.one(fresh=tried) as session:
+                    if not (queries or session.standby) or await _sees(session, seen):
+                        began = time.monotonic()
+                        queries += 1
+                        reading = await self._ask(session, table, keys, seen, credit_bytes)
+                        seconds += time.monotonic() - began
+            except _AgainError as again:
+                if tried:
+                    raise again.reason from again
+                tried = True
+                continue
+            if reading is not None and reading.visible:
+                reading.fetched.seconds, reading.fetched.queries = seconds, queries
+                return reading.fetched
+            if time.monotonic() > until:
+                raise SourceUnavailable(
+                    "not_visible",
+                    f"{self._subject}: what the stream has carried cannot be seen after {self._visible_seconds:g} s",
+                    "see pg_stat_activity for commits that wait for a synchronous standby (SyncRep), or the replay lag"
+                    " of the replica",
+                )
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    async def close(self) -> None:
+        await self._sessions.close()
+
+    async def _ask(
+        self, session: Session, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+    ) -> _Reading:
+        prepared_before = session.served
+        try:
+            prepared = await self._prepared(session, table)
+            question = prepared.question
+            if any(len(key) != len(question.key) for key in keys):
+                raise BatchFailed(
+                    f"{self._what}_key",
+                    f"{self._subject}: the primary key of {table[0]}.{table[1]} has {len(question.key)} columns now",
+                    "discard the messages of before",
+                )
+            reading = _Reading(session, prepared, keys, seen, credit_bytes)
+            session.connection.pgconn.send_query_prepared(
+                prepared.statement, [*question.literals(keys), str(credit_bytes).encode()]
+            )
+            session.connection.pgconn.set_single_row_mode()
+            await session.connection.wait(_rows(session.connection.pgconn, reading.take))
+        except psycopg.Error as error:
+            raise self._failure(error, session, prepared_before=prepared_before) from error
+        check_standby(self._sessions.expected(), standby=session.standby)
+        if reading.outdated:
+            raise self._altered()
+        return reading
+
+    # The question on a connection.
+
+    async def _prepared(self, session: Session, table: tuple[str, str]) -> Prepared:
+        known = session.prepared.get(table)
+        if known is None:
+            return await self._prepare(session, table)
+        now = time.monotonic()
+        if now - known.looked_at > LOOK_SECONDS:
+            connection = session.connection
+            if await self._question(connection, table) != known.question:
+                raise self._altered()
+            # Refused if the result would be another one ("cached plan must not change result type").
+            connection.pgconn.send_describe_prepared(known.name)
+            await _result(connection)
+            known.looked_at = now
+        return known
+
+    def _altered(self) -> _AgainError:
+        return _AgainError(SourceUnavailable(f"{self._what}_altered", f"{self._subject}: its tables are being altered"))
+
+    async def _prepare(self, session: Session, table: tuple[str, str]) -> Prepared:
+        connection, number = session.connection, session.number()
+        question = await self._question(connection, table)
+        name, around = b"question%d" % number, b"around%d" % number
+        pgconn = connection.pgconn
+        # By itself at first: so it is one whole statement, and the server's message is about the user's text.
+        pgconn.send_prepare(name, question.sql.encode(), question.types)
+        await _result(connection)
+        pgconn.send_describe_prepared(name)
+        described = await _result(connection)
+        columns = tuple((described.fname(i) or b"").decode() for i in range(described.nfields))
+        self._check(table, question, columns, described.nparams)
+        pgconn.send_query_params(
+            types_of(question, columns).encode(), question.literals([]), param_types=question.types
+        )
+        types = ((await _result(connection)).get_value(0, 0) or b"").decode()
+        oids = [int(oid) for oid in types.split(",")]
+        infos: dict[int, TypeInfo] = await catalogue_types(connection, oids)
+        utf8 = connection.info.parameter_status("server_encoding") == "UTF8"
+        pgconn.send_prepare(
+            around, statement(question, columns, 1 if utf8 else 3).encode(), [*question.types, INT8_OID]
+        )
+        await _result(connection)
+        renderers = tuple(renderer_for(oid, infos) for oid in oids)
+        prepared = Prepared(question, name, around, columns, types, renderers, time.monotonic())
+        session.prepared[table] = prepared
+        return prepared
+
+    def _check(self, table: tuple[str, str], question: Question, columns: Sequence[str], parameters: int) -> None:
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        if twice:
+            raise SpillwayError(
+                f"{self._what}_columns",
+                f"{self._subject} has several columns named {', '.join(twice)}",
+                "name each of them with AS",
+            )
+        missing = [column for column in question.key if column not in columns]
+        if missing:
+            raise SpillwayError(
+                f"{self._what}_key",
+                f"{self._subject} does not select {', '.join(missing)}, which the primary key of"
+                f" {table[0]}.{table[1]} has: rows cannot be told apart",
+                f"SELECT all of {', '.join(question.key)} under these names",
+            )
+        if parameters > len(question.parameters):
+            raise SpillwayError(
+                f"{self._what}_parameters",
+                f"{self._subject} uses ${parameters}, and the primary key of {table[0]}.{table[1]} has"
+                f" {len(question.parameters)} columns",
+                "$1, $2, ... are arrays of the primary key's columns in alphabetical order",
+            )
+
+    # Refusals.
+
+    def _failure(self, error: psycopg.Error, session: Session, *, prepared_before: bool) -> SpillwayError | _AgainError:
+        state = error.sqlstate or ""
+        if (
+            session.connection.closed
+            or not state
+            or state in _SHUTDOWN
+            or state[:2] in _AGAIN
+            or (prepared_before and state[:2] in _OUTDATED)
+        ):
+            return _AgainError(self._refusal(error))
+        return self._refusal(error)
+
+    def _refusal(self, error: psycopg.Error) -> SpillwayError:
+        state = error.sqlstate or ""
+        text = f"{self._subject}: {_text(error)}"
+        if state == _CANCELLED:
+            return SourceUnavailable(
+                f"{self._what}_timeout",
+                text,
+                f"the limit is {self._sessions.timeout_seconds:g} s for all keys of a batch: mend the plan (EXPLAIN), "
+                "or allow for more time",
+            )
+        if not state or state[:2] in (*_AGAIN, *_LATER):
+            return query_refusal(error)
+        if state[:2] in _OF_THE_DATA:
+            return BatchFailed(f"{self._what}_failed", text, self._remedy)
+        if state == "42501":
+            return SpillwayError(f"{self._what}_failed", text, "grant it; see the grants in docs/postgres.md")
+        return SpillwayError(f"{self._what}_failed", text, self._remedy)
+
+
+class _Reading:
+    """The rows of one answer, as they come."""
+
+    def __init__(
+        self, session: Session, prepared: Prepared, keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+    ) -> None:
+        self.fetched = Fetched()
+        self.visible = False
+        self.outdated = False  # the values are of other types than the renderers
+        self._session = session
+        self._prepared = prepared
+        self._places: dict[tuple[str, ...], list[int]] = {}
+        for place, key in enumerate(keys):
+            self._places.setdefault(key, []).append(place)
+        self._seen = seen
+        self._credit_bytes = credit_bytes
+        self._kept_bytes = 0
+
+    def take(self, result: PGresult) -> None:
+        values = [result.get_value(0, i) for i in range(result.nfields)]
+        result.clear()
+        if (head := values[HEAD]) is not None:
+            self._begin(head.decode())
+        cost = values[COST]
+        if cost is None or not self.visible or self.outdated:
+            return
+        key_values = [values[FIRST + i] for i in self._prepared.key_places]
+        key = tuple(to_text(value) for value in key_values if value is not None)
+        places = self._places.get(key)
+        if places is None or len(key) < len(key_values):
+            return
+        fetched = self.fetched
+        if places[0] in fetched.rows or places[0] in fetched.sizes or places[0] in fetched.several:
+            for place in places:
+                fetched.rows.pop(place, None)
+                fetched.sizes.pop(place, None)
+                fetched.several.add(place)
+            return
+        needed_bytes = int(cost)
+        if values[COVERED] == b"t":
+            self._session.largest_row_bytes = max(self._session.largest_row_bytes, needed_bytes)
+            row, needed_bytes = self._rendered(values, needed_bytes)
+            if self._kept_bytes + needed_bytes <= self._credit_bytes:
+                self._kept_bytes += needed_bytes
+                fetched.rows.update(dict.fromkeys(places, row))
+                return
+        fetched.sizes.update(dict.fromkeys(places, needed_bytes))
+
+    def _begin(self, head: str) -> None:
+        snapshot, recovery, *types = head.split(" ")
+        if self._session.standby:
+            self._session.standby = recovery == "t"  # it may have been promoted, which leaves connections as they are
+            self.visible = self._session.standby or self._seen.by(snapshot)
+        else:
+            self.visible = self._seen.by(snapshot)
+        self.outdated = bool(types) and types[0] != self._prepared.types
+
+    def _rendered(self, values: list[bytes | None], cost_bytes: int) -> tuple[dict[str, bytes], int]:
+        """The row, and what it takes. Each value is let go of as soon as it is JSON."""
+        row: dict[str, bytes] = {}
+        grown_bytes = 0
+        for i, (name, renderer) in enumerate(zip(self._prepared.columns, self._prepared.renderers, strict=True), FIRST):
+            value, values[i] = values[i], None
+            if value is None:
+                row[name] = b"null"
+                continue
+            row[name] = rendered = value if renderer is None else renderer(value)
+            grown_bytes += max(0, len(rendered) - len(value))
+        return row, cost_bytes + grown_bytes
+
+
+async def _sees(session: Session, seen: Seen) -> bool:
+    """Whether a question that is asked now would be answered with what was seen."""
+    try:
+        if session.standby:
+            replayed = await fetch_one(session.connection, "replayed")
+            assert replayed is not None
+            # No position: it was promoted, which the answer will say.
+            return replayed["lsn"] is None or parse_lsn(replayed["lsn"]) >= seen.lsn
+        horizon = await fetch_one(session.connection, "horizon")
+        assert horizon is not None
+        return seen.by(horizon["snapshot"])
+    except SourceUnavailable as error:
+        raise _AgainError(error) from error
+
+
+async def _result(connection: Connection) -> PGresult:
+    """Of what was sent, which is one thing."""
+    results: list[PGresult] = await connection.wait(generators.execute(connection.pgconn))
+    for result in results:
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result, "utf-8")
+    return results[-1]
+
+
+def _rows(pgconn: PGconn, take: Callable[[PGresult], None]) -> PQGen[None]:
+    """Hands over each row of a query in single row mode. To the end, also after an error, which is raised then."""
+    yield from generators.send(pgconn)
+    failed: psycopg.Error | None = None
+    while True:
+        while pgconn.is_busy():
+            while not (yield waiting.WAIT_R):
+                continue
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            break
+        if result.status == ExecStatus.SINGLE_TUPLE:
+            take(result)
+        elif result.status != ExecStatus.TUPLES_OK:
+            failed = failed or psycopg.errors.error_from_result(result, "utf-8")
+    if failed is not None:
+        raise failed
+
+
+def _text(error: psycopg.Error) -> str:
+    return " ".join((error.diag.message_primary or str(error)).split())

@@ -1,0 +1,161 @@
+"""Rows by key as the stream would render them now: for updates that came without their large values (TOAST).
+
+What is asked for has the shape of a page (`spillway.source.shape`): the published columns in the table's order,
+generated ones where the publication has them, only rows that its filter lets through. A row that is filtered is
+missing, as one that was deleted is. Of partitions that are published by themselves each is asked for its own rows.
+
+Freshness, memory and errors are those of `spillway.source.bykeys`; row security that would hide a row is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import orjson
+
+from spillway.errors import SpillwayError
+from spillway.source import catalog
+from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys
+from spillway.source.connect import Connection
+from spillway.source.origin import Expected
+from spillway.source.queries import fetch_one
+from spillway.source.sessions import Sessions
+from spillway.source.shape import Selection, Shape, rows_of
+from spillway.source.snapshot import Seen
+from spillway.source.view import BY_LIST, no_primary_key, not_published
+from spillway.source.wrapped import Parameter, Question
+
+__all__ = ["FETCH_FACTOR", "BatchFailed", "Reselect", "Rows", "Seen"]
+
+_TEXT_ARRAY_OID: Final = 1009
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """By place among the keys."""
+
+    records: dict[int, bytes]  # the row's JSON object
+    sizes: dict[int, int]  # of rows that the credit did not allow for: what they need
+    missing: set[int]
+    seconds: float
+    queries: int
+
+
+class Reselect:
+    """For one publication on one server. Opened by the first `fetch`. ``expected`` says what the server must be and may
+    raise SourceUnavailable while that is not known."""
+
+    def __init__(
+        self,
+        conninfo: str,
+        slot: str,
+        publication: str,
+        expected: Callable[[], Expected],
+        *,
+        timeout_seconds: float = 15.0,
+        connections: int = 2,
+        visible_seconds: float = VISIBLE_SECONDS,
+    ) -> None:
+        self._publication = publication
+        sessions = Sessions(
+            conninfo,
+            slot,
+            "reselect",
+            expected,
+            timeout_seconds,
+            connections,
+            own_search_path=False,
+            settings={"row_security": "off", **dict.fromkeys(BY_LIST, "off")},
+        )
+        remedy = "use toast: omit for this sink, or REPLICA IDENTITY FULL"
+        self._by_keys = ByKeys(sessions, self._question, "reselect", "rows read anew", remedy, visible_seconds)
+
+    async def fetch(
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+    ) -> Rows:
+        """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
+        what the rows may take, of which the caller has taken `FETCH_FACTOR` times as much. Raises BatchFailed,
+        SourceUnavailable (``not_visible``, ``reselect_timeout``, ...), SpillwayError ``reselect_failed``,
+        ``not_published``, ``no_primary_key``, ``reselect_columns``."""
+        fetched = await self._by_keys.fetch(table, keys, seen, credit_bytes)
+        if fetched.several:
+            raise BatchFailed(
+                "reselect_failed",
+                f"table {table[0]}.{table[1]} has several rows of one primary key in its partitions",
+                "give the partitioned table a primary key",
+            )
+        records: dict[int, bytes] = {}
+        made: dict[tuple[str, ...], bytes] = {}  # a key that was asked for twice has its row twice
+        for place in sorted(fetched.rows):
+            key = keys[place]
+            if key not in made:
+                made[key] = _record(fetched.rows[place])
+            fetched.rows[place].clear()
+            records[place] = made[key]
+        found = records.keys() | fetched.sizes.keys()
+        missing = {place for place in range(len(keys)) if place not in found}
+        return Rows(records, fetched.sizes, missing, fetched.seconds, fetched.queries)
+
+    async def close(self) -> None:
+        await self._by_keys.close()
+
+    async def _question(self, connection: Connection, table: tuple[str, str]) -> Question:
+        shape = await self._shape(connection, *table)
+        shapes = [shape] if shape is not None else await self._leaves(connection, *table)
+        first = shapes[0]
+        names = [column.name for column in first.relation.columns]
+        key = tuple(column.name for column in first.in_column_order)
+        selects = [_select(connection, one, names, key) for one in shapes]
+        parameters = tuple(Parameter(place, _TEXT_ARRAY_OID, ",") for place in range(len(key)))
+        return Question(" UNION ALL ".join(selects), key, parameters)
+
+    async def _shape(self, connection: Connection, schema: str, table: str) -> Shape | None:
+        """None: the publication does not have it by itself."""
+        published = await fetch_one(
+            connection, "published_table", publication=self._publication, schema=schema, table=table
+        )
+        if published is None:
+            return None
+        seen = await fetch_one(
+            connection, "page", schema=schema, table=table, sort_column=None, publication=self._publication
+        )
+        if seen is None or seen["shape"] is None:
+            return None
+        shape = Shape.of(seen["shape"], schema, table, published, connection.info.server_version)
+        if not shape.keyed:
+            raise no_primary_key(schema, table)
+        return shape
+
+    async def _leaves(self, connection: Connection, schema: str, table: str) -> list[Shape]:
+        """Of a table whose partitions are published by themselves."""
+        names = [
+            (one.schema, one.table)
+            for one in await catalog.tables(connection, self._publication)
+            if one.name == (schema, table)
+        ]
+        shapes = [await self._shape(connection, *name) for name in names]
+        found = [shape for shape in shapes if shape is not None]
+        if not found:
+            raise not_published(self._publication, schema, table)
+        return found
+
+
+def _select(connection: Connection, shape: Shape, names: Sequence[str], key: Sequence[str]) -> str:
+    schema, table = shape.relation.schema, shape.relation.table
+    by_name = {column.name: column for column in shape.primary}
+    if set(names) != {column.name for column in shape.relation.columns} or set(key) != by_name.keys():
+        raise SpillwayError(
+            "reselect_columns",
+            f"partition {schema}.{table} is published with other columns, or has another primary key, than its sisters",
+            "publish the same columns of all of them, or by their root (publish_via_partition_root)",
+        )
+    rows = rows_of(shape, Selection(schema, table))
+    assert rows is not None  # it has a primary key
+    ordered = replace(rows, streamed=tuple(names))
+    return ordered.by_arrays([by_name[name] for name in key]).as_string(connection)
+
+
+def _record(row: dict[str, bytes]) -> bytes:
+    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"

@@ -1,0 +1,130 @@
+"""A question by keys, and the statement that is sent for it: the question's SQL inside of ours.
+
+A `Question` is SQL whose ``$1`` ... ``$n`` are arrays of key values, one array for each column of the key. Its rows may
+be of any number and size, so it never runs as it stands. The statement around it
+
+- writes every value by its type's output function (``concat`` does; a cast to text would turn ``t`` into ``true`` and
+  take the blanks off a char(n)), in an inner query that is evaluated once: ``OFFSET 0`` keeps the planner from
+  repeating its expressions;
+- sums what the rows cost so far, in a window, and leaves away all values but the key's of a row with which the sum is
+  above the credit. WindowAgg hands its rows on as they come, so the server holds none of them back;
+- says in its first row, which comes even if the question has none, what the statement's own snapshot sees, whether the
+  server is in recovery, and of which types the values are. After an ALTER TABLE the server plans the question anew
+  without a word, since all that comes out of the statement is text: by the types it is noticed.
+
+Columns are referred to by name, so that a column more in a ``SELECT *`` does not shift the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from spillway.pgoutput.scalars import Renderer
+
+# What a value costs beside its bytes: an object and its place in a dict; and a row.
+VALUE_BYTES: Final = 96
+ROW_BYTES: Final = 512
+
+# Of the statement's columns: what the snapshot sees (in the first row), what the row costs (null: there is no row),
+# whether it came within the credit; then the question's.
+HEAD, COST, COVERED, FIRST = range(4)
+
+INT8_OID: Final = 20
+
+# What may stand behind a statement and not behind a subquery. A comment with a quote in it may be the end of a literal.
+_SEMICOLON_AT_END = re.compile(r"""\s*;(?:\s|--[^\n'"$]*(?:\n|\Z))*\Z""")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    place: int  # among the values of a key, which are in column order
+    array_oid: int
+    delimiter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    sql: str
+    key: tuple[str, ...]  # the columns of the result that say whose row it is, in the order of a key's values
+    parameters: tuple[Parameter, ...]  # $1, $2, ...
+
+    def literals(self, keys: Sequence[tuple[str, ...]]) -> list[bytes | None]:
+        return [array([key[p.place] for key in keys], p.delimiter) for p in self.parameters]
+
+    @property
+    def types(self) -> list[int]:
+        return [parameter.array_oid for parameter in self.parameters]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A question as a connection knows it."""
+
+    question: Question
+    name: bytes  # of the question's own statement, which is never run
+    statement: bytes  # of the one around it
+    columns: tuple[str, ...]
+    types: str
+    renderers: tuple[Renderer | None, ...]
+    looked_at: float  # when the question was last found to be the same, by the monotonic clock
+    key_places: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key_places = tuple(self.columns.index(name) for name in self.question.key)
+
+
+def array(values: Sequence[str], delimiter: str) -> bytes:
+    """The literal of an array. Every value is quoted, so that none reads as null, a brace or the delimiter."""
+    quoted = ['"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values]
+    return ("{" + delimiter.join(quoted) + "}").encode()
+
+
+def as_subquery(text: str) -> str:
+    """A statement as it can stand between parentheses; the line breaks end a comment that it may end with."""
+    return "(\n" + _SEMICOLON_AT_END.sub("", text) + "\n)"
+
+
+def statement(question: Question, columns: Sequence[str], character_bytes: int) -> str:
+    """``character_bytes``: how much longer a text may be as UTF-8. The last parameter is the credit."""
+    numbers = range(len(columns))
+    values = [
+        f"CASE WHEN u.{_quoted(c)} IS DISTINCT FROM NULL THEN pg_catalog.concat(u.{_quoted(c)}) END AS c{i}"
+        for i, c in enumerate(columns)
+    ]
+    lengths = " + ".join(f"COALESCE(pg_catalog.octet_length(t.c{i}), 0)::pg_catalog.int8" for i in numbers)
+    cost = f"{character_bytes} * ({lengths}) + {ROW_BYTES + VALUE_BYTES * len(columns)}"
+    shown = [
+        f"w.c{i}" if column in question.key else f"CASE WHEN w.total <= ${len(question.parameters) + 1} THEN w.c{i} END"
+        for i, column in enumerate(columns)
+    ]
+    return f"""
+SELECT CASE WHEN COALESCE(w.number, 1) = 1
+            THEN pg_catalog.concat_ws(' ', pg_catalog.txid_current_snapshot(), pg_catalog.pg_is_in_recovery(), w.types)
+       END, w.cost, w.total <= ${len(question.parameters) + 1}, {", ".join(shown)}
+  FROM (SELECT 1) AS one
+  LEFT JOIN (
+       SELECT s.*, pg_catalog.row_number() OVER running AS number, pg_catalog.sum(s.cost) OVER running AS total
+         FROM (SELECT t.*, {cost} AS cost
+                 FROM (SELECT {_types(columns)} AS types, {", ".join(values)}
+                         FROM {as_subquery(question.sql)} AS u OFFSET 0) AS t OFFSET 0) AS s
+       WINDOW running AS (ROWS UNBOUNDED PRECEDING)) AS w ON true"""
+
+
+def types_of(question: Question, columns: Sequence[str]) -> str:
+    """A statement that says the types of a question's columns, as the statement's first row does, and runs nothing.
+    (What is said of a prepared statement has the base types of domains.)"""
+    return f"""
+SELECT {_types(columns)} FROM (SELECT 1) AS one
+  LEFT JOIN (SELECT * FROM {as_subquery(question.sql)} AS v LIMIT 0) AS u ON true"""
+
+
+def _types(columns: Sequence[str]) -> str:
+    oids = [f"pg_catalog.pg_typeof(u.{_quoted(column)})::pg_catalog.oid" for column in columns]
+    return f"pg_catalog.concat_ws(',', {', '.join(oids)})"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,60 @@
+"""What the tests of enrichment and reselect share: one of each on a source, and what they need to have seen."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from source.conftest import MANY, SourceDatabase
+from spillway.source.bykeys import Fetched
+from spillway.source.enrich import Enricher
+from spillway.source.origin import Expected
+from spillway.source.reselect import Reselect, Rows
+from spillway.source.snapshot import Seen
+
+NOTHING = Seen((), 0)
+T = ("public", "t")
+Key = tuple[str, ...]
+
+
+async def expected(source: SourceDatabase, *, replica: bool = False) -> Expected:
+    return Expected(str(await source.value("SELECT system_identifier FROM pg_control_system()")), replica)
+
+
+@asynccontextmanager
+async def enriching(
+    source: SourceDatabase, sql: str, *, timeout_seconds: float = 15, connections: int = 2, visible_seconds: float = 30
+) -> AsyncIterator[Enricher]:
+    server = await expected(source)
+    enricher = Enricher(
+        source.dsn,
+        "s",
+        lambda: server,
+        "f",
+        sql,
+        timeout_seconds=timeout_seconds,
+        connections=connections,
+        visible_seconds=visible_seconds,
+    )
+    try:
+        yield enricher
+    finally:
+        await enricher.close()
+
+
+@asynccontextmanager
+async def reselecting(source: SourceDatabase) -> AsyncIterator[Reselect]:
+    server = await expected(source)
+    reselect = Reselect(source.dsn, "s", "p", lambda: server)
+    try:
+        yield reselect
+    finally:
+        await reselect.close()
+
+
+async def enriched(enricher: Enricher, *keys: Key, credit_bytes: int = MANY) -> Fetched:
+    return await enricher.fetch(T, keys, NOTHING, credit_bytes)
+
+
+async def reselected(reselect: Reselect, *keys: Key, credit_bytes: int = MANY) -> Rows:
+    return await reselect.fetch(T, keys, NOTHING, credit_bytes)
