@@ -176,7 +176,7 @@ def test_sequins_keys_of_a_condition(tmp_path: Path) -> None:
     config = read(tmp_path, text, SEARCH)
     assert config.sinks[0].filters == (Condition(table=T, column="a", operator="eq", value=5, path=("b", "c")),)
     assert [warning.partition(": ")[2] for warning in config.warnings] == [
-        "sinks[0].filters[0].field_type: has no effect: numbers compare as numbers, everything else as text"
+        "sinks[0].filters[0].field_type: has no effect: values compare as the type of the column does"
     ]
 
 

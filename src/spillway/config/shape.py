@@ -70,7 +70,7 @@ def _compared(value: object) -> object:
 class Condition(Section):
     """One of a sink's filters: they must all hold of a row of their table."""
 
-    inert: ClassVar = {"field_type": "has no effect: numbers compare as numbers, everything else as text"}
+    inert: ClassVar = {"field_type": "has no effect: values compare as the type of the column does"}
 
     table: Table
     column: Name
