@@ -29,7 +29,8 @@ of the converse compares texts.
 
 **Filters.** ``matched`` has ``filters`` bytes per change, one for each filter that the decoder was given: `NO`, `YES`,
 or `LEFT` for an update whose new row does not match while the old one did, or is not known. It serves the router and is
-not stored.
+not stored. A sink of state gets in place of such an update the delete of its old row, a record of its own right before
+it (flags OLD and GONE; for an update that has changed its key, the delete of the old key).
 
 **Shaped** chunks are made of a batch right before it is sent (`reshaped`), and live no longer than the attempt: their
 bodies are whole messages, to which nothing is appended (``complete``; where a sink keeps rows, the body is the row),
@@ -48,7 +49,7 @@ from itertools import accumulate
 from typing import Final, overload
 from zlib import crc32
 
-from spillway.change import ACTIONS, Action, Change, key_values
+from spillway.change import ACTIONS, BODY_START, RECORD_START, Action, Change, key_values
 
 WORDS: Final = 8
 LSN, INDEX, TIME, ENDS, KIND, LARGE, HASH, WAS = range(WORDS)
@@ -59,7 +60,7 @@ HASHED: Final = 1 << 32  # set in every hash, so that none is 0
 # Bytes of the word KIND.
 ACTION, N, FLAGS, SUB, TABLE = range(KIND * WORD_BYTES, KIND * WORD_BYTES + 5)
 
-WHOLE, OLD, MOVED, TOO_LARGE = 1, 2, 4, 8  # flags
+WHOLE, OLD, MOVED, TOO_LARGE, GONE = 1, 2, 4, 8, 16  # flags
 NO, YES, LEFT = range(3)  # what a filter says of a change
 
 Route = Mapping[str, object]  # where a message goes: values by the sink's routing keys
@@ -498,14 +499,25 @@ class Message:
     def body_bytes(self) -> int:
         return self.span.bytes_between(self.place, self.place + 1)
 
-    def with_body(self, body: bytes) -> Message:
+    def with_body(self, body: bytes, record_bytes: int | None = None, *, whole: bool = False) -> Message:
         """The same change with another body, alone in a span, without a row."""
         chunk, index = self.span.chunk, self.span.indices[self.place]
         stride = chunk.stride * WORD_BYTES
         keys = b"\0".join(chunk.key_texts(index)) + b"\0"
         record = bytearray(chunk.meta[index * stride : (index + 1) * stride])
-        memoryview(record).cast("Q")[ENDS] = len(body) | len(keys) << 32
+        words = memoryview(record).cast("Q")
+        words[ENDS] = len(body) | len(keys) << 32
+        if record_bytes is not None:
+            words[INDEX] = words[INDEX] & LOW | record_bytes << 32
+        if whole:
+            record[FLAGS] |= WHOLE
         return Message(Span(Chunk(1, body, bytes(record), keys, chunk.tables, chunk.groups), self.span.keying), 0)
+
+    def with_record(self, record: bytes) -> Message:
+        """The same change with another row, a whole one."""
+        change = self.change
+        body = BODY_START + record + change.body[RECORD_START + change.record_bytes :]
+        return self.with_body(body, len(record), whole=True)
 
 
 def reshaped(messages: Sequence[Message], bodies: Sequence[bytes], routes: Sequence[Route | None] | None) -> Batch:

@@ -53,8 +53,8 @@ async def reselecting(source: SourceDatabase) -> AsyncIterator[Reselect]:
 
 
 async def enriched(enricher: Enricher, *keys: Key, credit_bytes: int = MANY) -> Fetched:
-    return await enricher.fetch(T, keys, NOTHING, credit_bytes)
+    return await enricher.fetch(T, keys, NOTHING, credit_bytes, credit_bytes)
 
 
 async def reselected(reselect: Reselect, *keys: Key, credit_bytes: int = MANY) -> Rows:
-    return await reselect.fetch(T, keys, NOTHING, credit_bytes)
+    return await reselect.fetch(T, keys, NOTHING, credit_bytes, credit_bytes)

@@ -3,6 +3,8 @@
 A rejection of a whole batch is halved until the culprit is alone. For sinks that apply a batch in order, what follows
 a culprit under one of its keys is not sent: its result is `BLOCKED`, and it shares the culprit's fate to wait.
 
+Where messages are shaped (spillway.flow.shaping) that comes first, once; what is sent and halved is what came of it.
+
 A TRUNCATE has no key, and everything of its table stands behind it: one that is refused concerns the sink as a whole.
 It is never parked, it and all that follows it go back, and it is the probe.
 """
@@ -10,7 +12,7 @@ It is never parked, it and all that follows it go back, and it is the probe.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -21,6 +23,8 @@ from spillway.errors import SpillwayError
 from spillway.sinks.base import Result, Sink, sink_down
 
 Answer = Sequence[Result] | Result  # one per message, in the order of the batch, or one that holds for all
+Send = Callable[[Batch], Awaitable[Answer]]
+Shape = Callable[[Batch, Send], Awaitable[Answer]]  # shapes a batch, sends what comes of it, and answers for it
 
 BLOCKED = Result("retry", "blocked")
 UNCHANGED_TOAST = Result(
@@ -33,9 +37,12 @@ _log = structlog.get_logger()
 class Attempt:
     """Asks one sink. Opens it when needed; forgets that it is open after a failure of the sink."""
 
-    def __init__(self, name: str, sink: Sink, clock: Clock, timeout_seconds: float, toast_fails: bool) -> None:
+    def __init__(
+        self, name: str, sink: Sink, clock: Clock, timeout_seconds: float, toast_fails: bool, shape: Shape | None
+    ) -> None:
         self._name = name
         self._sink = sink
+        self._shape = shape
         self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._toast_fails = toast_fails
@@ -44,6 +51,14 @@ class Attempt:
         self._applies_in_order = sink.semantics in ("ordered", "atomic")
 
     async def __call__(self, batch: Batch) -> Answer:
+        if self._shape is None:
+            return await self._send(batch)
+        try:
+            return await self._shape(batch, self._send)
+        except Exception as error:  # noqa: BLE001 - isolation (I6), as for the sink's own code
+            return self._defect(error)
+
+    async def _send(self, batch: Batch) -> Answer:
         if self._toast_fails and not batch.plain and any(_lacks_toast(m) for m in batch):
             return await self._around([_lacks_toast(m) for m in batch], batch)
         answer = await self._ask(batch)
@@ -52,19 +67,19 @@ class Attempt:
         if answer.outcome == "retry" or len(batch) == 1:
             return replace(answer, outcome="sink_down") if any(is_truncate(m) for m in batch) else answer
         half = len(batch) // 2
-        results = list(each(await self(batch[:half]), batch[:half]))
+        results = list(each(await self._send(batch[:half]), batch[:half]))
         rest = batch[half:]
         if results[-1].outcome == "sink_down":
             return results + [results[-1]] * len(rest)
         if not self._applies_in_order:
-            return results + list(each(await self(rest), rest))
+            return results + list(each(await self._send(rest), rest))
         blocked = {k for m, r in zip(batch, results, strict=False) if r.outcome != "ok" for k in m.keys}
         return results + list(await self._around([_stands_behind(blocked, m) for m in rest], rest, BLOCKED))
 
     async def _around(self, left_out: Sequence[bool], batch: Batch, answer: Result = UNCHANGED_TOAST) -> list[Result]:
         """Send the batch without those left out, which get the answer."""
         sent = Batch.of([m for m, out in zip(batch, left_out, strict=True) if not out])
-        sent_results = iter(each(await self(sent), sent) if sent else ())
+        sent_results = iter(each(await self._send(sent), sent) if sent else ())
         results = [answer if out else next(sent_results) for out in left_out]
         if self._applies_in_order:
             down = next((at for at, result in enumerate(results) if result.outcome == "sink_down"), len(results))
@@ -85,14 +100,17 @@ class Attempt:
         except SpillwayError as error:
             answer = sink_down(error.code, str(error))
         except Exception as error:  # noqa: BLE001 - isolation (I6): a defect in one sink's code must not stop the others
-            _log.exception("sink failed unexpectedly", sink=self._name)
-            answer = sink_down("internal_error", f"{type(error).__name__}: {error}")
+            answer = self._defect(error)
         if isinstance(answer, Result):
             if answer.outcome == "sink_down":
                 self._opened = False
         elif len(answer) != len(batch):
             return sink_down("internal_error", f"{len(answer)} results for {len(batch)} messages")
         return answer
+
+    def _defect(self, error: Exception) -> Result:
+        _log.exception("sink failed unexpectedly", sink=self._name)
+        return sink_down("internal_error", f"{type(error).__name__}: {error}")
 
 
 def each(answer: Answer, batch: Batch) -> Sequence[Result]:

@@ -1,13 +1,14 @@
 """Memory: every payload byte is covered by a credit taken before it is held (I4).
 
-One `Budget` per process, in three pools whose limits add up to the process limit. They are taken in this order and
-never backwards, so that no circle of waiters can form: *capture* (frames, decoded changes, what waits for its commit
-in the store), *window* (unresolved changes in memory), *delivery* (batches: pages read back, encoded bodies, answers).
+One `Budget` per process, in pools whose limits add up to the process limit. They are taken in this order and never
+backwards, so that no circle of waiters can form: *capture* (frames, decoded changes, what waits for its commit in the
+store), *window* (unresolved changes in memory), *delivery* (batches: pages read back, encoded bodies, answers),
+*shaping* (enrichment, what functions see and make; only where a sink has any of it).
 
 - The capture pool is waited for: when it is empty, reading the slot stops.
 - The window pool is never waited for: what does not fit goes to the store.
-- The delivery pool is divided: a quarter is split into one guaranteed `Share` per sink, so that a sink with a batch in
-  flight can never be starved by the others; the rest is common, first come, first served.
+- The delivery pool is divided, and so is the shaping pool: a quarter is split into one guaranteed `Share` per sink, so
+  that a sink with a batch in flight can never be starved by the others; the rest is common, first come, first served.
 
 Shared bytes are charged once: a chunk held by several windows is charged to the window pool when the first takes it and
 given back by the last (``Chunk.holders``); what each of them adds is its own. A sink's own ceiling (``max_memory_mb``)
@@ -29,10 +30,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from spillway.chunk import MESSAGE_OVERHEAD_BYTES, Span
+from spillway.errors import SpillwayError
 
 CAPTURE_EIGHTHS = 3
 WINDOW_EIGHTHS = 2
 DELIVERY_EIGHTHS = 3
+SHAPING_EIGHTHS = 2  # where something is shaped: one each from window and delivery
+REREAD_EIGHTHS = 1  # where no more is done than to read rows anew: from delivery
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +148,7 @@ class Spare:
 
 
 class Share:
-    """A sink's part of the delivery pool: its guarantee, then what the common part has."""
+    """A sink's part of the delivery pool or the shaping pool: its guarantee, then what the common part has."""
 
     def __init__(self, common: Pool, guaranteed_bytes: int, wake_all: Callable[[], None]) -> None:
         self._common = common
@@ -212,14 +216,20 @@ class Share:
 
 
 class Budget:
-    """The process limit, divided. ``held_bytes`` never exceeds ``limit_bytes``."""
+    """The process limit, divided. ``held_bytes`` never exceeds ``limit_bytes``. ``shaped``: how many of the sinks have
+    a share of the shaping pool, which has so many eighths of the limit."""
 
-    def __init__(self, limit_bytes: int, sinks: int) -> None:
+    def __init__(self, limit_bytes: int, sinks: int, shaped: int = 0, shaping_eighths: int = 0) -> None:
         self.limit_bytes = limit_bytes
         eighth = limit_bytes // 8
         self.capture = Pool("capture", CAPTURE_EIGHTHS * eighth)
-        self.window = Pool("window", WINDOW_EIGHTHS * eighth)
-        delivery = DELIVERY_EIGHTHS * eighth
+        self.window = Pool("window", (WINDOW_EIGHTHS - shaping_eighths // 2) * eighth)
+        delivery = (DELIVERY_EIGHTHS - (shaping_eighths + 1) // 2) * eighth
+        shaping = shaping_eighths * eighth
+        self.shaping = Pool("shaping", shaping - shaping // 4)
+        self._shaped = shaped
+        self._shaping_guaranteed_bytes = shaping // 4 // max(1, shaped)
+        self._shaping_shares: list[Share] = []
         self.pages = Spare(self.capture, self.capture.limit_bytes // 3)
         self._sinks = sinks
         self._guaranteed_bytes = delivery // 4 // max(1, sinks)
@@ -229,8 +239,28 @@ class Budget:
 
     @property
     def held_bytes(self) -> int:
-        guaranteed = sum(min(share.held_bytes, share.guaranteed_bytes) for share in self._shares)
-        return self.capture.held_bytes + self.window.held_bytes + guaranteed + self.common.held_bytes
+        shares = (*self._shares, *self._shaping_shares)
+        guaranteed = sum(min(share.held_bytes, share.guaranteed_bytes) for share in shares)
+        pools = (self.capture, self.window, self.common, self.shaping)
+        return guaranteed + sum(pool.held_bytes for pool in pools)
+
+    def shaping_share(self) -> Share:
+        """Another sink's share of the shaping pool. Raises SpillwayError where nothing was shaped at the start."""
+        if not self._shaped:
+            raise SpillwayError(
+                "no_shaping_memory",
+                "no sink had functions or an enrichment when the process started, so no memory is set apart for them",
+                "restart spillway",
+            )
+        guaranteed_bytes = self._shaping_guaranteed_bytes if len(self._shaping_shares) < self._shaped else 0
+        share = Share(self.shaping, guaranteed_bytes, lambda: None)
+        self._shaping_shares.append(share)
+        return share
+
+    def unshare_shaping(self, share: Share) -> None:
+        """Its sink is no more."""
+        share.give(share.held_bytes)
+        self._shaping_shares.remove(share)
 
     def share(self, wake: Callable[[], None]) -> Share:
         """A sink's share of the delivery pool; ``wake`` is called when anyone frees or lacks common bytes. One that was

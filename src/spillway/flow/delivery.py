@@ -22,6 +22,7 @@ from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Process, SinkSpec
 from spillway.flow.readback import READ_BYTES, DoesNotFit
 from spillway.flow.retry import PARKED_ROUNDS
 from spillway.flow.settle import Settling
+from spillway.flow.shaping import Shaping
 from spillway.flow.window import encoded_cost
 from spillway.sinks.base import Result, Sink
 from spillway.store.base import Select, SinkState, Write
@@ -30,16 +31,27 @@ SPILL_AGE_SECONDS = 0.25
 CLOSE_SECONDS = 5.0
 DISCARD_MESSAGES = 5000  # removed per transaction
 BUSY_SECONDS = 0.1  # heads of lanes that are due, but something of their keys is under way, are looked at so often
-BATCH_TOO_LARGE = ("timeout", "http_429")  # reasons for which a sink may be down that a smaller batch may avoid
+BATCH_TOO_LARGE = (
+    "timeout",
+    "http_429",
+    "enrichment_timeout",
+)  # reasons for which a sink may be down that a smaller batch may avoid
 IDLE_SECONDS = 1.0  # the longest the loop sleeps: what depends on time alone is looked at this often
 
 
 class Delivery(Settling):
     def __init__(
-        self, spec: SinkSpec, sink: Sink, state: SinkState, process: Process, moved: Callable[[], None]
+        self,
+        spec: SinkSpec,
+        sink: Sink,
+        state: SinkState,
+        process: Process,
+        moved: Callable[[], None],
+        shaping: Shaping | None = None,
     ) -> None:
         super().__init__(spec, sink, state, process, moved)
-        self._attempt = Attempt(spec.name, sink, process.clock, spec.timeout_seconds, spec.toast_fails)
+        self.shaping = shaping
+        self._attempt = Attempt(spec.name, sink, process.clock, spec.timeout_seconds, spec.toast_fails, shaping)
         self.paused = False
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
@@ -66,6 +78,8 @@ class Delivery(Settling):
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(CLOSE_SECONDS):
                     await self._sink.close()
+                    if self.shaping is not None:
+                        await self.shaping.close()
 
     def stop(self) -> None:
         """Start nothing new; `run` returns when what is in flight is settled."""
@@ -163,6 +177,8 @@ class Delivery(Settling):
         ):
             pass
         self._budget.unshare(self._share, self.wake)
+        if self.shaping is not None:
+            self._budget.unshare_shaping(self.shaping.share)
 
     # -- what people ask for ----------------------------------------------------------------------------------------
     async def pause(self) -> None:

@@ -38,7 +38,17 @@ from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window
 from spillway.metrics import Metrics
 from spillway.position import ZERO, Position
 from spillway.sinks.base import Readable, Sink
-from spillway.store.base import BackfillDocument, Gap, Park, SinkState, Store, Write, Written
+from spillway.store.base import (
+    AskedRefreshes,
+    BackfillDocument,
+    DueRefresh,
+    Gap,
+    Park,
+    SinkState,
+    Store,
+    Write,
+    Written,
+)
 
 # What a message read back costs beyond its bytes, twice: its record and keys, and its place in request and answer.
 # By it credit is taken before anything is read, when nothing is known of the columns. A stored record has 80 bytes at
@@ -64,6 +74,7 @@ class SinkSpec:
     max_retry_count: int | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     toast_fails: bool = False
+    supersedes: bool = True  # of a state: a later image may stand for earlier ones; not where code decides what is sent
     limits: Limits = field(default_factory=Limits)
 
 
@@ -90,7 +101,9 @@ class Inflow:
         self._clock = process.clock
         self._metrics = process.metrics
         self._moved = moved  # called when the watermark may have moved or a full backlog has room
-        self.window = Window(keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state")
+        self.window = Window(
+            keyed=sink.semantics in ("state", "events"), supersedes=sink.semantics == "state" and spec.supersedes
+        )
         self.counters = state.counters
         self.tail: Position = state.position or ZERO
         self.gap = state.gap
@@ -268,6 +281,14 @@ class Inflow:
             self._write_unwritten(backfill=document) if covering else self._commit(Write(self.name, backfill=document))
         )
 
+    async def ask(self, asked: AskedRefreshes) -> None:
+        """Documents of these rows are to be made anew. Durable when this returns."""
+        await self._commit(Write(self.name, ask=asked))
+
+    async def refreshed(self, done: Sequence[DueRefresh]) -> None:
+        """They have been, by messages that are resolved or durable. With the position, as in `note`."""
+        await self._write_unwritten(refreshed=done)
+
     async def untried_from(self) -> int | None:
         """No message that has not been tried yet has a commit LSN below this; None: there is none. What was tried and
         has failed is in the lanes."""
@@ -301,6 +322,7 @@ class Inflow:
         bury: Sequence[Park] = (),
         stuck: Sequence[Message] = (),
         backfill: BackfillDocument | None = None,
+        refreshed: Sequence[DueRefresh] = (),
     ) -> asyncio.Future[Written]:
         """Put everything unwritten, which stays in memory, and do the rest in the same commit. ``aside`` is not in the
         window but among the unwritten: it is forgotten when the commit is done, and so is what is held behind
@@ -321,11 +343,12 @@ class Inflow:
             Write(
                 self.name,
                 put=put,
-                position=self.tail if put or backfill is not None else None,
+                position=self.tail if put or backfill is not None or refreshed else None,
                 park=park,
                 hold=[*hold, *behind],
                 bury=[*large, *bury],
                 backfill=backfill,
+                refreshed=refreshed,
             )
         )
         self._last_put = done

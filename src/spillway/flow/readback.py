@@ -230,7 +230,7 @@ class Readback(Inflow):
             heads.append(message)
             lacking.append(self.is_state and head.reason == UNCHANGED_TOAST.reason)
         for index, message in enumerate(heads):
-            if not lacking[index] and self.spec.on_reject != "latest_wins":
+            if self.spec.on_reject != "latest_wins" and not (lacking[index] and self.spec.supersedes):
                 continue
             room = (credit - STORED_OVERHEAD_BYTES) // 2
             newest = None

@@ -9,9 +9,10 @@ asked again once the server says that it does: it is asked for that alone at fir
 a commit that is held back costs one question, not one for each look. On a standby transactions cannot be told, and
 visibility follows replay: its position is read *before* the question, which is not asked until that is far enough.
 
-**Memory.** The server never sends more than the credit, and of what was sent only what is within the credit once it is
-JSON is kept, too (a control character takes six bytes there). Rows come one by one: beside those that are kept there
-is one in libpq and in the making, which is why a caller takes `FETCH_FACTOR` times the credit.
+**Memory.** The server never sends more than ``credit_bytes``, nor a row of more than ``row_bytes``, and of what was
+sent only what is within the credit once it is JSON is kept, too (a control character takes six bytes there). Rows come
+one by one: beside those that are kept there is one in libpq and in the making, which is why a caller takes
+`FETCH_FACTOR` times ``row_bytes`` beside the credit.
 
 **What fails whom.** `BatchFailed`: a value in one row is wrong for the question (division by zero, a text that is no
 number, a key that is not of its column's type any more, an exception that a function raises), and the others suffer
@@ -51,7 +52,7 @@ from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, INT8_OID, Prepar
 
 __all__ = ["FETCH_FACTOR", "BatchFailed", "ByKeys", "Fetched"]
 
-# Credit to take for each byte of `credit_bytes`. Measured with one row that is all of it (tests/source/test_enrich.py):
+# Credit to take for each byte of `row_bytes`. Measured with one row that is all of it (tests/source/test_enrich.py):
 # libpq's buffer, the row in libpq or as JSON, its values. Of many rows little more than what is kept is ever there.
 FETCH_FACTOR: Final = 4
 
@@ -123,7 +124,7 @@ class ByKeys:
                 raise self._refusal(error) from error
 
     async def fetch(
-        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
     ) -> Fetched:
         until = time.monotonic() + self._visible_seconds
         pause_seconds = _FIRST_PAUSE_SECONDS
@@ -135,7 +136,7 @@ class ByKeys:
                     if not (queries or session.standby) or await _sees(session, seen):
                         began = time.monotonic()
                         queries += 1
-                        reading = await self._ask(session, table, keys, seen, credit_bytes)
+                        reading = await self._ask(session, table, keys, seen, (credit_bytes, row_bytes))
                         seconds += time.monotonic() - began
             except _AgainError as again:
                 if tried:
@@ -159,7 +160,12 @@ class ByKeys:
         await self._sessions.close()
 
     async def _ask(
-        self, session: Session, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+        self,
+        session: Session,
+        table: tuple[str, str],
+        keys: Sequence[tuple[str, ...]],
+        seen: Seen,
+        limits: tuple[int, int],
     ) -> _Reading:
         prepared_before = session.served
         try:
@@ -171,9 +177,9 @@ class ByKeys:
                     f"{self._subject}: the primary key of {table[0]}.{table[1]} has {len(question.key)} columns now",
                     "discard the messages of before",
                 )
-            reading = _Reading(session, prepared, keys, seen, credit_bytes)
+            reading = _Reading(session, prepared, keys, seen, limits[0])
             session.connection.pgconn.send_query_prepared(
-                prepared.statement, [*question.literals(keys), str(credit_bytes).encode()]
+                prepared.statement, [*question.literals(keys), *(str(limit).encode() for limit in limits)]
             )
             session.connection.pgconn.set_single_row_mode()
             await session.connection.wait(_rows(session.connection.pgconn, reading.take))
@@ -224,7 +230,7 @@ class ByKeys:
         infos: dict[int, TypeInfo] = await catalogue_types(connection, oids)
         utf8 = connection.info.parameter_status("server_encoding") == "UTF8"
         pgconn.send_prepare(
-            around, statement(question, columns, 1 if utf8 else 3).encode(), [*question.types, INT8_OID]
+            around, statement(question, columns, 1 if utf8 else 3).encode(), [*question.types, INT8_OID, INT8_OID]
         )
         await _result(connection)
         renderers = tuple(renderer_for(oid, infos) for oid in oids)

@@ -63,13 +63,14 @@ class Enricher:
         self._by_keys = ByKeys(sessions, self._question, "enrichment", f"enrichment {name}", remedy, visible_seconds)
 
     async def fetch(
-        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
     ) -> Fetched:
         """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
-        what the rows may take, of which the caller has taken `FETCH_FACTOR` times as much. Raises BatchFailed,
+        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
+        times as much besides. Raises BatchFailed,
         SourceUnavailable (``not_visible``, ``enrichment_timeout``, ...), SpillwayError ``enrichment_failed``,
         ``enrichment_key``, ``enrichment_columns``, ``enrichment_parameters``."""
-        return await self._by_keys.fetch(table, keys, seen, credit_bytes)
+        return await self._by_keys.fetch(table, keys, seen, credit_bytes, row_bytes)
 
     async def columns(self, table: tuple[str, str]) -> tuple[str, ...]:
         """What the SQL selects, for whoever checks it: it is prepared and planned, and not run. Raises as `fetch`."""

@@ -316,8 +316,7 @@ SELECT txid_current_snapshot()::text AS snapshot;
 
 -- name: key_arrays
 -- The primary key in column order, with the types of arrays of its columns; 0 for a column that is an array itself.
-SELECT a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS type, t.typarray AS array_oid,
-       t.typdelim::text AS delimiter
+SELECT a.attname::text AS name, t.typarray AS array_oid, t.typdelim::text AS delimiter
   FROM pg_class c
   JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary

@@ -73,13 +73,14 @@ class Reselect:
         self._by_keys = ByKeys(sessions, self._question, "reselect", "rows read anew", remedy, visible_seconds)
 
     async def fetch(
-        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
     ) -> Rows:
         """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
-        what the rows may take, of which the caller has taken `FETCH_FACTOR` times as much. Raises BatchFailed,
+        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
+        times as much besides. Raises BatchFailed,
         SourceUnavailable (``not_visible``, ``reselect_timeout``, ...), SpillwayError ``reselect_failed``,
         ``not_published``, ``no_primary_key``, ``reselect_columns``."""
-        fetched = await self._by_keys.fetch(table, keys, seen, credit_bytes)
+        fetched = await self._by_keys.fetch(table, keys, seen, credit_bytes, row_bytes)
         if fetched.several:
             raise BatchFailed(
                 "reselect_failed",
@@ -142,19 +143,21 @@ class Reselect:
         return found
 
 
-def _select(connection: Connection, shape: Shape, names: Sequence[str], key: Sequence[str]) -> str:
+def _select(connection: Connection, shape: Shape, names: Sequence[str], key: tuple[str, ...]) -> str:
     schema, table = shape.relation.schema, shape.relation.table
-    by_name = {column.name: column for column in shape.primary}
-    if set(names) != {column.name for column in shape.relation.columns} or set(key) != by_name.keys():
+    columns = shape.in_column_order
+    own_key = tuple(column.name for column in columns)
+    if set(names) != {column.name for column in shape.relation.columns} or key != own_key:
         raise SpillwayError(
             "reselect_columns",
-            f"partition {schema}.{table} is published with other columns, or has another primary key, than its sisters",
+            f"partition {schema}.{table} is published with other columns, or has another primary key, than its sisters,"
+            " or its key's columns in another order",
             "publish the same columns of all of them, or by their root (publish_via_partition_root)",
         )
     rows = rows_of(shape, Selection(schema, table))
     assert rows is not None  # it has a primary key
     ordered = replace(rows, streamed=tuple(names))
-    return ordered.by_arrays([by_name[name] for name in key]).as_string(connection)
+    return ordered.by_arrays(columns).as_string(connection)
 
 
 def _record(row: dict[str, bytes]) -> bytes:

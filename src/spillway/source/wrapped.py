@@ -7,7 +7,8 @@ be of any number and size, so it never runs as it stands. The statement around i
   take the blanks off a char(n)), in an inner query that is evaluated once: ``OFFSET 0`` keeps the planner from
   repeating its expressions;
 - sums what the rows cost so far, in a window, and leaves away all values but the key's of a row with which the sum is
-  above the credit. WindowAgg hands its rows on as they come, so the server holds none of them back;
+  above the credit, or which is larger than one row may be (and so does not count). WindowAgg hands its rows on as they
+  come, so the server holds none of them back;
 - says in its first row, which comes even if the question has none, what the statement's own snapshot sees, whether the
   server is in recovery, and of which types the values are. After an ALTER TABLE the server plans the question anew
   without a word, since all that comes out of the statement is text: by the types it is noticed.
@@ -76,9 +77,11 @@ class Prepared:
         self.key_places = tuple(self.columns.index(name) for name in self.question.key)
 
 
-def array(values: Sequence[str], delimiter: str) -> bytes:
+def array(values: Sequence[str | None], delimiter: str) -> bytes:
     """The literal of an array. Every value is quoted, so that none reads as null, a brace or the delimiter."""
-    quoted = ['"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values]
+    quoted = [
+        "NULL" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values
+    ]
     return ("{" + delimiter.join(quoted) + "}").encode()
 
 
@@ -88,8 +91,11 @@ def as_subquery(text: str) -> str:
 
 
 def statement(question: Question, columns: Sequence[str], character_bytes: int) -> str:
-    """``character_bytes``: how much longer a text may be as UTF-8. The last parameter is the credit."""
+    """``character_bytes``: how much longer a text may be as UTF-8. The last two parameters are the credit, and what one
+    row may take of it."""
     numbers = range(len(columns))
+    credit, largest = (f"${len(question.parameters) + i}" for i in (1, 2))
+    covered = f"w.cost <= {largest} AND w.total <= {credit}"
     values = [
         f"CASE WHEN u.{_quoted(c)} IS DISTINCT FROM NULL THEN pg_catalog.concat(u.{_quoted(c)}) END AS c{i}"
         for i, c in enumerate(columns)
@@ -97,16 +103,17 @@ def statement(question: Question, columns: Sequence[str], character_bytes: int) 
     lengths = " + ".join(f"COALESCE(pg_catalog.octet_length(t.c{i}), 0)::pg_catalog.int8" for i in numbers)
     cost = f"{character_bytes} * ({lengths}) + {ROW_BYTES + VALUE_BYTES * len(columns)}"
     shown = [
-        f"w.c{i}" if column in question.key else f"CASE WHEN w.total <= ${len(question.parameters) + 1} THEN w.c{i} END"
+        f"w.c{i}" if column in question.key else f"CASE WHEN {covered} THEN w.c{i} END"
         for i, column in enumerate(columns)
     ]
     return f"""
 SELECT CASE WHEN COALESCE(w.number, 1) = 1
             THEN pg_catalog.concat_ws(' ', pg_catalog.txid_current_snapshot(), pg_catalog.pg_is_in_recovery(), w.types)
-       END, w.cost, w.total <= ${len(question.parameters) + 1}, {", ".join(shown)}
+       END, w.cost, {covered}, {", ".join(shown)}
   FROM (SELECT 1) AS one
   LEFT JOIN (
-       SELECT s.*, pg_catalog.row_number() OVER running AS number, pg_catalog.sum(s.cost) OVER running AS total
+       SELECT s.*, pg_catalog.row_number() OVER running AS number,
+              pg_catalog.sum(CASE WHEN s.cost <= {largest} THEN s.cost ELSE 0 END) OVER running AS total
          FROM (SELECT t.*, {cost} AS cost
                  FROM (SELECT {_types(columns)} AS types, {", ".join(values)}
                          FROM {as_subquery(question.sql)} AS u OFFSET 0) AS t OFFSET 0) AS s

@@ -1,0 +1,449 @@
+"""What a sink's messages become between the window and the sink: whole rows, enrichment, functions, envelopes.
+
+A batch is shaped right before it is sent, once per attempt, and what comes of it is never stored: a restart shapes
+again. In this order:
+
+1. *Reselect*: an update that came without its TOAST columns gets the row as it is now. A row that is gone leaves
+   nothing to send: its delete follows in the stream.
+2. *Timestamps* as numbers, where the sink wants them so.
+3. *Enrichment*: one query per table and part of a batch, by primary keys; its row becomes ``metadata.enrichment``, and
+   of a sink that keeps rows also part of the row. A snapshot that does not see the change is waited out by whoever
+   queries (design: a commit is streamed before it is visible).
+4. *Functions*: filter, routing, transform (`spillway.functions.base`). One message becomes none, one or several.
+5. *Envelope*, where there is no transform.
+
+Failures. What user code or data does costs that message alone: it is rejected with its reason, and parked like any
+other. What concerns source or worker as a whole opens the sink's breaker, and no attempt is counted. A query that fails
+for the data of some row is asked again with halves, until the culprit is alone.
+
+Credit (I4). Everything made here is covered by the shaping pool, which is taken after all others and held by nobody
+who waits for another: so whoever waits here waits for requests in flight, which end by their deadline. A batch is
+shaped and sent in *parts* that the credit allows for, by an estimate that follows what was seen. The source never sends
+more than the credit: rows that it did not allow for stay there, and come with the next part, alone if they must.
+
+Order. Parts are sent one after the other in the order of the batch. Of sinks that apply their batches in order, what
+follows a failed message under one of its keys is `BLOCKED`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import orjson
+
+from spillway.chunk import LARGE, LSN, Batch, Message, Route, reshaped
+from spillway.errors import SpillwayError
+from spillway.flow.attempt import BLOCKED, Answer, each
+from spillway.flow.budget import Share
+from spillway.functions.base import Failure, Functions, Outcome, Output
+from spillway.sinks.base import OK, Result, reject, sink_down
+from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Fetched
+from spillway.source.reselect import Rows
+from spillway.source.snapshot import Seen
+
+Table = tuple[str, str]
+Key = tuple[str, ...]
+Row = Mapping[str, bytes]
+Send = Callable[[Batch], Awaitable[Answer]]
+
+COPIES = 2  # of a message's bytes at once: in parts and joined
+COPIES_FOR_FUNCTIONS = 3  # and as the functions see it
+LARGEST_PART = 8  # of several rows each may be an eighth of all: what is in the making costs `FETCH_FACTOR` times that
+MESSAGE_BYTES = 2048  # what objects of one message take besides
+FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
+MOST_IN_PART = 5000  # messages: what one query is asked for
+
+
+class Enrich(Protocol):
+    """See `spillway.source.enrich.Enricher`."""
+
+    async def fetch(
+        self, table: Table, keys: Sequence[Key], seen: Seen, credit_bytes: int, row_bytes: int
+    ) -> Fetched: ...
+
+    async def close(self) -> None: ...
+
+
+class Reread(Protocol):
+    """See `spillway.source.reselect.Reselect`."""
+
+    async def fetch(self, table: Table, keys: Sequence[Key], seen: Seen, credit_bytes: int, row_bytes: int) -> Rows: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What is done with the messages of one sink; None: nothing."""
+
+    suffix: bytes  # closes a body into this sink's message, see spillway.change
+    keeps_rows: bool  # a sink of rows or documents: a delete is by key, and passes filter and transform
+    as_record: bool  # what is sent is the row, not the message around it
+    reread: Reread | None = None
+    enrich: Enrich | None = None
+    functions: Functions | None = None
+    checked: Callable[[Mapping[str, object]], Route] = dict  # a route, or ValueError
+    envelope: Callable[[Message, bytes], bytes] | None = None  # of the message, and as it reads in Sequin's format
+    timestamps: Callable[[Message], Awaitable[Message]] | None = None
+    metadata: Callable[[Message], bytes] | None = None  # more of it: bytes like b',"tx":{...}'
+
+    @property
+    def only_rereads(self) -> bool:
+        """Nothing is done but to rows that came without their TOAST columns."""
+        steps = (self.enrich, self.functions, self.envelope, self.timestamps, self.metadata)
+        return all(step is None for step in steps)
+
+
+@dataclass(slots=True)
+class _Credit:
+    """For the first ``count`` messages: so many bytes of rows, none of them larger than ``row_bytes``."""
+
+    count: int
+    rows_bytes: int
+    row_bytes: int
+
+    def use(self, sizes: Iterable[int]) -> None:
+        self.rows_bytes = max(0, self.rows_bytes - sum(sizes))
+
+
+@dataclass(slots=True)
+class _Part:
+    """What became of some places of a batch."""
+
+    results: dict[int, Result] = field(default_factory=dict)  # what is decided already
+    messages: dict[int, Message] = field(default_factory=dict)  # as they are after the steps so far
+    rows: dict[int, Row] = field(default_factory=dict)  # enrichment
+    later: dict[int, int] = field(default_factory=dict)  # places for another part, and the bytes that they need
+
+    def decide(self, place: int, result: Result) -> None:
+        self.results[place] = result
+        self.messages.pop(place, None)
+
+    def put_off(self, sizes: Mapping[int, int], *, in_order: bool) -> None:
+        """These are for another part, whose rows have so many bytes; in order, so is what stands behind the first."""
+        places = [place for place in self.messages if place >= min(sizes)] if sizes and in_order else list(sizes)
+        for place in places:
+            self.later[place] = sizes.get(place, self.later.get(place, 0))
+            self.messages.pop(place, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    place: int
+    message: Message
+    body: bytes
+    route: Route | None
+
+
+class Shaping:
+    """Of one sink. ``in_order``: the sink applies its batches in order."""
+
+    def __init__(self, name: str, steps: Steps, share: Share, max_message_bytes: int, *, in_order: bool) -> None:
+        self._name = name
+        self._steps = steps
+        self.share = share
+        self._max_message_bytes = max_message_bytes
+        self._in_order = in_order
+        self._row_bytes = float(FIRST_GUESS_BYTES)
+        self.queries = 0
+        self.repeated = 0  # of these, because a snapshot did not see the change yet
+
+    async def close(self) -> None:
+        for step in (self._steps.reread, self._steps.enrich, self._steps.functions):
+            if step is not None:
+                await step.close()
+
+    async def __call__(self, batch: Batch, send: Send) -> Answer:
+        """Shape the batch and send what comes of it. One result per message, or one that holds for all."""
+        if self._steps.only_rereads and batch.plain:
+            return await send(batch)
+        messages = batch.messages
+        results: list[Result] = [OK] * len(messages)
+        left: Sequence[int] = range(len(messages))
+        known: dict[int, int] = {}  # bytes of rows by place, where the source has said so
+        blocked: set[str] = set()
+        while left:
+            try:
+                left = await self._next_part(messages, left, known, results, blocked, send)
+            except SpillwayError as error:
+                down = sink_down(error.code, str(error))
+                if len(left) == len(messages):
+                    return down
+                for place in left:
+                    results[place] = down
+                break
+        return OK if all(result is OK for result in results) else results
+
+    async def _next_part(
+        self,
+        messages: Sequence[Message],
+        left: Sequence[int],
+        known: dict[int, int],
+        results: list[Result],
+        blocked: set[str],
+        send: Send,
+    ) -> Sequence[int]:
+        """The first of what is left, as much as there is credit for. Returns what is left then."""
+        async with self._credit(messages, left, known) as credit:
+            taken = left[: credit.count]
+            part = await self._shape({place: messages[place] for place in taken}, credit)
+            self._note_sizes(part, messages, known)
+            outgoing = await self._outgoing(part)
+            if self._in_order:
+                _block(messages, [place for place in taken if place not in part.later], part.results, blocked)
+                outgoing = [one for one in outgoing if one.place not in part.results]
+            for place, result in part.results.items():
+                results[place] = result
+            rest = [*(place for place in taken if place in part.later), *left[credit.count :]]
+            down = None
+            if outgoing:
+                places = [one.place for one in outgoing]
+                batch = _batch(outgoing, as_they_are=self._steps.only_rereads)
+                outgoing.clear()  # the batch has the bodies
+                down = _spread(await send(batch), places, batch, results)
+        if down is not None:
+            for place in rest:
+                results[place] = down
+            return ()
+        return rest
+
+    def _note_sizes(self, part: _Part, messages: Sequence[Message], known: dict[int, int]) -> None:
+        for place, size in list(part.later.items()):
+            if size > self._max_message_bytes or self._cost([messages[place]], size, size) > self.share.most_bytes:
+                del part.later[place]
+                part.results[place] = reject(
+                    "row_too_large", f"what is read for it has {size} bytes; see max_message_bytes and memory.limit_mb"
+                )
+            known[place] = size
+
+    # -- credit -------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _credit(
+        self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int]
+    ) -> AsyncIterator[_Credit]:
+        """Credit for as many of these as there is, at least for the first."""
+        guess = int(self._row_bytes)
+        available = self.share.available_bytes()
+        rows = largest = granted = count = own = 0
+        for place in left[:MOST_IN_PART]:
+            size = known.get(place, guess) if self._fetches(messages[place]) else 0
+            own += self._cost([messages[place]], 0, 0)
+            most = max(largest, size, (rows + size) // LARGEST_PART)
+            cost = own + self._copies * (rows + size) + FETCH_FACTOR * most
+            if count and cost > available:
+                break
+            rows, largest, granted, count = rows + size, max(largest, size), cost, count + 1
+        granted = min(granted, self.share.most_bytes)
+        if count > 1:
+            largest = max(largest, rows // LARGEST_PART)
+        if not self.share.try_take(granted):
+            await self.share.take(granted)
+        try:
+            yield _Credit(count, rows, largest)
+        finally:
+            self.share.give(granted)
+
+    @property
+    def _copies(self) -> int:
+        return COPIES if self._steps.functions is None else COPIES_FOR_FUNCTIONS
+
+    def _fetches(self, message: Message) -> bool:
+        return self._steps.enrich is not None or (self._steps.reread is not None and not message.whole)
+
+    def _cost(self, messages: Sequence[Message], rows_bytes: int, row_bytes: int) -> int:
+        bodies = sum(MESSAGE_BYTES + self._copies * (m.body_bytes + len(self._steps.suffix)) for m in messages)
+        return bodies + self._copies * rows_bytes + FETCH_FACTOR * row_bytes
+
+    def _saw(self, sizes: Collection[int]) -> None:
+        """The next guess follows what rows were seen: up at once, down slowly."""
+        if sizes:
+            mean = 1.25 * sum(sizes) / len(sizes)
+            self._row_bytes = max(mean, 0.75 * self._row_bytes + 0.25 * mean)
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    async def _shape(self, messages: dict[int, Message], credit: _Credit) -> _Part:
+        part = _Part(messages=messages)
+        steps = self._steps
+        if steps.reread is not None:
+            await self._reread(part, steps.reread, credit)
+        if steps.timestamps is not None:
+            for place, message in list(part.messages.items()):
+                if message.action != "truncate":
+                    part.messages[place] = await steps.timestamps(message)
+        if steps.enrich is not None:
+            asking = [
+                place
+                for place, m in part.messages.items()
+                if m.action != "truncate" and not (m.action == "delete" and steps.keeps_rows)
+            ]
+            for table, places in _by_table(part, asking).items():
+                await self._enrich(part, steps.enrich, table, places, credit)
+        return part
+
+    async def _reread(self, part: _Part, reread: Reread, credit: _Credit) -> None:
+        lacking = [place for place, m in part.messages.items() if not m.whole and m.action == "update"]
+        for table, places in _by_table(part, lacking).items():
+            keys, seen = _asked(part, places)
+            rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
+            sizes = [len(record) for record in rows.records.values()]
+            self._saw([*sizes, *rows.sizes.values()])
+            credit.use(sizes)
+            for at, record in rows.records.items():
+                part.messages[places[at]] = part.messages[places[at]].with_record(record)
+            for at in rows.missing:  # its delete follows in the stream
+                part.decide(places[at], OK)
+            part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
+
+    async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: _Credit) -> None:
+        keys, seen = _asked(part, places)
+        try:
+            fetched = await enrich.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
+        except BatchFailed as error:
+            if len(places) == 1:
+                part.decide(places[0], reject(error.code, str(error)))
+                return
+            half = len(places) // 2
+            await self._enrich(part, enrich, table, places[:half], credit)
+            await self._enrich(part, enrich, table, places[half:], credit)
+            return
+        self.queries += fetched.queries
+        self.repeated += fetched.queries - 1
+        sizes = [sum(map(len, row.values())) for row in fetched.rows.values()]
+        self._saw([*sizes, *fetched.sizes.values()])
+        credit.use(sizes)
+        for at, row in fetched.rows.items():
+            part.rows[places[at]] = row
+        for at in fetched.several:
+            what = "the enrichment has more than one row for the key of this message"
+            part.decide(places[at], reject("enrichment_rows", what))
+        part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
+
+    # -- what is sent -------------------------------------------------------------------------------------------------
+
+    async def _outgoing(self, part: _Part) -> list[_Outgoing]:
+        """Asks the functions; notes what failed. In the order of the batch."""
+        places = sorted(part.messages)
+        if self._steps.only_rereads:
+            return [_Outgoing(place, part.messages[place], b"", None) for place in places]
+        asked = [place for place in places if part.messages[place].action != "truncate"]
+        outcomes = await self._ask(part, asked)
+        outgoing: list[_Outgoing] = []
+        for place in places:
+            outcome = outcomes.pop(place, _AS_IT_IS)
+            if isinstance(outcome, Failure):
+                part.decide(place, reject(outcome.reason, outcome.detail))
+                continue
+            try:
+                routes = [None if one.route is None else self._steps.checked(one.route) for one in outcome]
+            except ValueError as error:
+                part.decide(place, reject("routing_failed", str(error)))
+                continue
+            unchanged = self._unchanged(part, place) if any(one.body is None for one in outcome) else b""
+            part.rows.pop(place, None)
+            for one, route in zip(outcome, routes, strict=True):
+                body = unchanged if one.body is None else one.body
+                outgoing.append(_Outgoing(place, part.messages[place], body, route))
+        return outgoing
+
+    async def _ask(self, part: _Part, places: Sequence[int]) -> dict[int, Outcome]:
+        functions = self._steps.functions
+        if functions is None or not places:
+            return {}
+        deletes = [self._steps.keeps_rows and part.messages[place].action == "delete" for place in places]
+        said = await functions([self._message(part, place) for place in places], deletes)
+        return dict(zip(places, said, strict=True))
+
+    def _message(self, part: _Part, place: int) -> bytes:
+        """As Sequin has it: what functions see."""
+        message = part.messages[place]
+        row = part.rows.get(place)
+        suffix = self._steps.suffix
+        if row is not None:
+            suffix = b',"enrichment":' + _object(row) + suffix[len(_NO_ENRICHMENT) :]
+        more = b"" if self._steps.metadata is None else self._steps.metadata(message)
+        return message.change.body + more + suffix
+
+    def _unchanged(self, part: _Part, place: int) -> bytes:
+        """What is sent of a message that no transform has made something of."""
+        message, steps = part.messages[place], self._steps
+        if steps.envelope is not None and message.action != "truncate":
+            return steps.envelope(message, self._message(part, place))
+        if not steps.as_record:
+            return self._message(part, place)
+        row = part.rows.get(place)
+        return message.change.record if row is None else _merged(message.change.record, row)
+
+
+_NO_ENRICHMENT = b',"enrichment":null'
+_AS_IT_IS = (Output(None),)
+
+
+def _block(messages: Sequence[Message], places: Iterable[int], results: dict[int, Result], blocked: set[str]) -> None:
+    """What stands behind a failed message under one of its keys waits for it."""
+    for place in places:
+        if place not in results and not blocked.isdisjoint(messages[place].keys):
+            results[place] = BLOCKED
+        if results.get(place, OK).outcome != "ok":
+            blocked.update(messages[place].keys)
+
+
+def _by_table(part: _Part, places: Sequence[int]) -> dict[Table, list[int]]:
+    """Of those that have a key."""
+    tables: dict[Table, list[int]] = {}
+    for place in places:
+        change = part.messages[place].change
+        if change.key is not None:
+            tables.setdefault((change.schema, change.table), []).append(place)
+    return tables
+
+
+def _asked(part: _Part, places: Sequence[int]) -> tuple[list[Key], Seen]:
+    """Their keys, and what a snapshot must see before its rows may be used for them."""
+    messages = [part.messages[place] for place in places]
+    words = [(m.span.chunk, m.span.indices[m.place]) for m in messages]
+    xids = {chunk.word(index, LARGE) >> 32 for chunk, index in words}
+    lsn = 1 + max(chunk.word(index, LSN) for chunk, index in words)  # it begins there; where it ends is above
+    return [m.change.pks for m in messages], Seen(frozenset(xids - {0}), lsn)
+
+
+def _object(row: Row) -> bytes:
+    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"
+
+
+def _merged(record: bytes, row: Row) -> bytes:
+    """The record's columns and those of the enrichment, which wins."""
+    own = orjson.loads(record)
+    new = {name: value for name, value in row.items() if name not in own}
+    other = {name: orjson.Fragment(row[name]) for name in row if name in own}
+    if any(orjson.dumps(own[name]) != row[name] for name in other):
+        record = orjson.dumps({**own, **other})
+    if not new:
+        return record
+    return record[:-1] + (b"," if own else b"") + _object(new)[1:]
+
+
+def _batch(outgoing: Sequence[_Outgoing], *, as_they_are: bool) -> Batch:
+    if as_they_are:
+        return Batch.of([one.message for one in outgoing])
+    routes = [one.route for one in outgoing]
+    return reshaped([one.message for one in outgoing], [one.body for one in outgoing], routes if any(routes) else None)
+
+
+def _spread(answer: Answer, places: Sequence[int], batch: Batch, results: list[Result]) -> Result | None:
+    """What the sink said goes to the messages that it was made of: of several the worst. Returns why the sink is down,
+    if it is."""
+    down = None
+    for place, result in zip(places, each(answer, batch), strict=True):
+        if _SEVERITY[result.outcome] >= _SEVERITY[results[place].outcome]:
+            results[place] = result
+        if result.outcome == "sink_down":
+            down = result
+    return down
+
+
+_SEVERITY = {"ok": 0, "retry": 1, "reject": 2, "sink_down": 3}

@@ -1,0 +1,296 @@
+"""Shaping against a source, functions and a sink that do as they are told: what is sent, what becomes of what failed,
+and that the credit covers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import orjson
+import pytest
+
+from spillway.change import ACTIONS, make_key
+from spillway.chunk import WHOLE, Batch, ChunkBuilder, Keying, Span
+from spillway.errors import SourceUnavailable
+from spillway.flow.attempt import BLOCKED, Answer
+from spillway.flow.budget import SHAPING_EIGHTHS, Budget
+from spillway.flow.shaping import Shaping, Steps
+from spillway.functions.base import Failure, Outcome, Output
+from spillway.sinks.base import OK, Result, reject, sink_down
+from spillway.source.enrich import BatchFailed, Fetched
+from spillway.source.reselect import Rows
+from spillway.source.snapshot import Seen
+
+SUFFIX = b',"enrichment":null,"consumer":{"name":"s"}}}'
+LIMIT_BYTES = 64 << 20
+
+
+def a_batch(
+    *keys: str, actions: Mapping[str, str] | None = None, not_whole: Sequence[str] = (), keying: int = Keying.STATE
+) -> Batch:
+    builder = ChunkBuilder()
+    for at, key in enumerate(keys):
+        action = (actions or {}).get(key, "update")
+        record = b'{"id":"%b"}' % key.encode()
+        body = b'{"record":%b,"changes":{},"action":"%b","metadata":{"table_name":"t"' % (record, action.encode())
+        builder.add(
+            ("public", "t"), ACTIONS.index(action), 100 + at, at, 0, body, len(record),
+            [make_key("public", "t", (key,)).encode(), b""], flags=0 if key in not_whole else WHOLE, xid=700 + at,
+        )  # fmt: skip
+    span = Span(builder.take(), keying)
+    return Batch([(span, 0, len(span))])
+
+
+@dataclass
+class Source:
+    """Rows by key; sizes are what the server would not send for the credit."""
+
+    rows: dict[str, bytes] = field(default_factory=dict)
+    several: tuple[str, ...] = ()
+    poison: tuple[str, ...] = ()
+    asked: list[tuple[list[str], int]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    down: bool = False
+
+    async def fetch(
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+    ) -> Fetched:
+        assert table == ("public", "t")
+        texts = [key for (key,) in keys]
+        self.asked.append((texts, credit_bytes))
+        self.seen.append(seen)
+        if self.down:
+            raise SourceUnavailable("unreachable", "nobody there")
+        if set(texts) & set(self.poison):
+            raise BatchFailed("enrichment_failed", "division by zero")
+        rows: dict[int, dict[str, bytes]] = {}
+        sizes: dict[int, int] = {}
+        total = 0
+        for place, key in enumerate(texts):
+            if key in self.rows and key not in self.several:
+                fits = len(self.rows[key]) <= row_bytes
+                total += len(self.rows[key]) if fits else 0
+                if fits and total <= credit_bytes:
+                    rows[place] = {"id": b"", "doc": self.rows[key]}
+                else:
+                    sizes[place] = len(self.rows[key])
+        several = {place for place, key in enumerate(texts) if key in self.several}
+        return Fetched(rows=rows, sizes=sizes, several=several, seconds=0.0, queries=1)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Reread:
+    records: dict[str, bytes]
+
+    async def fetch(
+        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+    ) -> Rows:
+        found = {place: self.records[key] for place, (key,) in enumerate(keys) if key in self.records}
+        missing = {place for place, (key,) in enumerate(keys) if key not in self.records}
+        return Rows(records=found, sizes={}, missing=missing, seconds=0.0, queries=1)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Scripted:
+    """Functions: an outcome by id."""
+
+    outcomes: dict[str, Outcome]
+    asked: list[tuple[str, bool]] = field(default_factory=list)
+
+    async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]:
+        ids = [orjson.loads(message)["record"]["id"] for message in messages]
+        self.asked += zip(ids, deletes, strict=True)
+        return [self.outcomes.get(one, (Output(None),)) for one in ids]
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Sent:
+    """A sink that keeps what it got and says what it is told."""
+
+    answers: dict[bytes, Result] = field(default_factory=dict)
+    bodies: list[bytes] = field(default_factory=list)
+    routes: list[Mapping[str, object]] = field(default_factory=list)
+    batches: int = 0
+
+    async def __call__(self, batch: Batch) -> Answer:
+        self.batches += 1
+        chunks = [(m.span.chunk, m.span.indices[m.place]) for m in batch]
+        bodies = [chunk.body(index) for chunk, index in chunks]
+        self.bodies += bodies
+        self.routes += [chunk.route(index) for chunk, index in chunks]
+        return [self.answers.get(body, OK) for body in bodies] if self.answers else OK
+
+
+def a_shaping(steps: Steps, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> tuple[Shaping, Budget]:
+    budget = Budget(limit_bytes, 1, 1, SHAPING_EIGHTHS)
+    return Shaping("s", steps, budget.shaping_share(), 16 << 20, in_order=in_order), budget
+
+
+def shape(batch: Batch, steps: Steps, sent: Sent, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> Answer:
+    shaping, budget = a_shaping(steps, in_order=in_order, limit_bytes=limit_bytes)
+    answer = asyncio.run(shaping(batch, sent))
+    assert budget.held_bytes == 0
+    return answer
+
+
+def test_enrichment_is_one_query_and_stands_in_the_metadata() -> None:
+    source, sent = Source({"1": b'"one"', "2": b'"two"'}), Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
+    assert shape(a_batch("1", "2", "3", keying=Keying.EVENTS), steps, sent) is OK
+    assert [asked for asked, _ in source.asked] == [["1", "2", "3"]]
+    assert source.seen == [Seen(frozenset({700, 701, 702}), 103)]
+    messages = [orjson.loads(body.replace(b'"id":,', b"")) for body in sent.bodies]
+    assert [message["metadata"]["enrichment"] for message in messages] == [{"doc": "one"}, {"doc": "two"}, None]
+    assert [message["record"]["id"] for message in messages] == ["1", "2", "3"]
+    assert messages[0]["metadata"]["consumer"] == {"name": "s"}
+
+
+def test_a_sink_of_rows_gets_the_row_with_its_enrichment_and_no_query_for_deletes() -> None:
+    source, sent = Source({"1": b'"one"'}), Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, enrich=source)
+    shape(a_batch("1", "2", actions={"2": "delete"}), steps, sent)
+    assert [asked for asked, _ in source.asked] == [["1"]]
+    assert sent.bodies[1] == b'{"id":"2"}'
+    assert b'"doc":"one"' in sent.bodies[0]
+
+
+def test_two_rows_are_that_messages_error() -> None:
+    source, sent = Source({"1": b"1", "2": b"2"}, several=("2",)), Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
+    answer = shape(a_batch("1", "2", "3"), steps, sent)
+    assert not isinstance(answer, Result)
+    assert [(r.outcome, r.reason) for r in answer] == [("ok", ""), ("reject", "enrichment_rows"), ("ok", "")]
+    assert len(sent.bodies) == 2
+
+
+def test_data_that_a_query_fails_for_costs_its_message_alone() -> None:
+    source, sent = Source({}, poison=("5",)), Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
+    answer = shape(a_batch(*map(str, range(8))), steps, sent)
+    assert not isinstance(answer, Result)
+    assert [at for at, r in enumerate(answer) if r.outcome == "reject"] == [5]
+    assert len(sent.bodies) == 7
+
+
+def test_a_source_that_is_down_takes_no_attempt() -> None:
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=Source(down=True))
+    answer = shape(a_batch("1", "2"), steps, sent)
+    assert isinstance(answer, Result)
+    assert (answer.outcome, answer.reason) == ("sink_down", "unreachable")
+    assert not sent.bodies
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_large_rows_come_in_parts_and_never_exceed_the_credit(in_order: bool) -> None:
+    rows = {str(i): b'"' + bytes([65 + i]) * 900_000 + b'"' for i in range(20)}
+    source, sent = Source(rows), Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
+    assert shape(a_batch(*rows), steps, sent, in_order=in_order) is OK
+    assert len(sent.bodies) == 20
+    assert sent.batches > 1
+    assert all(credit <= LIMIT_BYTES * SHAPING_EIGHTHS // 8 for _, credit in source.asked)
+    if in_order:
+        assert [int(body.split(b'"')[5]) for body in sent.bodies] == list(range(20))
+
+
+def test_a_row_that_can_never_fit_is_that_messages_error() -> None:
+    source, sent = Source({"1": b"1", "2": b"2" * 15_000_000}), Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
+    answer = shape(a_batch("1", "2", "3"), steps, sent)
+    assert not isinstance(answer, Result)
+    assert [r.reason for r in answer] == ["", "row_too_large", ""]
+
+
+def test_one_message_becomes_none_one_or_several() -> None:
+    outcomes: dict[str, Outcome] = {
+        "1": (),
+        "2": (Output(b"2a", {"index_name": "x"}), Output(b"2b")),
+        "3": Failure("transform_failed", "KeyError: 'x'"),
+    }
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, functions=Scripted(outcomes))
+    answer = shape(a_batch("1", "2", "3", "4"), steps, sent)
+    assert not isinstance(answer, Result)
+    assert [r.outcome for r in answer] == ["ok", "ok", "reject", "ok"]
+    assert "KeyError" in answer[2].detail
+    assert sent.bodies[:2] == [b"2a", b"2b"]
+    assert sent.routes == [{"index_name": "x"}, {}, {}]
+    assert sent.bodies[2].endswith(SUFFIX)
+
+
+def test_of_several_the_worst_answer_counts() -> None:
+    sent = Sent(answers={b"a": OK, b"b": reject("mapping"), b"c": OK})
+    functions = Scripted({"1": (Output(b"a"), Output(b"b")), "2": (Output(b"c"),)})
+    answer = shape(a_batch("1", "2"), Steps(SUFFIX, keeps_rows=False, as_record=False, functions=functions), sent)
+    assert not isinstance(answer, Result)
+    assert [r.reason for r in answer] == ["mapping", ""]
+
+
+def test_a_route_that_is_none_is_that_messages_error() -> None:
+    def checked(route: Mapping[str, object]) -> Mapping[str, object]:
+        if "index" in route:
+            raise ValueError("unknown key index; did you mean index_name?")
+        return route
+
+    functions = Scripted({"1": (Output(None, {"index": "x"}),)})
+    sent = Sent()
+    answer = shape(
+        a_batch("1", "2"), Steps(SUFFIX, keeps_rows=False, as_record=False, functions=functions, checked=checked), sent
+    )
+    assert not isinstance(answer, Result)
+    assert (answer[0].reason, answer[1]) == ("routing_failed", OK)
+
+
+def test_deletes_of_a_state_are_told_to_the_functions() -> None:
+    functions, sent = Scripted({}), Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, functions=functions)
+    shape(a_batch("1", "2", actions={"2": "delete"}), steps, sent)
+    assert functions.asked == [("1", False), ("2", True)]
+
+
+def test_in_order_what_stands_behind_a_failure_of_its_key_is_blocked() -> None:
+    class FirstFails(Scripted):
+        async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]:
+            rest = await super().__call__(messages[1:], deletes[1:])
+            return [Failure("filter_failed", ""), *rest]
+
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, functions=FirstFails({}))
+    answer = shape(a_batch("1", "2", "1", keying=Keying.EVENTS), steps, sent, in_order=True)
+    assert not isinstance(answer, Result)
+    assert answer[0].reason == "filter_failed"
+    assert answer[1] is OK
+    assert answer[2] is BLOCKED
+    assert len(sent.bodies) == 1
+
+
+def test_rows_without_toast_columns_are_read_anew_and_nothing_else_is_touched() -> None:
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Reread({"2": b'{"id":"2","big":"x"}'}))
+    batch = a_batch("1", "2", "3", not_whole=("2", "3"))
+    assert shape(batch, steps, sent) is OK
+    assert sent.bodies == [batch[0].change.body, batch[1].change.body.replace(b'{"id":"2"}', b'{"id":"2","big":"x"}')]
+
+
+def test_the_sink_being_down_takes_back_what_was_not_sent_yet() -> None:
+    rows = {str(i): b'"' + b"x" * 900_000 + b'"' for i in range(20)}
+
+    async def down(batch: Batch) -> Answer:
+        return sink_down("timeout")
+
+    shaping, budget = a_shaping(Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=Source(rows)))
+    answer = asyncio.run(shaping(a_batch(*rows), down))
+    assert not isinstance(answer, Result)
+    assert {r.outcome for r in answer} == {"sink_down"}
+    assert budget.held_bytes == 0
