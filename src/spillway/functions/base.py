@@ -8,7 +8,11 @@ of Sequin: filter, routing, transform; each sees the message as it came. What ca
 
 ``functions(messages, deletes)`` gives one outcome per message, in order, whatever user code does: an endless loop, a
 huge result, a crash of the worker cost their message and nothing else. It raises `SpillwayError` only for what concerns
-the functions as a whole (the worker cannot be started): the sink is down then.
+the functions as a whole (the worker cannot be started, user code cannot be loaded): the sink is down then.
+
+**Bounded.** With ``answer_bytes`` the outcomes may be fewer than the messages: those of the first ones, at least one,
+and no more once their bytes have reached that. The caller asks for the rest when it has room. What may come of one
+message is limited by the sink's ``result_bytes``.
 
 Of a state sink's delete (``deletes``) neither filter nor transform is asked: a document that may be there goes. Routing
 is asked: it says where the document is.
@@ -39,7 +43,12 @@ Outcome = tuple[Output, ...] | Failure
 
 
 class Functions(Protocol):
-    async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]: ...
+    async def __call__(
+        self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+    ) -> Sequence[Outcome]: ...
+
+    async def open(self) -> None:
+        """Start what it needs, load user code: else the first call does. Raises `SpillwayError` as that would."""
 
     async def close(self) -> None: ...
 

@@ -1,0 +1,141 @@
+"""Functions with Python in them: all of a sink's run in one worker process, which is started with the first batch.
+
+A call is cut into requests of `REQUEST_BYTES`; results are taken in parts, so that neither side holds much of a batch
+twice. When the worker is lost, the message that was running fails, and a new worker goes on with the rest. What the
+lost one had done and not yet said is run again, *carefully*: with each result sent at once, the next loss, if it is the
+fault of one of these messages, is known to be of the first that has no result. So a message that is found guilty costs
+one new worker, and two where nothing said which it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from spillway.errors import SpillwayError
+from spillway.functions.base import Outcome
+from spillway.functions.made import DONE, MORE, Broken, Made, failed, request
+from spillway.functions.outcome import outcome
+from spillway.functions.process import Lost, WorkerProcess
+from spillway.functions.spec import FunctionSpec
+
+REQUEST_BYTES: Final = 1 << 20  # of messages, unless a single one is larger
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Of one call. ``suspects``: up to here it is run carefully. ``guilty``: failures that are decided, by place."""
+
+    at: int = 0
+    suspects: int = 0
+    guilty: dict[int, Made] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    bytes: int = 0
+
+    def add(self, made: Made) -> None:
+        self.outcomes.append(outcome(made))
+        self.bytes += len(made[1])
+        self.at += 1
+
+
+class IsolatedFunctions:
+    """See `spillway.functions.base.Functions`."""
+
+    def __init__(self, spec: FunctionSpec) -> None:
+        self._spec = spec
+        self._turn = asyncio.Lock()
+        self._worker: WorkerProcess | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, while there is one."""
+        return self._worker.pid if self._worker is not None else None
+
+    async def open(self) -> None:
+        """Start the worker if there is none. Raises `SpillwayError` if it or user code does not start."""
+        async with self._turn:
+            await self._started()
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._renew()
+
+    async def __call__(
+        self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+    ) -> Sequence[Outcome]:
+        async with self._turn:
+            progress = _Progress()
+            try:
+                while progress.at < len(messages) and (not answer_bytes or progress.bytes < answer_bytes):
+                    await self._go_on(messages, deletes, answer_bytes, progress)
+            except BaseException:
+                await self._renew()  # cancelled, or a defect: whatever it still says is nobody's
+                raise
+            return progress.outcomes
+
+    async def _go_on(
+        self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int, progress: _Progress
+    ) -> None:
+        if progress.at in progress.guilty:
+            progress.add(progress.guilty.pop(progress.at))
+            return
+        first = progress.at
+        careful = first < progress.suspects
+        end = _request_end(messages, first, min(progress.guilty, default=len(messages)))
+        if careful:
+            end = min(end, progress.suspects)
+        worker = await self._started()
+        left_bytes = answer_bytes - progress.bytes if answer_bytes else 0
+        try:
+            await worker.ask(request(messages[first:end], deletes[first:end], careful, left_bytes))
+            how = MORE
+            while how == MORE:
+                parts, how = await worker.answer()
+                if len(parts) > end - progress.at or (how == MORE and not parts):
+                    raise Broken
+                for made in parts:
+                    progress.add(made)
+            if how != DONE:
+                await self._renew()
+        except Broken:
+            await self._renew()
+            self._blame(
+                progress, careful, end, None, failed("function_crashed", "the function has disturbed its process")
+            )
+        except Lost as lost:
+            await self._renew()
+            place = None if lost.place is None else first + lost.place
+            self._blame(progress, careful, end, place, lost.failure)
+
+    def _blame(self, progress: _Progress, careful: bool, end: int, place: int | None, failure: Made) -> None:
+        if place is None or not progress.at <= place < end:
+            place = progress.at if careful or end == progress.at + 1 else None
+        if place is None:
+            progress.suspects = end
+        else:
+            progress.guilty[place] = failure
+            progress.suspects = place
+
+    async def _started(self) -> WorkerProcess:
+        if self._closed:
+            raise SpillwayError("functions_closed", "the functions of this sink are closed")
+        if self._worker is None:
+            self._worker = await WorkerProcess.start(self._spec)
+        return self._worker
+
+    async def _renew(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.end()
+
+
+def _request_end(messages: Sequence[bytes], first: int, limit: int) -> int:
+    size = len(messages[first])
+    end = first + 1
+    while end < limit and size + len(messages[end]) <= REQUEST_BYTES:
+        size += len(messages[end])
+        end += 1
+    return end
