@@ -10,7 +10,7 @@ from typing import Any
 
 from backfill.site import Site, file_sink, sink, sqlite_sink
 from oracle.endpoint import json_lines
-from oracle.product import spillway_command
+from oracle.product import Product, spillway_command
 from servers.reaper import family
 
 __all__ = ["Shaped", "file_sink", "python", "sink", "sqlite_sink"]
@@ -64,19 +64,9 @@ class Shaped(Site):
     def parked(self, name: str, count: int) -> list[Json]:
         """As ``spillway backlog list`` shows them, once so many keys are parked."""
         self.wait(lambda: self.status(name)["parked_keys"] >= count, f"{count} parked keys of {name}")
-        found = self.command("backlog", "list", name, "--json")
-        assert isinstance(found, list)
+        found = parked(self.product, name)
         assert len(found) == count, found
         return found
-
-    def command(self, *words: str) -> Any:
-        """What the command prints as JSON."""
-        done = subprocess.run(
-            [*spillway_command(), *words, "--config", str(self.product.file)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
     def workers(self) -> list[int]:
         """The pids of what the process has started."""
@@ -90,3 +80,11 @@ def bodies(log: Path, path: str) -> list[Json]:
         for line in json_lines(log)
         if "mark" not in line and str(line["path"]).startswith(path)
     ]
+
+
+def parked(product: Product, sink: str) -> list[Json]:
+    """The parked keys of a sink, as ``spillway backlog list`` shows them."""
+    command = [*spillway_command(), "backlog", "list", sink, "--json", "--config", str(product.file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))

@@ -1,0 +1,1 @@
+"""The parts of ``bench/shape.py``: each is one run with a report of its own."""
