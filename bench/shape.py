@@ -22,8 +22,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import stage
 from oracle.product import ProductFailed
 from shaping import changes, poison, refresh, story
