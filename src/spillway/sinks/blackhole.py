@@ -29,7 +29,7 @@ class BlackholeSink:
 
     async def send(self, batch: Batch) -> Result:
         self.messages += len(batch)
-        self.bytes += batch.body_bytes + len(batch) * self._suffix_bytes
+        self.bytes += batch.body_bytes + (0 if batch.complete else len(batch) * self._suffix_bytes)
         return OK
 
     async def close(self) -> None:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from spillway import impl
-from spillway.chunk import Batch, Chunk
+from spillway.chunk import HASH, INDEX, LOW, LSN, SUB, Batch, Chunk
 
 RUN_BYTES = 256 * 1024  # smaller ones cost time, larger ones memory, and they hold up the loop
 
@@ -30,6 +30,20 @@ def runs(batch: Batch) -> list[Run]:
             found.append((span.chunk, span.indices[at:end]))
             at = end
     return found
+
+
+def nth(chunk: Chunk, index: int) -> int:
+    """Which of the documents that its message has become: 0 for the first. They stand one after the other."""
+    first = index
+    message = _message(chunk, index)
+    while first and _message(chunk, first - 1) == message:
+        first -= 1
+    return index - first
+
+
+def _message(chunk: Chunk, index: int) -> tuple[int, int, int, int]:
+    word = chunk.word
+    return word(index, LSN), word(index, INDEX) & LOW, chunk.byte(index, SUB), word(index, HASH)
 
 
 def lines(batch: Sequence[Run], suffix: bytes) -> Iterator[bytes]:

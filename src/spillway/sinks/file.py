@@ -60,7 +60,8 @@ class FileSink:
 
     async def send(self, batch: Batch) -> Result:
         # A cancelled batch may go on in the thread: it holds its chunks itself.
-        return await self._thread.run(self._try, lines(runs(batch), self._suffix), lines_bytes(batch, self._suffix))
+        suffix = b"" if batch.complete else self._suffix
+        return await self._thread.run(self._try, lines(runs(batch), suffix), lines_bytes(batch, suffix))
 
     async def close(self) -> None:
         with suppress(RuntimeError):  # the thread has ended: closed before

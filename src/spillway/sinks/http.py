@@ -41,6 +41,8 @@ SMALL_BYTES = 64 * 1024  # parts below are put together
 GZIP_LEVEL = 1  # a larger one costs more processor time than the network between the two is usually worth
 IDLE_SECONDS = 4.0  # below the 5 s after which common servers close an idle connection
 
+Method = Literal["GET", "HEAD", "PUT", "POST", "PATCH", "DELETE", "OPTIONS"]
+
 _HEADERS = {"accept": "*/*", "accept-encoding": "identity", "user-agent": f"spillway/{__version__}"}
 
 
@@ -107,7 +109,7 @@ class Http:
 
     async def request(
         self,
-        method: Literal["GET", "HEAD", "PUT", "POST", "DELETE"],
+        method: Method,
         url: httpx.URL,
         headers: Mapping[str, str],
         content: Body | None = None,

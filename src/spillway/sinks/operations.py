@@ -30,6 +30,7 @@ from spillway.chunk import ACTION, FLAGS, HASH, INDEX, LSN, TOO_LARGE, WHOLE, Ba
 from spillway.position import version
 from spillway.sinks.base import Result, reject
 from spillway.sinks.document import document_id
+from spillway.sinks.encode import nth
 from spillway.sinks.mapping import Document
 
 Op = Literal["index", "update", "delete"]
@@ -114,7 +115,6 @@ def operations(batch: Batch, destination: Destination) -> tuple[list[Operation],
     """In the order of the batch; and what is rejected, by place in it."""
     found: list[Operation] = []
     rejected: dict[int, Result] = {}
-    taken: set[tuple[str, tuple[str, str], str]] = set()  # index, table and key of documents with the row's own id
     for place, message in enumerate(batch):
         chunk, index = message.span.chunk, message.span.indices[message.place]
         route = chunk.route(index)
@@ -122,19 +122,22 @@ def operations(batch: Batch, destination: Destination) -> tuple[list[Operation],
         if isinstance(operation, Result):
             rejected[place] = operation
             continue
-        if "id" not in route:
-            own = (operation.index, chunk.table(index), operation.identity)
-            if chunk.complete and own in taken:
-                rejected[place] = reject(
-                    "document_id_missing",
-                    f"a document {operation.identity} is there already: of the documents that one message becomes, "
-                    "all but one need an id of their own in their route",
-                )
-                continue
-            taken.add(own)
+        if chunk.complete and "id" not in route and _taken(destination, chunk, index, operation):
+            rejected[place] = reject(
+                "document_id_missing",
+                f"the document {operation.identity} is there already: of the documents that one message becomes, "
+                "all but one need an id of their own in their route",
+            )
+            continue
         moved = _left_behind(destination, route, chunk, index, operation)
         found += (operation,) if moved is None else (moved, operation)
     return found, rejected
+
+
+def _taken(destination: Destination, chunk: Chunk, index: int, operation: Operation) -> bool:
+    """Whether an earlier document of the same message has the row's id in the same index."""
+    routes = [chunk.route(earlier) for earlier in range(index - nth(chunk, index), index)]
+    return any("id" not in one and one.get("index_name", destination.index) == operation.index for one in routes)
 
 
 def _operation(destination: Destination, route: Route, chunk: Chunk, index: int, place: int) -> Operation | Result:

@@ -200,9 +200,10 @@ class SearchSink:
     @staticmethod
     def _is_routed(batch: Batch) -> bool:
         """Whether something is said of single messages."""
-        if any(span.chunk.routes is not None for span, _, _ in batch.pieces):
-            return True
-        return batch.complete and _duplicates(batch)
+        return any(
+            span.chunk.routes is not None or (span.chunk.complete and _several(span.chunk))
+            for span, _, _ in batch.pieces
+        )
 
     async def _send_one_by_one(self, batch: Batch) -> Sequence[Result] | Result:
         found, failed = operations(batch, self._destination)
@@ -374,10 +375,9 @@ class SearchSink:
         return result
 
 
-def _duplicates(batch: Batch) -> bool:
+def _several(chunk: Chunk) -> bool:
     """Whether a message stands there as several documents."""
-    hashes = [one for span, start, stop in batch.pieces for one in span.column(HASH, start, stop)]
-    return len(set(hashes)) < len(hashes)
+    return len(set(chunk.column(HASH))) < chunk.count
 
 
 def _all_fit(chunk: Chunk, indices: Sequence[int]) -> bool:

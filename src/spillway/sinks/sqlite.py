@@ -26,6 +26,9 @@ So for numbers and texts ``CAST(column AS TEXT)`` here is ``column::text`` there
 the row is not there to have them the message is rejected: half a row would be a lie. An update of the key moves the
 row. Truncate empties the table. All of it can be repeated.
 
+**Shaped messages.** What functions have made of a message is its row, and must be a JSON object; a second one of the
+same message has no key of its own and is rejected (``document_id_missing``).
+
 **Failures.** A constraint, a trigger's ``RAISE(ABORT)`` or a value that SQLite cannot take rejects the batch; a locked,
 full, read-only or broken file is the sink's failure. After one the file is opened anew.
 """
@@ -41,10 +44,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from spillway.change import Change, key_values, table_prefix
-from spillway.chunk import Batch
+from spillway.chunk import Batch, Message
 from spillway.errors import SpillwayError
 from spillway.sinks.base import OK, ROW_AWAITED, Result, Semantics, SinkContext, reject, sink_down
 from spillway.sinks.disk import disk_failed, is_at
+from spillway.sinks.encode import nth
 from spillway.sinks.thread import OwnThread
 
 KEY_COLUMN = "_spillway_key"
@@ -68,6 +72,7 @@ _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 _decode_string = json.JSONDecoder().raw_decode
 
 Value = str | int | None
+_Row = tuple[Change, bytes, int]  # with its JSON, and which of its message's rows it is
 
 
 class _Rejected(Exception):
@@ -99,7 +104,7 @@ class SqliteSink:
 
     async def send(self, batch: Batch) -> Sequence[Result] | Result:
         # A cancelled batch may go on in the thread, when the batch is no longer what it was.
-        return await self._thread.run(self._try, [message.change for message in batch])
+        return await self._thread.run(self._try, [_row(message) for message in batch])
 
     async def keys(
         self,
@@ -120,11 +125,11 @@ class SqliteSink:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _try(self, changes: Sequence[Change]) -> Sequence[Result] | Result:
+    def _try(self, rows: Sequence[_Row]) -> Sequence[Result] | Result:
         try:
             connection = self._connected()
             try:
-                passed_over = self._transact(connection, changes)
+                passed_over = self._transact(connection, rows)
             except BaseException:
                 self._schema_version = -1  # what this transaction added is gone
                 connection.rollback()
@@ -137,7 +142,7 @@ class SqliteSink:
             return self._failed(error)
         except OSError as error:
             return disk_failed(error)
-        return [ROW_AWAITED if place in passed_over else OK for place in range(len(changes))] if passed_over else OK
+        return [ROW_AWAITED if place in passed_over else OK for place in range(len(rows))] if passed_over else OK
 
     def _failed(self, error: sqlite3.Error) -> Result:
         # Misuse of the module has no code: a value it cannot take (DataError, ProgrammingError).
@@ -188,21 +193,21 @@ class SqliteSink:
         if connection is not None:
             connection.close()
 
-    def _transact(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> set[int]:
+    def _transact(self, connection: sqlite3.Connection, rows: Sequence[_Row]) -> set[int]:
         """Returns the places of those that were passed over."""
-        if not changes:
+        if not rows:
             return set()
         connection.execute("BEGIN IMMEDIATE")
         (found,) = connection.execute("PRAGMA schema_version").fetchone()
         if found != self._schema_version:
             self._columns.clear()
-        passed_over = {place for place, change in enumerate(changes) if not self._apply(connection, change)}
+        passed_over = {place for place, row in enumerate(rows) if not self._apply(connection, *row)}
         (self._schema_version,) = connection.execute("PRAGMA schema_version").fetchone()
         connection.execute("COMMIT")
         return passed_over
 
-    def _apply(self, connection: sqlite3.Connection, change: Change) -> bool:
-        """False: it was passed over."""
+    def _apply(self, connection: sqlite3.Connection, change: Change, record: bytes, number: int) -> bool:
+        """``number``: which of the rows that its message has become. False: it was passed over."""
         table = self._table_of(change)
         columns = self._columns_of(connection, table)
         if change.action == "truncate":
@@ -215,7 +220,11 @@ class SqliteSink:
             if columns:
                 connection.execute(f"DELETE FROM {_quoted(table)} WHERE {KEY_COLUMN} = ?", (change.key,))
             return True
-        values = dict(record_values(change.record.decode()))
+        if not record.startswith(b"{"):
+            raise _Rejected("not_an_object", "what a function has made of the message is no JSON object, and so no row")
+        if number:
+            raise _Rejected("document_id_missing", f"{change.key} is one row here, and its message has become several")
+        values = dict(record_values(record.decode()))
         self._add_columns(connection, table, columns, values)
         if change.was is not None:
             _move(connection, table, change.was, change.key)
@@ -269,6 +278,13 @@ class SqliteSink:
         for name in values.keys() - columns:
             connection.execute(f"ALTER TABLE {_quoted(table)} ADD COLUMN {_quoted(name)}")
             columns.add(name)
+
+
+def _row(message: Message) -> _Row:
+    chunk, index = message.span.chunk, message.span.indices[message.place]
+    if chunk.complete:
+        return message.change, message.change.body, nth(chunk, index)
+    return message.change, message.change.record, 0
 
 
 def _move(connection: sqlite3.Connection, table: str, old: str, new: str) -> None:

@@ -37,7 +37,8 @@ class StdoutSink:
         """Nothing to do: it is open already."""
 
     async def send(self, batch: Batch) -> Result:
-        return await self._thread.run(self._write, lines(runs(batch), self._suffix))
+        suffix = b"" if batch.complete else self._suffix
+        return await self._thread.run(self._write, lines(runs(batch), suffix))
 
     async def close(self) -> None:
         self._closed.set()
