@@ -93,7 +93,7 @@ class Ground:
         """So far."""
         query = (
             "select coalesce(sum(calls), 0)::bigint, coalesce(sum(rows), 0)::bigint from pg_stat_statements"
-            f" where query like '%{board.MARK}%' and query not ilike 'explain%' and query not like '%pg_stat_st%'"
+            f" where query like '%{board.MARK}%' and query like '%octet_length%' and query not ilike 'explain%'"
         )
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
             row = connection.execute(query.encode()).fetchone()
