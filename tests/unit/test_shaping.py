@@ -104,10 +104,15 @@ class Scripted:
     outcomes: dict[str, Outcome]
     asked: list[tuple[str, bool]] = field(default_factory=list)
 
-    async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]:
+    async def __call__(
+        self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+    ) -> Sequence[Outcome]:
         ids = [orjson.loads(message)["record"]["id"] for message in messages]
         self.asked += zip(ids, deletes, strict=True)
         return [self.outcomes.get(one, (Output(None),)) for one in ids]
+
+    async def open(self) -> None:
+        pass
 
     async def close(self) -> None:
         pass
@@ -229,6 +234,22 @@ def test_one_message_becomes_none_one_or_several() -> None:
     assert sent.bodies[2].endswith(SUFFIX)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_functions_that_have_no_room_for_all_are_asked_again(in_order: bool) -> None:
+    class Three(Scripted):
+        async def __call__(
+            self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+        ) -> Sequence[Outcome]:
+            assert answer_bytes >= sum(map(len, messages))
+            return await super().__call__(messages[:3], deletes[:3])
+
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, functions=Three({}))
+    assert shape(a_batch(*map(str, range(8))), steps, sent, in_order=in_order) is OK
+    assert [orjson.loads(body)["record"]["id"] for body in sent.bodies] == list(map(str, range(8)))
+    assert sent.batches == 3
+
+
 def test_of_several_the_worst_answer_counts() -> None:
     sent = Sent(answers={b"a": OK, b"b": reject("mapping"), b"c": OK})
     functions = Scripted({"1": (Output(b"a"), Output(b"b")), "2": (Output(b"c"),)})
@@ -261,7 +282,9 @@ def test_deletes_of_a_state_are_told_to_the_functions() -> None:
 
 def test_in_order_what_stands_behind_a_failure_of_its_key_is_blocked() -> None:
     class FirstFails(Scripted):
-        async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]:
+        async def __call__(
+            self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+        ) -> Sequence[Outcome]:
             rest = await super().__call__(messages[1:], deletes[1:])
             return [Failure("filter_failed", ""), *rest]
 

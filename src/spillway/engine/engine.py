@@ -24,8 +24,8 @@ from spillway.engine.ordered import requests
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.reindexes import Reindexes
 from spillway.engine.shadow import shadows
+from spillway.engine.shaping import new_budget
 from spillway.errors import SpillwayError
-from spillway.flow.budget import Budget
 from spillway.flow.delivery import Delivery
 from spillway.flow.inflow import Process
 from spillway.metrics import Metrics
@@ -46,7 +46,9 @@ class Engine:
         self.metrics = Metrics()
         self._started = datetime.now(UTC)
         self._store = open_store(config.state_path)
-        self._budget = Budget(config.memory.limit_bytes, len(config.sinks) + len(shadows(config.sinks, self._store)))
+        self._budget = new_budget(
+            config, [*config.sinks, *(shadow for shadow, _ in shadows(config.sinks, self._store))]
+        )
         process = Process(self._store, self._budget, SystemClock(), self.metrics)
         self._tasks: asyncio.TaskGroup
         self._deliveries: dict[str, asyncio.Task[None]] = {}

@@ -18,6 +18,7 @@ from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills
 from spillway.engine.shadow import shadows
+from spillway.engine.shaping import new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
@@ -102,18 +103,21 @@ class Pipeline:
     def _max_message_bytes(self) -> int:
         return max((s.max_message_bytes for s in self.sinks), default=1 << 20)
 
+    def _system_id(self) -> str:
+        if self.identity is None:
+            raise SourceUnavailable("slot_not_reached", f"slot {self._slot} was not reached yet")
+        return self.identity.system_id
+
     async def open_reader(self, page_id: str, *, primary: bool = False) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
         replica = self.database.replica_url is not None and not primary
-        if self.identity is None:
-            raise SourceUnavailable("slot_not_reached", f"slot {self._slot} was not reached yet")
         return await PageReader.open(
             self.database.conninfo() if primary else self.database.page_conninfo(),
             self._slot,
             self.database.publication.name,
             lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
             page_id.encode(),
-            Expected(self.identity.system_id, replica),
+            Expected(self._system_id(), replica),
             min(RENEW_FRAME_BYTES, self._process.budget.pages.limit_bytes // RENEW_PART),
         )
 
@@ -140,7 +144,8 @@ class Pipeline:
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
         state = self._store.open_sink(sink.name, self._slot)
-        delivery = Delivery(_spec(sink, built), built, state, process, self._moved)
+        shaping = new_shaping(config, self.database, sink, built, suffix, self._system_id, process.budget)
+        delivery = Delivery(_spec(sink, built), built, state, process, self._moved, shaping)
         delivery.paused = sink.status == "paused" if state.paused is None else state.paused
         self.deliveries.append(delivery)
         self.suffixes[sink.name] = suffix
@@ -317,6 +322,7 @@ def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:
         max_retry_count=sink.max_retry_count,
         on_reject=sink.on_reject,
         toast_fails=sink.toast == "fail",
+        supersedes=all(name is None for name in (sink.filter, sink.routing, sink.transform)),
         limits=Limits(
             sink.backlog.warn_messages,
             sink.backlog.max_messages,

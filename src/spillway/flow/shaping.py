@@ -49,8 +49,7 @@ Key = tuple[str, ...]
 Row = Mapping[str, bytes]
 Send = Callable[[Batch], Awaitable[Answer]]
 
-COPIES = 2  # of a message's bytes at once: in parts and joined
-COPIES_FOR_FUNCTIONS = 3  # and as the functions see it
+COPIES = 2  # of what is sent, at once: in parts and joined
 LARGEST_PART = 8  # of several rows each may be an eighth of all: what is in the making costs `FETCH_FACTOR` times that
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
@@ -122,6 +121,10 @@ class _Part:
         self.results[place] = result
         self.messages.pop(place, None)
 
+    def size(self, place: int) -> int:
+        """Bytes of what was read for it."""
+        return sum(map(len, self.rows[place].values())) if place in self.rows else 0
+
     def put_off(self, sizes: Mapping[int, int], *, in_order: bool) -> None:
         """These are for another part, whose rows have so many bytes; in order, so is what stands behind the first."""
         places = [place for place in self.messages if place >= min(sizes)] if sizes and in_order else list(sizes)
@@ -148,6 +151,7 @@ class Shaping:
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
         self._row_bytes = float(FIRST_GUESS_BYTES)
+        self._growth = 1.0  # bytes of what functions make of a message, for each of its own
         self.queries = 0
         self.repeated = 0  # of these, because a snapshot did not see the change yet
 
@@ -233,7 +237,7 @@ class Shaping:
             size = known.get(place, guess) if self._fetches(messages[place]) else 0
             own += self._cost([messages[place]], 0, 0)
             most = max(largest, size, (rows + size) // LARGEST_PART)
-            cost = own + self._copies * (rows + size) + FETCH_FACTOR * most
+            cost = own + int(self._copies * (rows + size)) + FETCH_FACTOR * most
             if count and cost > available:
                 break
             rows, largest, granted, count = rows + size, max(largest, size), cost, count + 1
@@ -248,15 +252,16 @@ class Shaping:
             self.share.give(granted)
 
     @property
-    def _copies(self) -> int:
-        return COPIES if self._steps.functions is None else COPIES_FOR_FUNCTIONS
+    def _copies(self) -> float:
+        """What is made of each byte, at most at once: functions see the whole message before they make another."""
+        return COPIES if self._steps.functions is None else 1 + COPIES * self._growth
 
     def _fetches(self, message: Message) -> bool:
         return self._steps.enrich is not None or (self._steps.reread is not None and not message.whole)
 
     def _cost(self, messages: Sequence[Message], rows_bytes: int, row_bytes: int) -> int:
-        bodies = sum(MESSAGE_BYTES + self._copies * (m.body_bytes + len(self._steps.suffix)) for m in messages)
-        return bodies + self._copies * rows_bytes + FETCH_FACTOR * row_bytes
+        bodies = sum(m.body_bytes + len(self._steps.suffix) for m in messages)
+        return MESSAGE_BYTES * len(messages) + int(self._copies * (bodies + rows_bytes)) + FETCH_FACTOR * row_bytes
 
     def _saw(self, sizes: Collection[int]) -> None:
         """The next guess follows what rows were seen: up at once, down slowly."""
@@ -333,7 +338,7 @@ class Shaping:
         asked = [place for place in places if part.messages[place].action != "truncate"]
         outcomes = await self._ask(part, asked)
         outgoing: list[_Outgoing] = []
-        for place in places:
+        for place in sorted(part.messages):
             outcome = outcomes.pop(place, _AS_IT_IS)
             if isinstance(outcome, Failure):
                 part.decide(place, reject(outcome.reason, outcome.detail))
@@ -355,8 +360,15 @@ class Shaping:
         if functions is None or not places:
             return {}
         deletes = [self._steps.keeps_rows and part.messages[place].action == "delete" for place in places]
-        said = await functions([self._message(part, place) for place in places], deletes)
-        return dict(zip(places, said, strict=True))
+        messages = [self._message(part, place) for place in places]
+        asked_bytes = sum(map(len, messages))
+        said = await functions(messages, deletes, int(self._growth * asked_bytes))
+        made = [sum(len(one.body or b"") for one in outcome) for outcome in said if not isinstance(outcome, Failure)]
+        ratio = 1.25 * sum(made) / max(1, sum(map(len, messages[: len(said)])))
+        self._growth = max(1.0, ratio, 0.75 * self._growth + 0.25 * ratio)
+        # What there was no room for comes with the next part.
+        part.put_off({place: part.size(place) for place in places[len(said) :]}, in_order=self._in_order)
+        return dict(zip(places, said, strict=False))
 
     def _message(self, part: _Part, place: int) -> bytes:
         """As Sequin has it: what functions see."""

@@ -34,8 +34,16 @@ class OutboxFunctions:
         self._headers = headers
         self._emitted = emitted
 
-    async def __call__(self, messages: Sequence[bytes], deletes: Sequence[bool]) -> Sequence[Outcome]:  # noqa: ARG002
+    async def __call__(
+        self,
+        messages: Sequence[bytes],
+        deletes: Sequence[bool],  # noqa: ARG002 - of a state; there is none
+        answer_bytes: int = 0,  # noqa: ARG002 - no payload is larger than its message
+    ) -> Sequence[Outcome]:
         return [self._event(message) for message in messages]
+
+    async def open(self) -> None:
+        """There is nothing to open."""
 
     async def close(self) -> None:
         """Nothing is open."""

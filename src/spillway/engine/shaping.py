@@ -1,0 +1,138 @@
+"""What shapes the messages of a sink, built from its configuration (spillway.flow.shaping)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from spillway.config import Config, Database, Function, Search, Sink, Sqlite
+from spillway.flow.budget import REREAD_EIGHTHS, SHAPING_EIGHTHS, Budget
+from spillway.flow.shaping import Shaping, Steps
+from spillway.functions.base import Functions
+from spillway.functions.build import build
+from spillway.functions.outbox import OutboxFunctions
+from spillway.functions.spec import (
+    MIB,
+    FieldOperation,
+    FieldOperations,
+    FunctionSpec,
+    PathExpression,
+    PythonFunction,
+)
+from spillway.sinks.base import Sink as BuiltSink
+from spillway.sinks.routing import checked
+from spillway.source.enrich import Enricher
+from spillway.source.origin import Expected
+from spillway.source.reselect import Reselect
+
+RESULT_PART = 4  # what may come of one message is at most this part of the memory for shaping
+
+_PYTHON = ("filter", "routing", "transform")
+
+
+def is_shaped(sink: Sink) -> bool:
+    """Something is done to every message."""
+    functions = (sink.filter, sink.transform, sink.routing, sink.enrichment, sink.outbox)
+    plain = sink.format == "sequin" and sink.timestamp_format == "iso8601" and not sink.tx
+    return not plain or any(one is not None for one in functions)
+
+
+def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:
+    """For these sinks, shadows of re-indexes among them. Workers of Python functions have their part of the limit."""
+    sinks = list(sinks)
+    shaped = sum(is_shaped(sink) or sink.toast == "reselect" for sink in sinks)
+    eighths = SHAPING_EIGHTHS if any(map(is_shaped, sinks)) else REREAD_EIGHTHS
+    limit_bytes = config.memory.limit_bytes - sum(worker_bytes(config, sink) for sink in sinks)
+    return Budget(limit_bytes, len(sinks), shaped, eighths if shaped else 0)
+
+
+def worker_bytes(config: Config, sink: Sink) -> int:
+    """What the sink's worker may take: none without a Python function."""
+    spec = _spec(config, sink, 0)
+    return spec.memory_bytes if spec.python else 0
+
+
+def new_shaping(
+    config: Config,
+    database: Database,
+    sink: Sink,
+    built: BuiltSink,
+    suffix: bytes,
+    system_id: Callable[[], str],
+    budget: Budget,
+) -> Shaping | None:
+    """None: the sink takes its messages as they are. ``system_id`` raises SourceUnavailable as long as the source was
+    not reached."""
+    if not is_shaped(sink) and sink.toast != "reselect":
+        return None
+    slot, keeps_rows = database.slot.name, built.semantics in ("state", "atomic")
+    replica = sink.enrichment_from == "replica"
+    document = sink.destination.document if isinstance(sink.destination, Search) else None
+    share = budget.shaping_share()
+    timeout_seconds = sink.enrichment_timeout_ms / 1000
+    reread = enrich = None
+    if sink.toast == "reselect":
+        reread = Reselect(
+            database.conninfo(),
+            slot,
+            database.publication.name,
+            lambda: Expected(system_id()),
+            timeout_seconds=timeout_seconds,
+        )
+    if sink.enrichment is not None:
+        enrich = Enricher(
+            database.page_conninfo() if replica else database.conninfo(),
+            slot,
+            lambda: Expected(system_id(), replica),
+            sink.enrichment,
+            config.function(sink.enrichment).code or "",
+            timeout_seconds=timeout_seconds,
+        )
+    steps = Steps(
+        suffix,
+        keeps_rows=keeps_rows,
+        as_record=document == "record" or isinstance(sink.destination, Sqlite),
+        reread=reread,
+        enrich=enrich,
+        functions=new_functions(config, sink, share.most_bytes // RESULT_PART),
+        checked=partial(checked, sink.destination.type),
+    )
+    return Shaping(sink.name, steps, share, sink.max_message_bytes, in_order=built.semantics in ("ordered", "atomic"))
+
+
+def new_functions(config: Config, sink: Sink, result_bytes: int) -> Functions | None:
+    """None: the sink names none."""
+    if sink.outbox is not None:
+        outbox = sink.outbox
+        return OutboxFunctions(outbox.payload, outbox.routing, outbox.headers, emitted=outbox.prefix is not None)
+    if not any(getattr(sink, key) is not None for key in _PYTHON):
+        return None
+    return build(_spec(config, sink, min(sink.max_message_bytes, result_bytes)))
+
+
+def _spec(config: Config, sink: Sink, result_bytes: int) -> FunctionSpec:
+    limits = config.function_limits
+    transform = None if sink.transform is None else config.function(sink.transform)
+    return FunctionSpec(
+        filter=None if sink.filter is None else _python(config.function(sink.filter)),
+        routing=None if sink.routing is None else _python(config.function(sink.routing)),
+        transform=None if transform is None else _transform(transform),
+        timeout_seconds=limits.timeout_ms / 1000,
+        memory_bytes=limits.memory_mb * MIB,
+        result_bytes=result_bytes,
+        search_path=(str(config.base_dir),),
+    )
+
+
+def _transform(function: Function) -> PythonFunction | PathExpression | FieldOperations:
+    if function.type == "path":
+        return PathExpression(function.path or "")
+    if function.type == "fields":
+        operations = [FieldOperation(one.kind, one.columns, one.names, one.values) for one in function.fields]
+        return FieldOperations(tuple(operations))
+    return _python(function)
+
+
+def _python(function: Function) -> PythonFunction:
+    file = str(function.file) if function.file is not None else f"function {function.name}"
+    return PythonFunction(function.name, file, function.code, function.module)
