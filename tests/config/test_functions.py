@@ -214,7 +214,7 @@ def test_python_is_compiled(tmp_path: Path, kind: str, code: str, expected: str)
     "code",
     [
         "def filter(a, b, c, d): return True",
-        "def filter(a, b, c, d, e=1): return True",
+        "def filter(a, b, c, d=1): return True",
         "def filter(*all): return True",
         "def filter(a, /, b, c, d, **more): return True",
         "import re\nX = re.compile('\\d')\ndef helper(): ...\ndef filter(a, b, c, d): return '\\d' == a",

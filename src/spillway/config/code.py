@@ -70,7 +70,6 @@ def _parsed(code: str) -> tuple[ast.Module | None, str]:
 
 def _takes_four(arguments: ast.arguments) -> bool:
     positional = len(arguments.posonlyargs) + len(arguments.args)
-    required = positional - len(arguments.defaults)
-    keywords = sum(default is None for default in arguments.kw_defaults)
-    most = positional if arguments.vararg is None else max(positional, len(PARAMETERS))
-    return not keywords and required <= len(PARAMETERS) <= most
+    keywords = any(default is None for default in arguments.kw_defaults)
+    enough = positional == len(PARAMETERS) or (arguments.vararg is not None and positional < len(PARAMETERS))
+    return enough and not keywords
