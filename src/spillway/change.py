@@ -78,6 +78,12 @@ def key_values(schema: str, table: str, key: str) -> tuple[str, ...]:
     return tuple(_UNESCAPED.sub(r"\1", part) for part in _PART.findall(rest + ":"))
 
 
+def group_values(schema: str, table: str, key: str) -> tuple[str | None, ...]:
+    """The values that `make_key` made a key of, nulls among them."""
+    parts = _PART.findall(key[len(table_prefix(schema, table)) :] + ":")
+    return tuple(None if part == "\\N" else _UNESCAPED.sub(r"\1", part) for part in parts)
+
+
 _PART = re.compile(r"((?:[^\\:]|\\.)*):", re.DOTALL)
 _UNESCAPED = re.compile(r"\\(.)", re.DOTALL)
 

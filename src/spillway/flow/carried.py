@@ -64,6 +64,10 @@ class Carried:
         self.began = 0  # how often it has begun to remember
         self.quiet = 0  # in which of these everything that was not remembered is visible by now
 
+    @property
+    def held_bytes(self) -> int:
+        return self._bytes
+
     def watch(self, table: Table) -> None:
         self._tables[table] += 1
 

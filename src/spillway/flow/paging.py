@@ -232,10 +232,12 @@ class Paging:
         began: int,
         relation: tuple[str, str] | None = None,
         advance: Callable[[Placing], None] | None = None,
+        least_lsn: int = 0,
     ) -> Placing | None:
-        """Its place in the stream. None: it cannot be judged any more, or its credit was wanted: to be read again."""
+        """Its place in the stream, not below ``least_lsn``. None: it cannot be judged any more, or its credit was
+        wanted: to be read again."""
         placing = Placing(page, relation, self._subscription, self._keying, self._capture, began, advance)
-        turn = Turn(page.snapshot.lsn, placing)
+        turn = Turn(max(page.snapshot.lsn, least_lsn), placing)
         waits = asyncio.ensure_future(self._capture.placed(turn))
         started = self._clock.monotonic()
         try:
@@ -251,7 +253,7 @@ class Paging:
                 if seconds > 3 * reader.wal_writer_delay_seconds + LOOK_SECONDS:
                     # Whatever the snapshot saw of asynchronous commits is on disk by now, or it would not be at all;
                     # what is above was never a commit, and on an idle server nobody may write it out for long.
-                    turn.lsn = min(turn.lsn, await reader.flushed_lsn())
+                    turn.lsn = max(least_lsn, min(turn.lsn, await reader.flushed_lsn()))
                     self.waiting = "waits for the stream to come by"
         finally:
             placing.abandoned = not placing.placed
@@ -322,8 +324,14 @@ class Placing:
         self.span: Span | None = None  # what the sink was given, if anything was left
         self.dropped = 0
         self.again: list[Cursor] = []
+        self._stale: set[int] = set()
         self.placed_at = 0.0
         self.reads = 0  # of the sink, this page's included
+
+    @property
+    def stale(self) -> list[Cursor]:
+        """The keys of those rows that were not placed: the sink has something newer."""
+        return [_cursor(self._page.chunk, place) for place in self._stale]
 
     def _void(self) -> bool:
         """Nobody wants it any more, the sink takes no part, or what it is judged by was forgotten."""
@@ -362,6 +370,7 @@ class Placing:
             delivery.reads_taken += len(span)
         self.reads = delivery.reads_taken
         self.span = span
+        self._stale = stale.dropped | stale.again
         self.dropped = len(stale.dropped)
         self.again = [_cursor(chunk, place) for place in sorted(stale.again)]
         self.placed = True

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from spillway.source.page import Cursor, Range, Selection
 
 State = Literal["active", "paused", "completed", "failed", "cancelled"]
-Origin = Literal["command", "initial", "gap", "reindex", "replay"]
+Origin = Literal["command", "initial", "gap", "reindex", "replay", "related"]
 
 ENDED: frozenset[State] = frozenset(("completed", "failed", "cancelled"))
 
@@ -97,7 +97,7 @@ class BackfillState:
     @property
     def is_owed(self) -> bool:
         """It has failed, and its rows are still promised: somebody has to see to that."""
-        return self.state == "failed" and self.request.origin in ("initial", "gap")
+        return self.state == "failed" and self.request.origin in ("initial", "gap", "related")
 
 
 def of_json(document: bytes) -> BackfillState:

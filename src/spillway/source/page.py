@@ -230,14 +230,14 @@ class PageReader:
                 await view.connection.execute("SAVEPOINT rows")
             decoder = self._begin(view, low)
             full = await self._rows(view, view.rows.copy(bounds, max_rows), credit_bytes, max_rows)
-            count = decoder.count
+            count = decoder.page_rows
             looked_at = max_rows if end is not None and full is None else count
             if full is not None and not count:
                 raise NeedsCredit(full.needed_bytes)
             chunk = decoder.take()
             if full is not None or count == max_rows:
                 if by_key:
-                    end = view.shape.cursor(view.rows.order, _last_key(chunk))
+                    end = view.shape.cursor(view.rows.order, _last_key(view, decoder))
                 else:
                     await view.connection.execute("ROLLBACK TO rows")
                     end = await self._nth(view, bounds, count, conditioned=True)
@@ -308,6 +308,13 @@ class PageReader:
         async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
             xmin, xmax, _ = parsed((await one(session.connection, "horizon"))["snapshot"])
             return xmin, xmax
+
+    async def seen(self) -> Callable[[int, int], bool]:
+        """What all snapshots of this server see from now on, as `Snapshot.sees` says it."""
+        replayed_lsn = await self.flushed_lsn() if self.standby else None
+        async with self._views.using(QUESTION_TIMEOUT_SECONDS) as session:
+            xmin, xmax, running = parsed((await one(session.connection, "horizon"))["snapshot"])
+        return Snapshot(0, xmin, xmax, running, 0, replayed_lsn).sees
 
     async def flushed_lsn(self) -> int:
         """What the server has on disk; of a standby what it has replayed."""
@@ -387,9 +394,9 @@ def _tid(block: int) -> str:
     return f"({block},{keyspace.LAST_OFFSET})"
 
 
-def _last_key(chunk: Chunk) -> tuple[str, ...]:
-    schema, table = chunk.table(chunk.count - 1)
-    return key_values(schema, table, chunk.key_texts(chunk.count - 1)[0].decode())
+def _last_key(view: View, decoder: Decoder) -> tuple[str, ...]:
+    relation = view.shape.relation
+    return key_values(relation.schema, relation.table, decoder.last_key.decode())
 
 
 async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str, ...]]:
