@@ -38,7 +38,7 @@ from psycopg.pq.abc import PGconn, PGresult
 
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.pgoutput.relation import TypeInfo
-from spillway.pgoutput.scalars import to_text
+from spillway.pgoutput.scalars import text, to_text
 from spillway.pgoutput.types import renderer_for
 from spillway.position import parse_lsn
 from spillway.source.catalog import types as catalogue_types
@@ -48,7 +48,19 @@ from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
 from spillway.source.sessions import Session, Sessions
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, INT8_OID, Prepared, Question, statement, types_of
+from spillway.source.wrapped import (
+    COST,
+    COVERED,
+    FIRST,
+    HEAD,
+    INT8_OID,
+    ROW_BYTES,
+    VALUE_BYTES,
+    Prepared,
+    Question,
+    statement,
+    types_of,
+)
 
 __all__ = ["FETCH_FACTOR", "BatchFailed", "ByKeys", "Fetched"]
 
@@ -58,6 +70,11 @@ FETCH_FACTOR: Final = 4
 
 VISIBLE_SECONDS: Final = 30.0
 LOOK_SECONDS: Final = 2.0  # for so long a question counts as found to be the same
+
+# What JSON writes with six bytes, and what with two.
+_TWO_IN_JSON: Final = b'\b\t\n\f\r"\\'
+_SIX_IN_JSON: Final = bytes(set(range(32)) - set(_TWO_IN_JSON))
+_LARGE_BYTES: Final = 64 << 10  # of a row that is looked at for them
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.2
 
@@ -177,7 +194,7 @@ class ByKeys:
                     f"{self._subject}: the primary key of {table[0]}.{table[1]} has {len(question.key)} columns now",
                     "discard the messages of before",
                 )
-            reading = _Reading(session, prepared, keys, seen, limits[0])
+            reading = _Reading(session, prepared, keys, seen, limits)
             session.connection.pgconn.send_query_prepared(
                 prepared.statement, [*question.literals(keys), *(str(limit).encode() for limit in limits)]
             )
@@ -299,7 +316,12 @@ class _Reading:
     """The rows of one answer, as they come."""
 
     def __init__(
-        self, session: Session, prepared: Prepared, keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int
+        self,
+        session: Session,
+        prepared: Prepared,
+        keys: Sequence[tuple[str, ...]],
+        seen: Seen,
+        limits: tuple[int, int],
     ) -> None:
         self.fetched = Fetched()
         self.visible = False
@@ -310,8 +332,7 @@ class _Reading:
         for place, key in enumerate(keys):
             self._places.setdefault(key, []).append(place)
         self._seen = seen
-        self._credit_bytes = credit_bytes
-        self._kept_bytes = 0
+        self._left_bytes, self._row_bytes = limits
 
     def take(self, result: PGresult) -> None:
         values = [result.get_value(0, i) for i in range(result.nfields)]
@@ -336,12 +357,19 @@ class _Reading:
         needed_bytes = int(cost)
         if values[COVERED] == b"t":
             self._session.largest_row_bytes = max(self._session.largest_row_bytes, needed_bytes)
-            row, needed_bytes = self._rendered(values, needed_bytes)
-            if self._kept_bytes + needed_bytes <= self._credit_bytes:
-                self._kept_bytes += needed_bytes
-                fetched.rows.update(dict.fromkeys(places, row))
-                return
+            if needed_bytes > _LARGE_BYTES:
+                needed_bytes = max(needed_bytes, self._needed(values))
+            if self._fits(needed_bytes):
+                row = self._rendered(values)
+                needed_bytes = max(needed_bytes, ROW_BYTES + sum(len(value) + VALUE_BYTES for value in row.values()))
+                if self._fits(needed_bytes):
+                    self._left_bytes -= needed_bytes
+                    fetched.rows.update(dict.fromkeys(places, row))
+                    return
         fetched.sizes.update(dict.fromkeys(places, needed_bytes))
+
+    def _fits(self, needed_bytes: int) -> bool:
+        return needed_bytes <= min(self._row_bytes, self._left_bytes)
 
     def _begin(self, head: str) -> None:
         snapshot, recovery, *types = head.split(" ")
@@ -352,18 +380,24 @@ class _Reading:
             self.visible = self._seen.by(snapshot)
         self.outdated = bool(types) and types[0] != self._prepared.types
 
-    def _rendered(self, values: list[bytes | None], cost_bytes: int) -> tuple[dict[str, bytes], int]:
-        """The row, and what it takes. Each value is let go of as soon as it is JSON."""
+    def _needed(self, values: Sequence[bytes | None]) -> int:
+        """What the row takes as JSON, about, found without making any: texts may grow much."""
+        needed_bytes = ROW_BYTES
+        for value, renderer in zip(values[FIRST:], self._prepared.renderers, strict=True):
+            needed_bytes += VALUE_BYTES + len(value or b"null")
+            if value is not None and renderer is not None:
+                needed_bytes += 2 + 5 * (len(value) - len(value.translate(None, _SIX_IN_JSON)))
+                if renderer is text:
+                    needed_bytes += len(value) - len(value.translate(None, _TWO_IN_JSON))
+        return needed_bytes
+
+    def _rendered(self, values: list[bytes | None]) -> dict[str, bytes]:
+        """Each value is let go of as soon as it is JSON."""
         row: dict[str, bytes] = {}
-        grown_bytes = 0
         for i, (name, renderer) in enumerate(zip(self._prepared.columns, self._prepared.renderers, strict=True), FIRST):
             value, values[i] = values[i], None
-            if value is None:
-                row[name] = b"null"
-                continue
-            row[name] = rendered = value if renderer is None else renderer(value)
-            grown_bytes += max(0, len(rendered) - len(value))
-        return row, cost_bytes + grown_bytes
+            row[name] = b"null" if value is None else value if renderer is None else renderer(value)
+        return row
 
 
 async def _sees(session: Session, seen: Seen) -> bool:

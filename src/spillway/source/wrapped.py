@@ -25,9 +25,13 @@ from typing import Final
 
 from spillway.pgoutput.scalars import Renderer
 
-# What a value costs beside its bytes: an object and its place in a dict; and a row.
-VALUE_BYTES: Final = 96
+# What a value costs beside its bytes: an object and its place in a dict; and a row. The server does not know how long a
+# text is as JSON. It allows for some of that, or a row would have to be asked for twice because of its quotes.
+VALUE_BYTES: Final = 80
 ROW_BYTES: Final = 512
+_ALLOWED_BYTES_BY_VALUE: Final = 16
+_ALLOWED_PART: Final = 8
+_ALLOWED_BYTES: Final = 64 << 10  # at most
 
 # Of the statement's columns: what the snapshot sees (in the first row), what the row costs (null: there is no row),
 # whether it came within the credit; then the question's.
@@ -101,7 +105,8 @@ def statement(question: Question, columns: Sequence[str], character_bytes: int) 
         for i, c in enumerate(columns)
     ]
     lengths = " + ".join(f"COALESCE(pg_catalog.octet_length(t.c{i}), 0)::pg_catalog.int8" for i in numbers)
-    cost = f"{character_bytes} * ({lengths}) + {ROW_BYTES + VALUE_BYTES * len(columns)}"
+    fixed_bytes = ROW_BYTES + (VALUE_BYTES + _ALLOWED_BYTES_BY_VALUE) * len(columns)
+    cost = f"t.bytes + LEAST(t.bytes / {_ALLOWED_PART}, {_ALLOWED_BYTES}) + {fixed_bytes}"
     shown = [
         f"w.c{i}" if column in question.key else f"CASE WHEN {covered} THEN w.c{i} END"
         for i, column in enumerate(columns)
@@ -115,8 +120,9 @@ SELECT CASE WHEN COALESCE(w.number, 1) = 1
        SELECT s.*, pg_catalog.row_number() OVER running AS number,
               pg_catalog.sum(CASE WHEN s.cost <= {largest} THEN s.cost ELSE 0 END) OVER running AS total
          FROM (SELECT t.*, {cost} AS cost
-                 FROM (SELECT {_types(columns)} AS types, {", ".join(values)}
-                         FROM {as_subquery(question.sql)} AS u OFFSET 0) AS t OFFSET 0) AS s
+                 FROM (SELECT t.*, {character_bytes} * ({lengths}) AS bytes
+                         FROM (SELECT {_types(columns)} AS types, {", ".join(values)}
+                                 FROM {as_subquery(question.sql)} AS u OFFSET 0) AS t OFFSET 0) AS t OFFSET 0) AS s
        WINDOW running AS (ROWS UNBOUNDED PRECEDING)) AS w ON true"""
 
 
