@@ -49,13 +49,20 @@ def build(config: Config, sink: SinkConfig, context: SinkContext) -> Sink:
                 "ca_file": destination.tls_ca_file,
                 "mapping": destination.mapping,
                 "toast": sink.toast,
+                "op": destination.op,
+                "doc_as_upsert": destination.doc_as_upsert,
+                "pipeline": destination.pipeline or "",
+                "routing_column": destination.routing_column or "",
             }
         case Webhook():
+            # CloudEvents over HTTP, "structured content mode". A batch is in Sequin's envelope.
+            events = sink.format == "cloudevents" and not destination.batch
             (endpoint,) = [one for one in config.http_endpoints if one.name == destination.http_endpoint]
             arguments = {
                 "url": endpoint.url,
                 "path": destination.http_endpoint_path,
                 "headers": endpoint.all_headers(),
+                "content_type": "application/cloudevents+json" if events else "application/json",
                 "batch": destination.batch,
                 "timeout_seconds": sink.request_timeout_seconds,
             }
