@@ -10,6 +10,7 @@ from spillway import __version__
 from spillway.cli import options, output
 from spillway.cli.backfill import app as backfill
 from spillway.cli.backfill import replay
+from spillway.cli.functions import app as functions
 from spillway.cli.piles import confirm, export, pile_app
 from spillway.cli.reindex import reindex
 
@@ -36,6 +37,7 @@ app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(backfill, name="backfill")
 app.command("replay")(replay)
 app.command("reindex")(reindex)
+app.add_typer(functions, name="functions")
 app.add_typer(state, name="state")
 
 
