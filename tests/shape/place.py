@@ -58,7 +58,7 @@ class Shaped(Site):
         self.wait(lambda: len(self.lines(name)) >= count, f"{count} lines of {name}")
         self.drained(name)
         lines = self.lines(name)
-        assert len(lines) == count, lines
+        assert len(lines) == count, [str(line)[:100] for line in lines]
         return lines
 
     def parked(self, name: str, count: int) -> list[Json]:
@@ -76,7 +76,7 @@ class Shaped(Site):
 def bodies(log: Path, path: str) -> list[Json]:
     """The requests that a recorder has written down below a path, their bodies parsed."""
     return [
-        {**line, "body": json.loads(line["body"])}
+        {**line, "body": json.loads(line["body"] or "null")}
         for line in json_lines(log)
         if "mark" not in line and str(line["path"]).startswith(path)
     ]

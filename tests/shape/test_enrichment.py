@@ -10,7 +10,11 @@ import pytest
 from shape.place import Shaped, file_sink, python
 
 T = "public.t"
-NAMED = "create table names (id int, name text); insert into names values (1, 'one'), (2, 'two'), (2, 'zwei');"
+NAMED = """
+create table names (id int, name text);
+alter table names replica identity full;
+insert into names values (1, 'one'), (2, 'two'), (2, 'zwei');
+"""
 
 
 def enrichment(sql: str) -> dict[str, object]:

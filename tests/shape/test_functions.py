@@ -167,9 +167,9 @@ return {"method": "PUT" if action == "insert" else "DELETE", "endpoint_path": f"
         place.sql(rows(1, 3), "delete from t where id = 2")
         place.wait(lambda: len(bodies(recorder.requests_log, "/")) >= 4, "four requests")
         place.drained("hook")
-        requests = [(r["method"], r["path"], r["body"]["action"]) for r in bodies(recorder.requests_log, "/")]
-    assert sorted(requests) == [
-        ("DELETE", "/rows/2", "delete"), ("POST", "/else", "insert"), ("PUT", "/rows/1", "insert"),
+        came = bodies(recorder.requests_log, "/")
+    assert sorted((one["method"], one["path"], one["body"] and one["body"]["action"]) for one in came) == [
+        ("DELETE", "/rows/2", None), ("POST", "/else", "insert"), ("PUT", "/rows/1", "insert"),
         ("PUT", "/rows/2", "insert"),
     ]  # fmt: skip
 
@@ -210,7 +210,7 @@ return record
         assert parked["reason"] == "transform_failed"
         assert parked["key"].endswith("3")
         assert "ZeroDivisionError" in parked["detail"]
-        assert "line 3" in parked["detail"]
+        assert "bad:3 in half: return 1 // (value - 30)" in parked["detail"]
         assert parked["messages"] == 2, "the update waits behind its insert"
         place.wait(lambda: len(place.lines("out")) == 20, "all others to flow")
         came = [(line["id"], line["n"]) for line in place.lines("out")]
@@ -229,7 +229,6 @@ return record
         ("sysexit", "raise SystemExit(4)"),
         ("killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"),
         ("no json", "return object()"),
-        ("nan", "return float('nan')"),
         ("prints", "import sys\nprint('{}' * 100)\nsys.stdout.flush()\nraise ValueError('after printing')"),
     ],
 )
