@@ -8,6 +8,7 @@ is made fast, in this order:
 - text: scanning, JSON escapes, UTF-8, numbers, base64, CRC-32
 - scalars: one renderer per frequent type; all others are the reference's functions, called with the value
 - reference: what is taken from it
+- filters: what filters say of a row
 - plan: what is compiled once per relation
 - lines: rows of COPY taken apart
 - keys: the texts of a row's keys
@@ -46,6 +47,7 @@ include "memory.pxi"
 include "text.pxi"
 include "scalars.pxi"
 include "reference.pxi"
+include "filters.pxi"
 include "plan.pxi"
 include "lines.pxi"
 include "keys.pxi"

@@ -3,6 +3,7 @@
 
 cdef enum:
     OLD_DELETE = 16
+    GONE_DELETE = 32
     LONGEST_PLAIN_ID = 128  # see `bulk`
 
 @cython.final
@@ -178,7 +179,9 @@ def by_kind(chunk):
     cdef size_t index
     for index in range(columns.total):
         memcpy(&table, kind + 4, 2)
-        code = <uint32_t> table << 16 | kind[0] + (OLD_DELETE if kind[2] & OLD else 0)
+        code = <uint32_t> table << 16 | kind[0]
+        if kind[2] & OLD:
+            code += GONE_DELETE if kind[2] & GONE else OLD_DELETE
         if places is None or code != last:
             places = kinds.setdefault((table, code & 0xFFFF), [])
             last = code

@@ -5,6 +5,7 @@ cdef enum:
     OLD = 2
     MOVED = 4
     TOO_LARGE = 8
+    GONE = 16
 
     XLOG_HEADER_BYTES = 25
     KEEPALIVE_BYTES = 18
@@ -17,6 +18,8 @@ cdef enum:
     RECENT = 256
 
     WORDS = 8  # of a record
+
+    PASSED_OVER = -1  # in place of an action
 
 cdef enum Changes:  # what of an update's old row is told
     NO_OLD_ROW
@@ -77,6 +80,14 @@ cdef class Decoder:
     cdef Buffer _old_body
     cdef size_t _old_record_bytes
     cdef Buffer _scratch  # values of a line that had escapes
+    # What filters say: of the row, and of the delete of its old row.
+    cdef object _filters
+    cdef int _filter_count
+    cdef uint8_t* _said
+    cdef uint8_t* _said_of_old
+    cdef size_t _prefix_size  # of the keys of the page's table
+    cdef bint _is_gone  # somebody is to get that delete, for the row has left his filter
+    cdef Buffer _matched
 
     def __cinit__(
         self,
@@ -87,6 +98,8 @@ cdef class Decoder:
         Py_ssize_t frame_overhead_bytes,
         Py_ssize_t renew_frame_bytes,
         on_warning=None,
+        filters=None,
+        Py_ssize_t filter_count=0,
     ):
         bind_reference()
         self._group_columns = group_columns
@@ -98,15 +111,25 @@ cdef class Decoder:
         self._plans = {}
         self._tables = {}
         self._chunk = 1
+        self._filters = filters
+        self._filter_count = <int> filter_count
+        self._said = <uint8_t*> PyMem_Malloc(2 * filter_count + 1)
+        if self._said == NULL:
+            raise MemoryError
+        self._said_of_old = self._said + filter_count
+        buffer_open(&self._matched, SMALLEST_CAPACITY)
         buffer_open(&self._data, SMALLEST_CAPACITY)
         buffer_open(&self._meta, SMALLEST_CAPACITY)
         buffer_open(&self._texts, SMALLEST_CAPACITY)
         buffer_open(&self._old_body, SMALLEST_CAPACITY)
         buffer_open(&self._scratch, SMALLEST_CAPACITY)
         keys_open(&self._keys, 1 + self._groups)
+        self._keys.ends[0] = 0
         keys_open(&self._old_keys, 1 + self._groups)
 
     def __dealloc__(self):
+        PyMem_Free(self._said)
+        buffer_close(&self._matched)
         buffer_close(&self._data)
         buffer_close(&self._meta)
         buffer_close(&self._texts)
@@ -121,6 +144,16 @@ cdef class Decoder:
     @property
     def in_transaction(self):
         return self._transaction.is_open()
+
+    @property
+    def page_rows(self):
+        return self._transaction.idx
+
+    @property
+    def last_key(self):
+        cdef Slice text = key_text(&self._keys, 0)
+        cdef size_t prefix = min(self._prefix_size, text.size)
+        return PyBytes_FromStringAndSize(<const char*> text.data + prefix, <Py_ssize_t> (text.size - prefix))
 
     def fill(self, copy, object credit_bytes, object max_changes):
         cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
@@ -140,6 +173,7 @@ cdef class Decoder:
     def fill_page(self, copy, uint32_t oid, object credit_bytes, object max_changes):
         cdef uint64_t credit = max(credit_bytes, 0), most = max(max_changes, 0)
         self._page_plan = self._plan(oid)
+        self._prefix_size = self._page_plan.prefix.size
         if not self._transaction.in_page:
             raise ProtocolError("a line outside of a page")
         try:
@@ -160,6 +194,8 @@ cdef class Decoder:
             self._commit_lsn,
             self._end_lsn,
             self._truncates,
+            buffer_take(&self._matched),
+            self._filter_count,
         )
         self._chunk += 1
         self._tables = {}
@@ -174,7 +210,10 @@ cdef class Decoder:
             raise ProtocolError(
                 f"{len(groups)} sets of group columns for {schema}.{table} where {self._groups} are due"
             )
-        cdef Plan plan = Plan(relation, info, tuple(groups), wanted)
+        filters = () if self._filters is None else tuple(self._filters(relation, info))
+        if any([not 0 <= one.number < self._filter_count for one in filters]):
+            raise ProtocolError(f"a filter beyond the {self._filter_count} that there are")
+        cdef Plan plan = Plan(relation, info, tuple(groups), wanted, filters)
         if plan.column_count > self._columns or self._rows == NULL:
             self._make_room(plan.column_count)
         self._forget(relation.oid)
@@ -388,8 +427,10 @@ cdef class Decoder:
             append(&self._keys.values, b"[]", 2)
             append(&self._data, b'{"record":null,"changes":null', 29)
             self._transaction.append_tail(&self._data, plan, TRUNCATED, &self._keys)
+            memset(self._said, YES, self._filter_count)
             self._record(
-                self._table_number(plan.own_name), TRUNCATED, &self._keys, NULL, self._data.size, 4, WHOLE, sub, 0
+                self._table_number(plan.own_name), TRUNCATED, &self._keys, NULL, self._data.size, 4, WHOLE, sub, 0,
+                self._transaction.number(0), self._said,
             )
             sub = min(sub + 1, <int> LAST_SUB)
         self._truncates += 1
@@ -399,22 +440,19 @@ cdef class Decoder:
     # Rows.
 
     cdef int _any_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
-        cdef size_t too_large = size
         if not self._transaction.is_open():
             raise ProtocolError("a row outside of a transaction")
         if plan.wanted >> action & 1:
-            if size <= self._max_message_bytes:
-                too_large = self._whole_row(plan, action, payload, size)
-            if too_large:
-                self._large_row(plan, action, payload, size, too_large)
+            if size > self._max_message_bytes:
+                self._large_row(plan, action, payload, size)
+            else:
+                self._usual_row(plan, action, payload, size)
         self._transaction.idx += 1
         return 0
 
-    cdef size_t _whole_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except? 1:
-        """0, or what the row's size is if it is too large; then nothing has happened."""
-        cdef bint unchanged = False, ignored = False
-        cdef bint has_old = False
-        cdef size_t at, too_large
+    cdef int _usual_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
+        cdef bint unchanged = False, ignored = False, has_old = False
+        cdef size_t at, too_large = 0
         cdef Value* key_row = self._row
         cdef Changes changes = NO_OLD_ROW
         if size <= ROW_START:
@@ -431,19 +469,28 @@ cdef class Decoder:
             too_large = size + growth_bytes(self._row, plan.column_count)
             if has_old:
                 too_large += growth_bytes(self._old, plan.column_count)
-            if too_large > self._max_message_bytes:
-                return too_large
+            if too_large <= self._max_message_bytes:
+                too_large = 0
         if unchanged:
             unchanged = self._fill_and_know(plan, has_old)
             key_row = self._known
+        if plan.filter_count and not self._say(plan, action, payload[ROW_START - 1], has_old):
+            return self._pass_over(plan, action, key_row, has_old, payload[ROW_START - 1] == c"O")
+        if not plan.filter_count:
+            self._say_yes()
         if action == UPDATED:
             changes = DIFFERING if has_old and payload[ROW_START - 1] == c"O" else NOTHING
-        return self._whole(plan, action, key_row, changes, has_old, unchanged)
+        if not too_large:
+            too_large = self._whole(plan, action, key_row, changes, has_old, unchanged)
+        if too_large:
+            has_old = self._split_keys(plan, action, payload, size, False)
+            self._key_alone(plan, action, too_large, has_old, has_old and payload[ROW_START - 1] == c"O")
+        return 0
 
     cdef size_t _whole(
         self, Plan plan, int action, Value* key_row, Changes changes, bint has_old, bint unchanged
     ) except? 1:
-        """As `_whole_row`, of what has been taken apart."""
+        """Adds a row that has been taken apart. 0, or what its size is if it is too large; then nothing has happened."""
         cdef size_t began = self._data.size, record_end, too_large
         read_keys(&self._keys, plan, key_row)
         if unchanged:
@@ -487,22 +534,120 @@ cdef class Decoder:
                 self._known[i].size = 0
         return left
 
-    cdef int _large_row(self, Plan plan, int action, const uint8_t* payload, size_t size, size_t too_large) except -1:
+    # Filters.
+
+    cdef inline void _say_yes(self) noexcept:
+        if self._filter_count:
+            memset(self._said, YES, 2 * self._filter_count)
+        self._is_gone = False
+
+    cdef bint _say(self, Plan plan, int action, uint8_t mark, bint has_old) except -1:
+        """What filters say of the row. Whether anybody wants it. UNCHANGED columns are filled."""
+        cdef bint wanted = action != READ and plan.always >> action & 1
+        cdef bint is_in, was_in
+        cdef Filter* one
+        cdef int i
+        self._say_yes()
+        for i in range(plan.filter_count):
+            one = &plan.filters[i]
+            is_in = admits(one, self._row, action == DELETED and mark != c"O")
+            if is_in and (action == READ or one.actions >> action & 1):
+                wanted = True
+            if action != UPDATED:
+                self._said[one.number] = YES if is_in else NO
+                continue
+            if is_in and not has_old:
+                continue
+            was_in = self._was_admitted(plan, one, has_old, has_old and mark == c"O")
+            if not is_in:
+                self._said[one.number] = LEFT if was_in else NO
+                if was_in and one.leaves and one.actions >> UPDATED & 1:
+                    self._is_gone = True
+            self._said_of_old[one.number] = (YES if is_in else LEFT) if was_in else NO
+        return wanted
+
+    cdef bint _was_admitted(self, Plan plan, Filter* one, bint has_old, bint full) except -1:
+        """The same of the old row, as far as it is known."""
+        cdef Value value
+        cdef int i, column
+        for i in range(one.count):
+            column = one.checks[i].column
+            value.data, value.size = NULL, 0
+            if has_old:
+                value = self._old[column]
+            if not full and value.data == NULL and plan.columns[column].in_primary_key:
+                value = self._row[column]
+            if not check_holds(&one.checks[i], value, not full):
+                return False
+        return True
+
+    cdef int _pass_over(self, Plan plan, int action, Value* key_row, bint has_old, bint full) except -1:
+        """A row that nobody wants: it counts. Of an update, the delete of the old row may be wanted."""
+        if action == UPDATED and self._is_gone:
+            read_keys(&self._keys, plan, key_row)
+            return self._add(
+                plan, PASSED_OVER, self._data.size, 0, 0, 0, self._old if has_old else NULL, key_row, full
+            )
+        if has_old:
+            self._read_primary(&self._old_keys, plan, self._told(plan, self._old, key_row, full))
+        self._read_primary(&self._keys, plan, key_row)
+        if has_old and self._old_keys.ends[0] and not same_text(&self._keys, &self._old_keys, 0):
+            self._transaction.number(self._old_keys.hashes[0])
+        self._transaction.number(self._keys.hashes[0])
+        return 0
+
+    cdef int _read_primary(self, Keys* keys, Plan plan, Value* row) except -1:
+        keys.texts.size = keys.values.size = 0
+        read_primary(keys, plan, row)
+        keys.ends[0] = keys.texts.size
+        keys.hashes[0] = hash_of(plan, key_text(keys, 0))
+        return 0
+
+    # Rows that are too large.
+
+    cdef int _large_row(self, Plan plan, int action, const uint8_t* payload, size_t size) except -1:
+        """A frame that is too large."""
+        cdef bint has_old, full, wanted = True
+        self._say_yes()
+        if plan.filter_count:
+            has_old = self._split_keys(plan, action, payload, size, True)
+            if has_old:
+                self._fill_and_know(plan, True)
+            wanted = self._say(plan, action, payload[ROW_START - 1], has_old)
+        has_old = self._split_keys(plan, action, payload, size, False)
+        full = has_old and payload[ROW_START - 1] == c"O"
+        if wanted:
+            return self._key_alone(plan, action, size, has_old, full)
+        self._fill_and_know(plan, has_old)
+        return self._pass_over(plan, action, self._known, has_old, full)
+
+    cdef bint _split_keys(self, Plan plan, int action, const uint8_t* payload, size_t size, bint checked) except -1:
+        """Takes the rows apart as far as their keys go, or filters look. Whether there is an old one."""
         cdef bint has_old = action == UPDATED and size > ROW_START and payload[ROW_START - 1] != c"N"
         cdef size_t at
-        at = plan.split_key(payload, size, ROW_START, self._row)
+        at = plan.split_key(payload, size, ROW_START, self._row, checked)
         if has_old:
             self._row, self._old = self._old, self._row
-            plan.split_key(payload, size, after_new(payload, size, at), self._row)
-        return self._key_alone(plan, action, too_large, has_old, has_old and payload[ROW_START - 1] == c"O")
+            plan.split_key(payload, size, after_new(payload, size, at), self._row, checked)
+        return has_old
 
     cdef int _existing_row(self, Plan plan, const uint8_t* line, size_t size) except -1:
-        cdef size_t too_large, most = self._max_message_bytes
+        cdef size_t too_large, most = self._max_message_bytes, line_size = size
+        cdef bint wanted = True
+        self._say_yes()
         if size > most:
-            too_large = split_line(plan, line, size, self._row, &self._scratch, True)
+            too_large = split_line(plan, line, size, self._row, &self._scratch, True, False)
             if too_large > most:
+                if plan.filter_count:
+                    split_line(plan, line, size, self._row, &self._scratch, True, True)
+                    wanted = self._say(plan, READ, 0, False)
+                    split_line(plan, line, size, self._row, &self._scratch, True, False)
+                if not wanted:
+                    return self._read_primary(&self._keys, plan, self._row)
                 return self._key_alone(plan, READ, too_large, False, False)
-        size = split_line(plan, line, size, self._row, &self._scratch, False)
+        size = split_line(plan, line, line_size, self._row, &self._scratch, False, False)
+        if plan.filter_count and not self._say(plan, READ, 0, False):
+            return self._read_primary(&self._keys, plan, self._row)
         too_large = size if size > most else 0
         if not too_large and size * LARGEST_GROWTH > most:
             size += growth_bytes(self._row, plan.column_count)
@@ -555,34 +700,61 @@ cdef class Decoder:
         Value* key_row,
         bint full,
     ) except -1:
-        """Records of the row whose body stands in the output from ``began`` on; before it, that of its old key."""
+        """Records of the row whose body stands in the output from ``began`` on; before it, that of its old row. Of
+        PASSED_OVER, an update, only the latter."""
         cdef Keys* was = NULL
         cdef uint16_t number
+        cdef bint moved = False
+        cdef uint8_t n
         if plan.chunk != self._chunk:
             plan.number = self._table_number(plan.name)
             plan.chunk = self._chunk
         number = plan.number
+        if old == NULL and self._is_gone:
+            old = self._old
+            self._take_key(plan, old, key_row)
         if old != NULL and self._read_old_keys(plan, old, key_row, full):
             was = &self._old_keys
-            if not same_text(&self._keys, was, 0):
-                # An unknown old key has nothing to delete.
-                if was.ends[0]:
-                    self._insert_old_body(plan, old, began)
-                    self._record(
-                        number, DELETED, was, NULL, began + self._old_body.size, self._old_record_bytes, WHOLE | OLD,
-                        0, 0,
-                    )
-                    flags |= MOVED
-        return self._record(number, action, &self._keys, was, self._data.size, record_bytes, flags, 0, too_large)
+            # An unknown old key has nothing to delete.
+            moved = was.ends[0] and not same_text(&self._keys, was, 0)
+        n = self._transaction.number(self._old_keys.hashes[0] if moved else self._keys.hashes[0])
+        if self._old_keys.ends[0] if self._is_gone else moved:
+            self._insert_old_body(plan, old, began)
+            self._record(
+                number, DELETED, &self._old_keys, NULL, began + self._old_body.size, self._old_record_bytes,
+                WHOLE | OLD if moved else WHOLE | OLD | GONE, 0, 0, n, self._said_of_old,
+            )
+        if moved:
+            flags |= MOVED
+            n = self._transaction.number(self._keys.hashes[0])
+        if action == PASSED_OVER:
+            return 0
+        return self._record(
+            number, action, &self._keys, was, self._data.size, record_bytes, flags, 0, too_large, n, self._said
+        )
+
+    cdef void _take_key(self, Plan plan, Value* into, Value* row) noexcept:
+        """The row with null in all columns that are of no key."""
+        cdef int i
+        for i in range(plan.column_count):
+            into[i] = row[i]
+            if not plan.columns[i].in_key:
+                into[i].data = NULL
+                into[i].size = 0
+
+    cdef Value* _told(self, Plan plan, Value* old, Value* key_row, bint full) noexcept:
+        """The row as it was, as far as an old key tells; what that does not hold is taken as unchanged."""
+        cdef int i
+        if full:
+            return old
+        for i in range(plan.column_count):
+            self._before[i] = key_row[i] if old[i].data == NULL else old[i]
+        return self._before
 
     cdef bint _read_old_keys(self, Plan plan, Value* old, Value* key_row, bint full) except -1:
         """Whether any key was another."""
         cdef int i
-        if not full:
-            for i in range(plan.column_count):
-                self._before[i] = key_row[i] if old[i].data == NULL else old[i]
-            old = self._before
-        read_keys(&self._old_keys, plan, old)
+        read_keys(&self._old_keys, plan, self._told(plan, old, key_row, full))
         for i in range(1 + self._groups):
             if not same_text(&self._keys, &self._old_keys, i):
                 return True
@@ -620,6 +792,8 @@ cdef class Decoder:
         int flags,
         int sub,
         size_t too_large,
+        uint8_t n,
+        const uint8_t* said,
     ) except -1:
         cdef size_t stride = (WORDS + 2 * self._groups) * 8
         cdef size_t i, key_count = 1 + <size_t> self._groups
@@ -634,7 +808,7 @@ cdef class Decoder:
         words[4] = 0
         kind = <uint8_t*> &words[4]
         kind[0] = <uint8_t> action
-        kind[1] = self._transaction.number(keys.hashes[0])
+        kind[1] = n
         kind[2] = <uint8_t> flags
         kind[3] = <uint8_t> sub
         memcpy(kind + 4, &table, 2)
@@ -653,6 +827,8 @@ cdef class Decoder:
         if end > 0xFFFFFFFF or self._texts.size > 0xFFFFFFFF:
             raise OverflowError
         self._meta.size += stride
+        if self._filter_count:
+            append(&self._matched, said, self._filter_count)
         self.count += 1
         return 0
 

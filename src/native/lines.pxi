@@ -48,10 +48,11 @@ cdef Py_ssize_t unescape(const uint8_t* field, size_t size, size_t at, Buffer* o
 
 
 cdef size_t split_line(
-    Plan plan, const uint8_t* line, size_t size, Value* row, Buffer* scratch, bint key_alone
+    Plan plan, const uint8_t* line, size_t size, Value* row, Buffer* scratch, bint key_alone, bint checked
 ) except 0:
     """The row; values that had escapes lie in ``scratch``, which does not move meanwhile. ``key_alone``: other columns
-    than the key's are null. Returns the size of the frame that the row's insert would have."""
+    than the key's are null. ``checked``: than those that filters look at, and of these long values are not known.
+    Returns the size of the frame that the row's insert would have."""
     cdef const uint8_t* at = line
     cdef const uint8_t* end
     cdef const uint8_t* stop
@@ -73,7 +74,7 @@ cdef size_t split_line(
         if stop == NULL:
             stop = end
         length = stop - at
-        wanted = not key_alone or plan.columns[index].in_key
+        wanted = plan.columns[index].in_check if checked else not key_alone or plan.columns[index].in_key
         row[index].data = at if wanted else NULL
         row[index].size = length if wanted else 0
         if escapes:
@@ -89,6 +90,9 @@ cdef size_t split_line(
                 if wanted:
                     row[index].data = scratch.data + scratch.size - length
                     row[index].size = length
+        if checked and wanted and length > CHECKED_BYTES:
+            row[index].data = UNCHANGED
+            row[index].size = UNCHANGED_BYTES
         insert_bytes += 5 + length
         at = stop + 1
     if plan.column_count == 0 and at != end:

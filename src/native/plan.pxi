@@ -8,14 +8,11 @@ cdef enum:
     TRUNCATED = 4
     GROUP_VALUE_BYTES = 1024  # above this a value of a group's key is a digest
 
-cdef struct Slice:
-    const uint8_t* data
-    size_t size
-
 cdef struct Column:
     Kind kind
     bint in_key  # of the primary key or a group
     bint in_primary_key
+    bint in_check  # some filter looks at it
     PyObject* renderer  # of kind PYTHON and NUMBERS
     Slice lead  # what stands before its value in a whole record
     Slice name  # the name alone, with its colon
@@ -37,7 +34,10 @@ cdef class Plan:
     cdef bint plain_primary
     cdef int group_count
     cdef Group* groups
-    cdef uint32_t wanted  # bits, by action
+    cdef uint32_t always  # bits, by action: all rows are wanted
+    cdef uint32_t wanted  # the same, or some are
+    cdef int filter_count
+    cdef Filter* filters
     cdef Slice prefix  # of the table's keys
     cdef uint32_t prefix_crc
     cdef Slice tails[5]  # by action: from the action up to the idempotency key
@@ -45,7 +45,7 @@ cdef class Plan:
     cdef uint16_t number
     cdef list _kept  # objects that the slices and pointers above belong to
 
-    def __cinit__(self, relation, info, tuple groups, frozenset wanted):
+    def __cinit__(self, relation, info, tuple groups, frozenset wanted, tuple filters):
         cdef int index
         cdef bytes name
         self._kept = []
@@ -60,8 +60,8 @@ cdef class Plan:
             self.columns[index].name = self._keep(name)
             self.columns[index].lead = self._keep((b"," if index else b'{"record":{') + name)
         self._set_keys(relation, info, groups)
-        for action in wanted:
-            self.wanted |= 1 << <int> ACTIONS.index(action)
+        self.always = self._bits(wanted)
+        self._set_filters(filters)
         for index, action in enumerate(ACTIONS):
             schema, table = self.own_name if action == "truncate" else self.name
             self.tails[index] = self._keep(
@@ -77,6 +77,24 @@ cdef class Plan:
             for index in range(self.group_count):
                 PyMem_Free(self.groups[index].columns)
         PyMem_Free(self.groups)
+        if self.filters != NULL:
+            for index in range(self.filter_count):
+                self._free_checks(&self.filters[index])
+        PyMem_Free(self.filters)
+
+    cdef void _free_checks(self, Filter* filter) noexcept:
+        cdef int index
+        if filter.checks != NULL:
+            for index in range(filter.count):
+                PyMem_Free(filter.checks[index].integers)
+                PyMem_Free(filter.checks[index].texts)
+        PyMem_Free(filter.checks)
+
+    cdef uint32_t _bits(self, frozenset actions) except? 0xFFFFFFFF:
+        cdef uint32_t bits = 0
+        for action in actions:
+            bits |= 1 << <int> ACTIONS.index(action)
+        return bits
 
     cdef void* _zeroed(self, size_t count, size_t size) except NULL:
         cdef void* memory = PyMem_Malloc(count * size + 1)
@@ -134,6 +152,53 @@ cdef class Plan:
         group.count = len(columns)
         return 0
 
+    cdef int _set_filters(self, tuple filters) except -1:
+        cdef int at, i
+        cdef Filter* filter
+        self.wanted = self.always
+        self.filters = <Filter*> self._zeroed(len(filters), sizeof(Filter))
+        self.filter_count = len(filters)
+        for at, one in enumerate(filters):
+            filter = &self.filters[at]
+            filter.number = one.number
+            filter.actions = self._bits(one.actions)
+            filter.leaves = one.leaves
+            self.wanted |= filter.actions
+            filter.checks = <Check*> self._zeroed(len(one.checks), sizeof(Check))
+            filter.count = len(one.checks)
+            for i, check in enumerate(one.checks):
+                self._set_check(&filter.checks[i], check)
+        return 0
+
+    cdef int _set_check(self, Check* into, check) except -1:
+        cdef int i
+        if not 0 <= check.column < self.column_count:
+            raise ProtocolError(f"a check of column {check.column} where {self.own_name} has {self.column_count}")
+        into.column = check.column
+        into.of_null = check.of_null
+        into.trimmed = check.trimmed
+        into.kind = <CheckKind> <int> CHECK_KINDS[check.kind]
+        into.operator = <CheckOperator> <int> CHECK_OPERATORS[check.operator]
+        self.columns[into.column].in_check = True
+        holds = check.holds
+        self._kept.append(holds)
+        into.holds = <PyObject*> holds
+        if into.kind == CHECK_INTEGER:
+            into.integers = <int64_t*> self._zeroed(len(check.values), sizeof(int64_t))
+        elif into.kind == CHECK_TEXT:
+            into.texts = <Slice*> self._zeroed(len(check.values), sizeof(Slice))
+        else:
+            return 0
+        into.count = len(check.values)
+        if not into.count and into.operator != OP_IN and into.operator != OP_NOT_IN:
+            raise ProtocolError("a check without a value")
+        for i, value in enumerate(check.values):
+            if into.kind == CHECK_INTEGER:
+                into.integers[i] = value
+            else:
+                into.texts[i] = self._keep(value)
+        return 0
+
     # Taking a row apart.
 
     cdef Py_ssize_t split(self, const uint8_t* payload, size_t size, size_t at, Value* row, bint* unchanged) except -1:
@@ -168,8 +233,11 @@ cdef class Plan:
                 raise ProtocolError(f"a column of kind {kind:#04x} in a row of {self.own_name}")
         return <Py_ssize_t> at
 
-    cdef Py_ssize_t split_key(self, const uint8_t* payload, size_t size, size_t at, Value* row) except -1:
-        """As `split` for a row that is too large: other columns than the key's are null."""
+    cdef Py_ssize_t split_key(
+        self, const uint8_t* payload, size_t size, size_t at, Value* row, bint checked
+    ) except -1:
+        """As `split` for a row that is too large: other columns than the key's are null. ``checked``: than those that
+        filters look at, and of these long values are not known."""
         cdef int index
         cdef uint8_t kind
         cdef size_t length
@@ -188,7 +256,10 @@ cdef class Plan:
                 at += 4
                 if size - at < length:
                     raise ProtocolError(f"a row ends at byte {at + length} of a frame of {size}")
-                if self.columns[index].in_key:
+                if checked and length > CHECKED_BYTES:
+                    row[index].data = UNCHANGED
+                    row[index].size = UNCHANGED_BYTES
+                elif checked or self.columns[index].in_key:
                     row[index].data = payload + at
                     row[index].size = length
                 at += length

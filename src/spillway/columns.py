@@ -14,6 +14,7 @@ from spillway.chunk import (
     ACTION,
     ENDS,
     FLAGS,
+    GONE,
     HASH,
     INDEX,
     LSN,
@@ -60,18 +61,22 @@ def join(chunk: Chunk, indices: Sequence[int], before: bytes, after: bytes) -> b
 
 
 def by_kind(chunk: Chunk) -> dict[tuple[int, int], list[int]]:
-    """The indices of the chunk by (table's number, action); deletes of old keys under action + `OLD_DELETE`."""
+    """The indices of the chunk by (table's number, action); deletes of old keys under action + `OLD_DELETE`, of
+    rows that have left a filter under action + `GONE_DELETE`."""
     kinds: dict[tuple[int, int], list[int]] = {}
     actions, flags = chunk.byte_column(ACTION), chunk.byte_column(FLAGS)
     low, high = chunk.byte_column(TABLE), chunk.byte_column(TABLE + 1)
     first, second = (low, high) if _LITTLE else (high, low)
     for index in range(chunk.count):
-        action = actions[index] + OLD_DELETE if flags[index] & OLD else actions[index]
+        action = actions[index]
+        if flags[index] & OLD:
+            action += GONE_DELETE if flags[index] & GONE else OLD_DELETE
         kinds.setdefault((first[index] | second[index] << 8, action), []).append(index)
     return kinds
 
 
 OLD_DELETE = 16
+GONE_DELETE = 32
 _LITTLE = memoryview(b"\1\0").cast("H")[0] == 1
 
 

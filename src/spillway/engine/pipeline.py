@@ -26,8 +26,9 @@ from spillway.flow.health import Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
-from spillway.flow.route import Router, Subscription
+from spillway.flow.route import Router, Subscription, filters_of_pages
 from spillway.pgoutput import DatabaseMeta, Decoder
+from spillway.pgoutput.conditions import Condition
 from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
@@ -108,14 +109,16 @@ class Pipeline:
             raise SourceUnavailable("slot_not_reached", f"slot {self._slot} was not reached yet")
         return self.identity.system_id
 
-    async def open_reader(self, page_id: str, *, primary: bool = False) -> PageReader:
+    async def open_reader(
+        self, page_id: str, *, primary: bool = False, filters: Sequence[Condition] = ()
+    ) -> PageReader:
         overhead_bytes = self.capture.frame_overhead_bytes
         replica = self.database.replica_url is not None and not primary
         return await PageReader.open(
             self.database.conninfo() if primary else self.database.page_conninfo(),
             self._slot,
             self.database.publication.name,
-            lambda: self._new_decoder(self.router, overhead_bytes, 1 << 62),
+            lambda: self._page_decoder(overhead_bytes, filters),
             page_id.encode(),
             Expected(self._system_id(), replica),
             min(RENEW_FRAME_BYTES, self._process.budget.pages.limit_bytes // RENEW_PART),
@@ -130,6 +133,23 @@ class Pipeline:
             frame_overhead_bytes,
             renew_frame_bytes,
             self._warn,
+            router.filters,
+            router.filter_count,
+        )
+
+    def _page_decoder(self, frame_overhead_bytes: int, filters: Sequence[Condition]) -> Decoder:
+        """For pages of one sink, with these filters."""
+        router = self.router
+        return Decoder(
+            self._meta,
+            router.group_columns,
+            router.groups,
+            self._max_message_bytes,
+            frame_overhead_bytes,
+            1 << 62,
+            self._warn,
+            filters_of_pages(filters),
+            1 if filters else 0,
         )
 
     def _new_rereader(self, query: Connection) -> Rereader:
@@ -161,6 +181,7 @@ class Pipeline:
                 needs_key=keeps_rows,
                 splits_key_change=built.semantics == "state",
                 applies_truncate=sink.on_truncate == "apply",
+                filters=sink.filters,
             )
         )
         return delivery

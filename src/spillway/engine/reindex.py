@@ -34,6 +34,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import structlog
@@ -345,7 +346,8 @@ class Reindex:
             return
         tables = await self._pipeline.backfills.tables(state.sink)
         timeout_seconds = self._sink.backfill.timeout_ms / 1000
-        source = Source(self._pipeline.open_reader, self._around.spare, timeout_seconds)
+        open_reader = partial(self._pipeline.open_reader, filters=self._sink.filters)
+        source = Source(open_reader, self._around.spare, timeout_seconds)
         equality = Equality(self.index.sink, self._sink, state, source, self._caught_up, self._come_by, self._clock)
         await equality.compare([table for table in tables if ".".join(table) in state.backfills])
         self._go_on()

@@ -41,6 +41,7 @@ from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Router
 from spillway.flow.watermark import Watermark
 from spillway.pgoutput import Committed, Decoder, Full, Keepalive, Relation, Renew, TableInfo
+from spillway.pgoutput.conditions import compiled
 from spillway.source.stream import Stream
 from spillway.store.base import Written
 
@@ -307,6 +308,7 @@ class Capture:
             table,
             lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key),
             self.received_lsn,
+            lambda conditions: compiled(relation, info, conditions),
         )
         decoder.learn(relation, info, wanted)
 

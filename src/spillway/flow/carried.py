@@ -27,7 +27,7 @@ from spillway.flow.budget import Pool
 Table = tuple[str, str]
 Sees = Callable[[int, int], bool]  # of a snapshot: a transaction's 32 bits, and its commit LSN
 
-_DELETE, _TRUNCATE = ACTIONS.index("delete"), ACTIONS.index("truncate")
+_UPDATE, _DELETE, _TRUNCATE = map(ACTIONS.index, ("update", "delete", "truncate"))
 _XID_SHIFT = 32
 _PART_BYTES = 512  # what a chunk costs beyond its columns
 
@@ -135,8 +135,9 @@ class Carried:
             action, flags = part.byte(index, ACTION), part.byte(index, FLAGS)
             if action == _TRUNCATE and (relation is None or part.table(index) in (relation, *page.tables)):
                 return None
-            if part.table(index) not in page.tables or not takes(action) or flags & OLD:
-                continue  # a delete of an old key goes to whoever takes the update, which tells of both
+            # The delete of an old row goes to whoever takes the update, which comes next, if at all.
+            if part.table(index) not in page.tables or not takes(_UPDATE if flags & OLD else action):
+                continue
             key, was = part.key_texts(index)[:2]
             if key:
                 newer[key] = action == _DELETE or bool(flags & (WHOLE | TOO_LARGE))

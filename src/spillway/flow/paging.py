@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from spillway.change import ACTIONS, key_values
@@ -36,6 +37,7 @@ from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture, Turn
 from spillway.flow.pagesize import PageSize
 from spillway.flow.route import Subscription
+from spillway.pgoutput.conditions import Condition
 from spillway.source.page import Cursor, Page, PageReader
 
 PAGE_CREDIT_BYTES = 16 << 20  # of one reader
@@ -50,9 +52,12 @@ RETRY_CAP_SECONDS = 30.0
 
 
 class OpenReader(Protocol):
-    """Makes a reader for what has this id: where pages are to be read, or on the ``primary``."""
+    """Makes a reader for what has this id: where pages are to be read, or on the ``primary``. Rows that do not meet the
+    ``filters`` are not in its pages."""
 
-    async def __call__(self, page_id: str, *, primary: bool = False) -> PageReader: ...
+    async def __call__(
+        self, page_id: str, *, primary: bool = False, filters: Sequence[Condition] = ()
+    ) -> PageReader: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Paging:
         self._capture = capture
         self._carried = capture.carried
         self._spare = spare
-        self._open_reader = open_reader
+        self._open_reader = partial(open_reader, filters=subscription.filters) if subscription.filters else open_reader
         self._manners = manners
         self._clock = clock
         self._readers = max(1, readers)

@@ -8,15 +8,19 @@ decided when the table's Relation message arrives (again when it changes); what 
   the key is ordered under both keys, the old one and the new one.
 - Sinks of *state* are ordered by the primary key, which is the document's identity; a change of the primary key is two
   messages at one position: the delete of the old key, and the change itself.
+- A sink may have *filters*: conditions on a table's columns. The router numbers the different ones, the decoder says of
+  every change which of them it meets (spillway.pgoutput.filters), and what meets none of those whose sinks want it is
+  not even rendered. A row that leaves the filter of a sink that keeps rows is a delete for it; sinks of events are not
+  told.
 - Sinks that keep rows in one transaction (``atomic``) are ordered as events by the primary key, and move the row
   themselves.
 
 By which keys a sink orders is one number for all tables (`spillway.chunk.Keying`): every sink with group columns has a
 set of groups of its own in the chunks, in which the tables without such columns stand with their primary keys.
 
-A table that a sink cannot take (its key is not part of the replica identity) is refused for that sink when the
-Relation message comes: `refused` names it and the finding; its changes are not routed to that sink, and health says so.
-When it is mended, what the sink missed becomes a gap on record.
+A table that a sink cannot take (its key is not part of the replica identity, a filter does not fit it) is refused for
+that sink when the Relation message comes: `refused` names it and the finding; its changes are not routed to that sink,
+and health says so. When it is mended, what the sink missed becomes a gap on record.
 """
 
 from __future__ import annotations
@@ -25,19 +29,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spillway.change import ACTIONS, Action
-from spillway.chunk import Chunk, Keying, Span
-from spillway.columns import OLD_DELETE
-from spillway.errors import Finding
+from spillway.chunk import LEFT, YES, Chunk, Keying, Span
+from spillway.columns import GONE_DELETE, OLD_DELETE
+from spillway.errors import Finding, SpillwayError
 from spillway.flow.delivery import Delivery
 from spillway.impl import by_kind
+from spillway.pgoutput.conditions import Condition, compiled
+from spillway.pgoutput.filters import Check, Filter, Filters, no_filters
+from spillway.pgoutput.relation import Relation, TableInfo
 
 ROW_ACTIONS: frozenset[Action] = frozenset({"insert", "update", "delete"})
 _INSERT, _UPDATE, _DELETE, _READ, _TRUNCATE = range(len(ACTIONS))
 _MOVED_AWAY = _DELETE + OLD_DELETE  # the delete of the old key, of a change of the key
+_GONE = _DELETE + GONE_DELETE  # the delete of a row that has left a filter
 
 Columns = tuple[str, ...]
 # Judges a set of key columns (None: the primary key) of a table for a sink that needs a key, or can do without.
 Unkeyable = Callable[[Columns | None, bool], Finding | None]
+# Makes conditions on a table into checks, or says why that cannot be.
+Compile = Callable[[Sequence[Condition]], tuple[Check, ...] | Finding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class Subscription:
     needs_key: bool = False  # keeps rows: ordered by the primary key always, refuses tables without one
     splits_key_change: bool = False  # state sinks: delete of the old key, index of the new one
     applies_truncate: bool = False
+    filters: tuple[Condition, ...] = ()  # of all its tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,9 @@ class _Route:
     """One sink's way for one table."""
 
     delivery: Delivery
-    kinds: frozenset[int]  # what it takes of `by_kind`
+    # What it takes of `by_kind`: all of them (None), or those of which its filter says one of these.
+    kinds: Mapping[int, tuple[int, ...] | None]
+    filter: int
     ignores_truncate: bool
 
 
@@ -71,6 +84,10 @@ class Router:
         self._subscriptions = tuple(subscriptions)
         self._grouped = [s for s in subscriptions if s.grouping and not s.needs_key and s.group_columns]
         self._keying = {s.delivery: self._keying_of(s) for s in subscriptions}
+        self._filters: list[tuple[Condition, ...]] = []  # the different ones
+        for subscription in subscriptions:
+            if subscription.filters and subscription.filters not in self._filters:
+                self._filters.append(subscription.filters)
         self._routes: dict[tuple[str, str], list[_Route]] = {}
         self.refused: dict[tuple[str, str, str], Finding] = {}  # sink, schema, table
         self._refused_since: dict[tuple[str, str, str], int] = {}  # from which LSN on
@@ -91,8 +108,35 @@ class Router:
         """By which columns each of the groups orders this table; None: by its primary key."""
         return tuple(self._columns(s, schema, table) for s in self._grouped)
 
-    def learn(self, schema: str, table: str, unkeyable: Unkeyable, lsn: int = 0) -> frozenset[Action]:
-        """A table's shape is known as of ``lsn``: decide its routes. Returns the actions that some sink wants."""
+    @property
+    def filter_count(self) -> int:
+        """How many filters there are in all."""
+        return len(self._filters)
+
+    def filters(self, relation: Relation, info: TableInfo) -> Sequence[Filter]:
+        """The filters on a table that was learned. One that does not fit is left out: `learn` has refused the table for
+        its sinks."""
+        schema, table = info.root or (relation.schema, relation.table)
+        found: list[Filter] = []
+        for number, conditions in enumerate(self._filters):
+            sinks = [
+                s
+                for s in self._subscriptions
+                if s.filters == conditions
+                and s.wants_table(schema, table)
+                and (s.delivery.name, schema, table) not in self.refused
+            ]
+            checks = _checks_of(conditions, schema, table, lambda some: compiled(relation, info, some))
+            if checks and sinks and not isinstance(checks, Finding):
+                leaves = any(s.needs_key and "update" in s.actions for s in sinks)
+                found.append(Filter(number, checks, frozenset().union(*(s.actions for s in sinks)), leaves))
+        return found
+
+    def learn(
+        self, schema: str, table: str, unkeyable: Unkeyable, lsn: int = 0, compile_checks: Compile = lambda _: ()
+    ) -> frozenset[Action]:
+        """A table's shape is known as of ``lsn``: decide its routes. Returns the actions of which some sink wants all
+        rows."""
         routes: list[_Route] = []
         wanted: set[Action] = set()
         for subscription in self._subscriptions:
@@ -102,6 +146,9 @@ class Router:
             finding = None
             if subscription.grouping:
                 finding = unkeyable(self._columns(subscription, schema, table), subscription.needs_key)
+            checks = _checks_of(subscription.filters, schema, table, compile_checks)
+            if isinstance(checks, Finding):
+                finding = finding or checks
             if finding is not None:
                 self.refused[name, schema, table] = finding
                 self._refused_since.setdefault((name, schema, table), lsn)
@@ -111,13 +158,11 @@ class Router:
                 since = self._refused_since.pop((name, schema, table))
                 reason = f"table {schema}.{table} was refused: {mended.what}"
                 subscription.delivery.missed(since, lsn, reason, (schema, table))
-            wanted |= subscription.actions
-            kinds = {ACTIONS.index(action) for action in subscription.actions}
-            if subscription.splits_key_change and "update" in subscription.actions:
-                kinds.add(_MOVED_AWAY)
-            if subscription.applies_truncate:
-                kinds.add(_TRUNCATE)
-            routes.append(_Route(subscription.delivery, frozenset(kinds), not subscription.applies_truncate))
+            number = self._filters.index(subscription.filters) if checks else -1
+            if number < 0:
+                wanted |= subscription.actions
+            kinds = _kinds(subscription, filtered=number >= 0)
+            routes.append(_Route(subscription.delivery, kinds, number, not subscription.applies_truncate))
         self._routes[schema, table] = routes
         return frozenset(wanted)
 
@@ -128,7 +173,10 @@ class Router:
         for (table, kind), indices in kinds.items():
             for route in self._routes.get(chunk.tables[table], ()):
                 if kind in route.kinds:
-                    parts.setdefault(route.delivery, []).append(indices)
+                    said = route.kinds[kind]
+                    some = indices if said is None else _said(chunk, route.filter, said, indices)
+                    if some:
+                        parts.setdefault(route.delivery, []).append(some)
                 elif kind == _TRUNCATE and route.ignores_truncate:
                     route.delivery.truncates_ignored += len(indices)
         return [(d, Span(chunk, self._keying[d], _merged(chunk, found))) for d, found in parts.items()]
@@ -145,6 +193,54 @@ class Router:
         if not subscription.grouping or subscription.needs_key or subscription.group_columns is None:
             return None
         return subscription.group_columns.get((schema, table))
+
+
+def _checks_of(
+    conditions: Sequence[Condition], schema: str, table: str, compile_checks: Compile
+) -> tuple[Check, ...] | Finding:
+    """Of those on this table; none: it is not filtered."""
+    some = [condition for condition in conditions if condition.table == (schema, table)]
+    return compile_checks(some) if some else ()
+
+
+def _kinds(subscription: Subscription, *, filtered: bool) -> dict[int, tuple[int, ...] | None]:
+    """As `_Route` has them."""
+    kinds: dict[int, tuple[int, ...] | None] = {
+        ACTIONS.index(action): (YES,) if filtered and action != "truncate" else None for action in subscription.actions
+    }
+    if "update" in subscription.actions:
+        if subscription.splits_key_change:
+            kinds[_MOVED_AWAY] = (YES, LEFT) if filtered else None
+        elif filtered and subscription.needs_key:  # it moves a row itself, but what has left is to be deleted
+            kinds[_MOVED_AWAY] = (LEFT,)
+        if filtered and subscription.needs_key:
+            kinds[_GONE] = (LEFT,)
+    if subscription.applies_truncate:
+        kinds[_TRUNCATE] = None
+    return kinds
+
+
+def _said(chunk: Chunk, number: int, said: Sequence[int], indices: Sequence[int]) -> Sequence[int]:
+    """Those of which the filter says one of these."""
+    column = chunk.matched[number :: chunk.filters]
+    if sum(map(column.count, said)) == chunk.count:
+        return indices
+    return [index for index in indices if column[index] in said]
+
+
+def filters_of_pages(conditions: Sequence[Condition]) -> Filters:
+    """The filter of one sink, number 0, for whoever reads pages for it. Raises SpillwayError if it does not fit."""
+    if not conditions:
+        return no_filters
+
+    def filters(relation: Relation, info: TableInfo) -> Sequence[Filter]:
+        schema, table = info.root or (relation.schema, relation.table)
+        checks = _checks_of(conditions, schema, table, lambda some: compiled(relation, info, some))
+        if isinstance(checks, Finding):
+            raise SpillwayError.of(checks)
+        return [Filter(0, checks)] if checks else []
+
+    return filters
 
 
 def _merged(chunk: Chunk, parts: Sequence[Sequence[int]]) -> Sequence[int] | None:

@@ -24,6 +24,12 @@ Promises:
   included; the same at every replay, as is ``n``.
 - A row of an action that no sink wants is passed over: it counts for ``commit_idx``, and not for ``n``. A TRUNCATE is
   always reported, one record per table.
+- **Filters** (`filters`): what each of them says of a change is in ``Chunk.matched``. A row that nobody wants whatever
+  it says, and that no filter whose sinks want the action lets through, is not rendered and takes no place; it counts
+  for ``commit_idx`` and ``n``. An update that has left a filter whose sinks keep rows has right before it, or in its
+  place where nobody wants the update itself, the delete of the old row (flags OLD and GONE, the same n), unless its key
+  has changed: then there is one already. An existing row is passed over where no filter lets it through, if there is
+  one; `page_rows` and `last_key` count it.
 - An update that has changed the primary key is two records: the delete of the old key (flag OLD), if that is known, and
   right behind it the update (flag MOVED). One that has changed a group's key alone is one record, with that group's
   WAS.
@@ -50,8 +56,9 @@ from itertools import chain
 from typing import Final
 
 from spillway.change import ACTIONS, BODY_START, RECORD_START, Action
-from spillway.chunk import LOW, MOVED, OLD, TOO_LARGE, WHOLE, Chunk, ChunkBuilder
+from spillway.chunk import GONE, LEFT, LOW, MOVED, OLD, TOO_LARGE, WHOLE, YES, Chunk, ChunkBuilder
 from spillway.errors import Finding
+from spillway.pgoutput.filters import UNCHANGED, Filters, no_filters, said_of_row, said_of_update
 from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.messages import (
     ProtocolError,
@@ -60,7 +67,6 @@ from spillway.pgoutput.messages import (
     read_truncate,
 )
 from spillway.pgoutput.plan import (
-    UNCHANGED,
     DatabaseMeta,
     Row,
     TablePlan,
@@ -105,7 +111,7 @@ class _TooLargeError(Exception):
 
 class Decoder:
     """``group_columns``: the ``groups`` sets of group columns for a table, by schema and name (of its root); None for a
-    set that is the primary key."""
+    set that is the primary key. ``filters``: those of a relation, of ``filter_count`` that there are in all."""
 
     def __init__(
         self,
@@ -116,14 +122,19 @@ class Decoder:
         frame_overhead_bytes: int,
         renew_frame_bytes: int,
         on_warning: Callable[[Finding], None] = lambda _: None,
+        filters: Filters = no_filters,
+        filter_count: int = 0,
     ) -> None:
         self.largest_frame_bytes = 0  # the payload of one that was decoded, since the decoder was made
         self.taken_frames = 0  # since the caller last set it to 0
         self.taken_bytes = 0  # the same
         self.used_bytes = 0  # credit used by the chunk that is being filled
+        self.last_key = b""  # the primary key's text behind the table's prefix, of the row of the page read last
         self.break_at_lsn = 0  # a commit that ends there or behind it is a reason to stop; 0: none is
         self._group_columns = group_columns
         self._groups = groups
+        self._filters = filters
+        self._filter_count = filter_count
         self._max_message_bytes = max_message_bytes
         self._frame_overhead_bytes = frame_overhead_bytes
         self._renew_frame_bytes = renew_frame_bytes
@@ -134,11 +145,18 @@ class Decoder:
         # The chunk that is being filled.
         self._builder = ChunkBuilder(groups)
         self._no_texts = (b"",) * (2 + 2 * groups)
+        self._matched = bytearray()
+        self._all_say_yes = bytes([YES]) * filter_count
         self._commit_lsn = self._end_lsn = self._truncates = 0
 
     @property
     def in_transaction(self) -> bool:
         return self._transaction.open
+
+    @property
+    def page_rows(self) -> int:
+        """Rows of the page that were read, passed over or not."""
+        return self._transaction.idx
 
     @property
     def count(self) -> int:
@@ -187,19 +205,22 @@ class Decoder:
         if self._transaction.idx > LOW:
             raise ProtocolError(f"a transaction of more than {LOW} operations")
         chunk = self._builder.take(self._commit_lsn, self._end_lsn, self._truncates)
+        chunk.matched, chunk.filters = bytes(self._matched), self._filter_count
+        self._matched.clear()
         self._commit_lsn = self._end_lsn = self._truncates = 0
         self.used_bytes = 0
         return chunk
 
     def learn(self, relation: Relation, info: TableInfo, wanted: frozenset[Action]) -> None:
-        """What the catalogue says of the relation that `fill` has returned, and the actions that any sink wants."""
+        """What the catalogue says of the relation that `fill` has returned, and the actions of which a sink wants all
+        rows. Raises what the filters raise."""
         schema, table = info.root or (relation.schema, relation.table)
         groups = self._group_columns(schema, table)
         if len(groups) != self._groups:
             raise ProtocolError(
                 f"{len(groups)} sets of group columns for {schema}.{table} where {self._groups} are due"
             )
-        self._plans[relation.oid] = TablePlan(relation, info, groups, wanted)
+        self._plans[relation.oid] = TablePlan(relation, info, groups, wanted, self._filters(relation, info))
 
     # Frames.
 
@@ -289,11 +310,13 @@ class Decoder:
         return Committed() if 0 < self.break_at_lsn <= self._end_lsn else None
 
     def _truncate(self, payload: bytes) -> None:
-        for sub, oid in enumerate(read_truncate(payload)):
+        for place, oid in enumerate(read_truncate(payload)):
             plan = self._plan(oid)
             tail = self._transaction.tail(plan.tails[_TRUNCATED], b"null", b"[]", None)
             body = BODY_START + b"null" + tail
-            self._add(plan.own_name, _TRUNCATED, body, tail, self._no_texts, sub=min(sub, _LAST_SUB))
+            n = self._transaction.number(b"")
+            sub = min(place, _LAST_SUB)
+            self._add(plan.own_name, _TRUNCATED, body, tail, self._no_texts, n, self._all_say_yes, sub=sub)
         self._truncates += 1
         self._transaction.idx += 1
 
@@ -304,103 +327,183 @@ class Decoder:
             raise ProtocolError("a row outside of a transaction")
         if action in plan.wanted:
             if len(payload) > self._max_message_bytes:
-                self._large_row(plan, action, payload, len(payload))
+                self._large_row(plan, action, payload)
+            elif action == _UPDATED:
+                self._update(plan, bytes(payload))
             else:
-                whole_payload = bytes(payload)
-                try:
-                    if action == _UPDATED:
-                        self._update(plan, whole_payload)
-                    else:
-                        self._insert_or_delete(plan, action, whole_payload)
-                except _TooLargeError as too_large:
-                    self._large_row(plan, action, payload, too_large.size_bytes)
+                self._insert_or_delete(plan, action, bytes(payload))
         self._transaction.idx += 1
 
     def _insert_or_delete(self, plan: TablePlan, action: int, payload: bytes) -> None:
         row, end, unchanged = plan.split(payload, _ROW_START)
-        self._check(payload, end, row)
-        body, tail, texts = self._render(plan, action, row, b"null", unchanged)
-        self._add(plan.name, action, body, tail, texts, flags=0 if unchanged else WHOLE)
+        self._check(payload, end)
+        said = self._said_of_row(plan, row, partial=_is_key(action, payload))
+        n = self._number(plan, row)
+        if not self._is_wanted(plan, action, said):
+            return
+        try:
+            self._limit(len(payload), row)
+            body, tail, texts = self._render(plan, action, row, b"null", unchanged)
+        except _TooLargeError as too_large:
+            self._large_alone(plan, action, memoryview(payload), too_large.size_bytes, n, said)
+        else:
+            self._add(plan.name, action, body, tail, texts, n, said, flags=0 if unchanged else WHOLE)
 
     def _update(self, plan: TablePlan, payload: bytes) -> None:
         mark = payload[_ROW_START - 1]
+        old: Row | None = None
         if mark == _NEW:
             row, end, unchanged = plan.split(payload, _ROW_START)
-            self._check(payload, end, row)
-            body, tail, texts = self._render(plan, _UPDATED, row, b"{}", unchanged)
-            self._add(plan.name, _UPDATED, body, tail, texts, flags=0 if unchanged else WHOLE)
-            return
-        old, position, _ = plan.split(payload, _ROW_START)
-        row, end, unchanged = plan.split(payload, _after_new(payload, position))
-        self._check(payload, end, old, row)
-        if unchanged:
+        else:
+            old, position, _ = plan.split(payload, _ROW_START)
+            row, end, unchanged = plan.split(payload, _after_new(payload, position))
+        self._check(payload, end)
+        sent = row
+        if unchanged and old is not None:
             row = filled(row, old)
             unchanged = any(value is UNCHANGED for value in row)
-        changes = plan.columns(old, differing(old, row)) if mark == _OLD else b"{}"
-        body, tail, texts = self._render(plan, _UPDATED, row, changes, unchanged)
-        moved, texts = self._move(plan, old, row, mark == _OLD, texts)
-        self._add(plan.name, _UPDATED, body, tail, texts, flags=moved if unchanged else moved | WHOLE)
-
-    def _large_row(self, plan: TablePlan, action: int, payload: memoryview, size_bytes: int) -> None:
-        _, mark = _row_head(payload)
-        row, position = plan.split_key(payload, _ROW_START)
-        old = None
-        if action == _UPDATED and mark != _NEW:
-            old = row
-            row, _ = plan.split_key(payload, _after_new(payload, position))
-            row = filled(row, old)
-        self._key_alone(plan, action, row, size_bytes, old, mark == _OLD)
+        said, of_old = self._said_of_update(plan, row, old, full=mark == _OLD)
+        wanted = self._is_wanted(plan, _UPDATED, said)
+        if not wanted:
+            self._before_update(plan, old, row, mark == _OLD, plan.texts(*_primary(plan, row)), said, of_old)
+            return
+        changes = plan.columns(old, differing(old, row)) if old is not None and mark == _OLD else b"{}"
+        try:
+            self._limit(len(payload), sent, *([] if old is None else [old]))
+            body, tail, texts = self._render(plan, _UPDATED, row, changes, unchanged)
+        except _TooLargeError as too_large:
+            self._large_update_alone(plan, memoryview(payload), too_large.size_bytes, said, of_old)
+            return
+        moved, n, texts = self._before_update(plan, old, row, mark == _OLD, texts, said, of_old)
+        self._add(plan.name, _UPDATED, body, tail, texts, n, said, flags=moved if unchanged else moved | WHOLE)
 
     def _existing_row(self, plan: TablePlan, line: memoryview) -> None:
         most = self._max_message_bytes
         if len(line) > most:
             row, size_bytes = plan.split_line_key(line)
             if size_bytes > most:
-                self._key_alone(plan, _READ, row, size_bytes)
+                said = self._said_of_row(plan, plan.split_line_checked(line)) if plan.filters else self._all_say_yes
+                if self._is_page_wanted(plan, row, said):
+                    self._key_alone(plan, _READ, row, size_bytes, 0, said)
                 return
         row, size_bytes = plan.split_line(bytes(line))
+        said = self._said_of_row(plan, row)
+        if not self._is_page_wanted(plan, row, said):
+            return
         try:
             if size_bytes > most:
                 raise _TooLargeError(size_bytes)
             self._limit(size_bytes, row)
             body, tail, texts = self._render(plan, _READ, row, b"null", False)
         except _TooLargeError as too_large:
-            self._key_alone(plan, _READ, row, too_large.size_bytes)
+            self._key_alone(plan, _READ, row, too_large.size_bytes, 0, said)
         else:
-            self._add(plan.name, _READ, body, tail, texts)
+            self._add(plan.name, _READ, body, tail, texts, 0, said)
+
+    # Filters.
+
+    def _said_of_row(self, plan: TablePlan, row: Row, *, partial: bool = False) -> bytes:
+        if not plan.filters:
+            return self._all_say_yes
+        return said_of_row(plan.filters, self._filter_count, row, partial=partial)
+
+    def _said_of_update(self, plan: TablePlan, row: Row, old: Row | None, *, full: bool) -> tuple[bytes, bytes]:
+        if not plan.filters:
+            return self._all_say_yes, self._all_say_yes
+        before = old if old is not None and full else plan.told(old, row)
+        return said_of_update(plan.filters, self._filter_count, row, before, full=full)
+
+    def _is_wanted(self, plan: TablePlan, action: int, said: bytes) -> bool:
+        return action in plan.always or any(said[one.number] == YES for one in plan.filters_of[action])
+
+    def _is_page_wanted(self, plan: TablePlan, row: Row, said: bytes) -> bool:
+        """The same of an existing row, which is the last one."""
+        self.last_key = plan.key_of(plan.primary(known(row))[0]) or b""
+        return not plan.filters or any(said[one.number] == YES for one in plan.filters)
+
+    # Rows that are too large.
+
+    def _large_row(self, plan: TablePlan, action: int, payload: memoryview) -> None:
+        """A frame that is too large."""
+        said = of_old = self._all_say_yes
+        if plan.filters:
+            row, position = plan.split_checked(payload, _ROW_START)
+            if action != _UPDATED:
+                said = self._said_of_row(plan, row, partial=_is_key(action, payload))
+            elif payload[_ROW_START - 1] == _NEW:
+                said, of_old = self._said_of_update(plan, row, None, full=False)
+            else:
+                old = row
+                row, _ = plan.split_checked(payload, _after_new(payload, position))
+                full = payload[_ROW_START - 1] == _OLD
+                said, of_old = self._said_of_update(plan, filled(row, old), old, full=full)
+        if action == _UPDATED:
+            self._large_update_alone(plan, payload, len(payload), said, of_old)
+            return
+        row, _ = plan.split_key(payload, _ROW_START)
+        n = self._number(plan, row)
+        if self._is_wanted(plan, action, said):
+            self._key_alone(plan, action, row, len(payload), n, said)
+
+    def _large_alone(
+        self, plan: TablePlan, action: int, payload: memoryview, size_bytes: int, n: int, said: bytes
+    ) -> None:
+        row, _ = plan.split_key(payload, _ROW_START)
+        self._key_alone(plan, action, row, size_bytes, n, said)
+
+    def _large_update_alone(
+        self, plan: TablePlan, payload: memoryview, size_bytes: int, said: bytes, of_old: bytes
+    ) -> None:
+        _, mark = _row_head(payload)
+        row, position = plan.split_key(payload, _ROW_START)
+        old = None
+        if mark != _NEW:
+            old = row
+            row, _ = plan.split_key(payload, _after_new(payload, position))
+            row = filled(row, old)
+        texts = plan.texts(*_primary(plan, row))
+        moved, n, texts = self._before_update(plan, old, row, mark == _OLD, texts, said, of_old)
+        if self._is_wanted(plan, _UPDATED, said):
+            self._key_alone(plan, _UPDATED, row, size_bytes, n, said, moved, texts)
 
     def _key_alone(
-        self, plan: TablePlan, action: int, row: Row, size_bytes: int, old: Row | None = None, full: bool = False
+        self,
+        plan: TablePlan,
+        action: int,
+        row: Row,
+        size_bytes: int,
+        n: int,
+        said: bytes,
+        moved: int = 0,
+        texts: tuple[bytes, ...] = (),
     ) -> None:
-        """Adds a row that is too large. ``full``: all of the old row is there, not only its key."""
+        """Adds a row that is too large."""
         key_row = known(row)
         primary, pks = plan.primary(key_row)
-        texts = plan.texts(primary, key_row)
         changes = b"{}" if action == _UPDATED else b"null"
         tail = self._transaction.tail(plan.tails[action], changes, pks, plan.key_of(primary))
-        moved = 0
-        if old is not None:
-            moved, texts = self._move(plan, old, row, full, texts)
         body = plan.key_body(row, tail)
-        self._add(plan.name, action, body, tail, texts, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
+        texts = texts or plan.texts(primary, key_row)
+        self._add(plan.name, action, body, tail, texts, n, said, flags=moved | TOO_LARGE, too_large_bytes=size_bytes)
 
-    def _check(self, payload: bytes, end: int, *rows: Row) -> None:
-        """The rows fill their frame, and rendering them is not known beforehand to exceed what a message may have."""
-        size_bytes = len(payload)
-        if end != size_bytes:
-            raise ProtocolError(f"a row ends at byte {end} of a frame of {size_bytes}")
-        self._limit(size_bytes, *rows)
+    def _check(self, payload: bytes, end: int) -> None:
+        """The rows fill their frame."""
+        if end != len(payload):
+            raise ProtocolError(f"a row ends at byte {end} of a frame of {len(payload)}")
 
     def _limit(self, size_bytes: int, *rows: Row) -> None:
+        """Rendering them is not known beforehand to exceed what a message may have."""
         if size_bytes * _LARGEST_GROWTH > self._max_message_bytes:
             size_bytes += sum(growth_bytes(row) for row in rows)
             if size_bytes > self._max_message_bytes:
                 raise _TooLargeError(size_bytes)
 
+    # Records.
+
     def _render(
         self, plan: TablePlan, action: int, row: Row, changes: bytes, unchanged: bool
     ) -> tuple[bytes, bytes, tuple[bytes, ...]]:
-        """Body, its tail, and the texts of the keys. Nothing is counted yet: the row may turn out to be too large."""
+        """Body, its tail, and the texts of the keys. Nothing is added yet: the row may turn out to be too large."""
         key_row = known(row) if unchanged else row
         primary, pks = plan.primary(key_row)
         tail = self._transaction.tail(plan.tails[action], changes, pks, plan.key_of(primary))
@@ -409,23 +512,41 @@ class Decoder:
             raise _TooLargeError(len(body))
         return body, tail, plan.texts(primary, key_row)
 
-    def _move(
-        self, plan: TablePlan, old: Row, row: Row, full: bool, texts: tuple[bytes, ...]
-    ) -> tuple[int, tuple[bytes, ...]]:
-        """What an update has done to its keys: the flag, and the texts with those before where they were others. Adds
-        the delete of the old primary key."""
-        key_row = old if full else before(old, known(row))
-        primary, pks = plan.primary(key_row)
-        old_texts = plan.texts(primary, key_row)
-        if old_texts == texts:
-            return 0, texts
-        moved = 0
-        if primary not in (b"", texts[0]):
-            moved = MOVED
+    def _before_update(
+        self,
+        plan: TablePlan,
+        old: Row | None,
+        row: Row,
+        full: bool,
+        texts: tuple[bytes, ...],
+        said: bytes,
+        of_old: bytes,
+    ) -> tuple[int, int, tuple[bytes, ...]]:
+        """What an update has done to its keys: the flag, its n, and the texts with those before where they were others.
+        Adds the delete of the old row, if somebody wants that and its key is known."""
+        is_gone = any(one.leaves and said[one.number] == LEFT for one in plan.filters_of[_UPDATED])
+        old_texts = texts
+        if old is not None:
+            key_row = old if full else before(old, known(row))
+            old_texts = plan.texts(*_primary(plan, key_row))
+        elif is_gone:
+            old = key_row = plan.key_alone(row)
+        else:
+            return 0, self._transaction.number(texts[0]), texts
+        moved = MOVED if old_texts[0] not in (b"", texts[0]) else 0
+        n_of_old = n = self._transaction.number(old_texts[0] if moved else texts[0])
+        if moved:
+            n = self._transaction.number(texts[0])
+        if old_texts[0] and (is_gone or (moved and self._is_wanted(plan, _UPDATED, said))):
+            primary, pks = plan.primary(key_row)
             tail = self._transaction.tail(plan.tails[_DELETED], b"null", pks, plan.key_of(primary))
-            self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_texts, flags=WHOLE | OLD)
+            flags = WHOLE | OLD if moved else WHOLE | OLD | GONE
+            self._add(plan.name, _DELETED, plan.body(old, tail), tail, old_texts, n_of_old, of_old, flags=flags)
         pairs = [(now, b"" if then == now else then) for now, then in zip(texts[::2], old_texts[::2], strict=True)]
-        return moved, tuple(chain.from_iterable(pairs))
+        return moved, n, tuple(chain.from_iterable(pairs))
+
+    def _number(self, plan: TablePlan, row: Row) -> int:
+        return self._transaction.number(plan.primary(known(row))[0])
 
     def _add(
         self,
@@ -434,12 +555,14 @@ class Decoder:
         body: bytes,
         tail: bytes,
         texts: Sequence[bytes],
+        n: int,
+        said: bytes,
         *,
         flags: int = WHOLE,
         sub: int = 0,
         too_large_bytes: int = 0,
     ) -> None:
-        """A record. From here on the change counts: one that is given up as too large must not be here twice."""
+        """A record."""
         transaction = self._transaction
         self._builder.add(
             table,
@@ -450,18 +573,30 @@ class Decoder:
             body,
             len(body) - len(tail) - RECORD_START,
             texts,
-            n=transaction.number(texts[0]),
+            n=n,
             flags=flags,
             sub=sub,
             too_large_bytes=too_large_bytes,
             xid=transaction.xid,
         )
+        self._matched += said
 
     def _plan(self, oid: int) -> TablePlan:
         plan = self._plans.get(oid)
         if plan is None:
             raise ProtocolError(f"a row of relation {oid} before learn() was called for it")
         return plan
+
+
+def _is_key(action: int, payload: bytes | memoryview) -> bool:
+    """The row of a delete is a key alone."""
+    return action == _DELETED and payload[_ROW_START - 1] != _OLD
+
+
+def _primary(plan: TablePlan, row: Row) -> tuple[bytes, Row]:
+    """The text of the primary key, and the row with null for what is not known, as `TablePlan.texts` takes them."""
+    key_row = known(row)
+    return plan.primary(key_row)[0], key_row
 
 
 def _after_new(payload: bytes | memoryview, position: int) -> int:

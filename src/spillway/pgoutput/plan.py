@@ -20,13 +20,11 @@ import orjson
 
 from spillway.change import ACTIONS, BODY_START, Action, make_key, table_prefix
 from spillway.pgoutput import lines
+from spillway.pgoutput.filters import CHECKED_BYTES, UNCHANGED, Filter
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.pgoutput.scalars import to_text
 from spillway.pgoutput.types import PLAIN_OIDS, renderer_for
-
-# Stands for the value of an unchanged TOAST column. Compared by identity: a value may read the same.
-UNCHANGED = b"<unchanged toast>"
 
 Row = list[bytes | None]
 
@@ -78,13 +76,22 @@ class TablePlan:
     """Immutable after its creation.
 
     ``groups`` are sets of group columns, None for the primary key; a column that the relation does not have counts as
-    null. ``wanted``: rows of other actions are passed over.
+    null. ``wanted``: actions whose rows are wanted whatever they say.
     """
 
     def __init__(
-        self, relation: Relation, info: TableInfo, groups: Sequence[Sequence[str] | None], wanted: frozenset[Action]
+        self,
+        relation: Relation,
+        info: TableInfo,
+        groups: Sequence[Sequence[str] | None],
+        wanted: frozenset[Action],
+        filters: Sequence[Filter] = (),
     ) -> None:
-        self.wanted = frozenset(ACTIONS.index(action) for action in wanted)
+        self.always = frozenset(ACTIONS.index(action) for action in wanted)
+        self.filters = filters
+        self.filters_of = [[one for one in filters if action in one.actions] for action in ACTIONS]  # by its code
+        self.wanted = self.always.union(code for code, some in enumerate(self.filters_of) if some)
+        self._checked = sorted({check.column for one in filters for check in one.checks})
         # What a row costs beyond its bytes: the names of its columns are not in its frame.
         self.overhead_bytes = sum(2 * len(column.name) + 8 for column in relation.columns)
         self.own_name = (relation.schema, relation.table)
@@ -171,7 +178,48 @@ class TablePlan:
                 row[index] = lines.unescaped(bytes(line[start:end]))
         return row, size_bytes
 
+    # What checks look at, of a row that is too large: long values are taken as not known.
+
+    def split_checked(self, payload: memoryview, position: int) -> tuple[Row, int]:
+        """As `split_key`."""
+        row: Row = [None] * self._column_count
+        position = self._start(payload, position)
+        for index in range(self._column_count):
+            kind = payload[position]
+            position += 1
+            if kind == _TEXT:
+                start = position + 4
+                length = _length_at(payload, position)[0]
+                position = start + length
+                if position > len(payload):
+                    raise ProtocolError(f"a row ends at byte {position} of a frame of {len(payload)}")
+                if index in self._checked or index in self._pk:
+                    row[index] = bytes(payload[start:position]) if length <= CHECKED_BYTES else UNCHANGED
+            elif kind == _UNCHANGED:
+                row[index] = UNCHANGED
+        return row, position
+
+    def split_line_checked(self, line: memoryview) -> Row:
+        row: Row = [None] * self._column_count
+        for index, (start, end, length) in enumerate(lines.fields(line, self._column_count)):
+            if length is not None and index in self._checked:
+                row[index] = lines.unescaped(bytes(line[start:end])) if length <= CHECKED_BYTES else UNCHANGED
+        return row
+
     # What the row says of its key.
+
+    def key_alone(self, row: Row) -> Row:
+        """The row with null in all columns that are of no key."""
+        return [None if index not in self._key_indexes else value for index, value in enumerate(known(row))]
+
+    def told(self, old: Row | None, row: Row) -> Row:
+        """What is known of the old row when only a key of it was sent, or nothing: the primary key is taken as
+        unchanged where that does not tell."""
+        told: Row = [None] * self._column_count if old is None else list(old)
+        for index in self._pk:
+            if told[index] is None:
+                told[index] = row[index]
+        return told
 
     def primary(self, row: Row) -> tuple[bytes, bytes]:
         """The text of the primary key, and its values as JSON; empty and none where the row does not have them all."""

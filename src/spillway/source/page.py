@@ -38,7 +38,7 @@ from typing import Final
 
 from psycopg import sql
 
-from spillway.change import key_values
+from spillway.change import key_values, table_prefix
 from spillway.chunk import Chunk
 from spillway.errors import SpillwayError
 from spillway.pgoutput import Decoder, Full
@@ -395,8 +395,8 @@ def _tid(block: int) -> str:
 
 
 def _last_key(view: View, decoder: Decoder) -> tuple[str, ...]:
-    relation = view.shape.relation
-    return key_values(relation.schema, relation.table, decoder.last_key.decode())
+    name = (view.shape.relation.schema, view.shape.relation.table)
+    return key_values(*name, table_prefix(*name) + decoder.last_key.decode())
 
 
 async def _texts(connection: Connection, query: sql.Composed) -> list[tuple[str, ...]]:
