@@ -20,8 +20,8 @@ idempotency key, unique under ``source``, which names the database; ``type`` is 
 
 Of a truncated table there is no row, and of these only CloudEvents and Debezium know it (``op: t``).
 
-Sources: "PostgreSQL connector", section "Data change events", of Debezium's documentation; "CloudEvents" 1.0.2 and
-"JSON Event Format for CloudEvents" 1.0.2.
+Sources: "PostgreSQL connector", section "Data change events", of Debezium's documentation, and what version 3.6.3
+sends; "CloudEvents" 1.0.2 and "JSON Event Format for CloudEvents" 1.0.2.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class _Debezium:
                 b',"snapshot":"%b"' % (b"incremental" if action == "read" else b"false"),
                 b',"db":%b,"sequence":"[\\"%d\\",\\"%d\\"]",' % (self._database, lsn, position),
                 self._table(chunk.table(index)),
-                b',"txId":%b,"lsn":%d,"xmin":null},' % (b"%d" % xid if xid and action != "read" else b"null", lsn),
-                b'"transaction":null,"op":"%b",' % _OPS[action],
+                b',"txId":%b,"lsn":%d,' % (b"%d" % xid if xid else b"null", lsn),
+                b'"xmin":null,"origin":null,"origin_lsn":null},"transaction":null,"op":"%b",' % _OPS[action],
                 _times(int(self._clock.wall() * 1_000_000)),
                 b"}",
             )

@@ -6,7 +6,8 @@ and domains, in ``record`` and in ``changes``; as in Sequin neither ``date`` nor
 else of the body changes by a byte.
 
 Times before 1970 are negative, and those before Christ are counted in the proleptic Gregorian calendar, as PostgreSQL
-itself counts: ``EXTRACT(epoch FROM ...)`` times a million, exactly. All that PostgreSQL can store fits in 64 bits.
+itself counts: ``EXTRACT(epoch FROM ...)`` times a million, exactly; the last thirty years that it can store, from
+294247 on, are beyond 64 bits.
 ``infinity`` and ``-infinity`` have no number and stay the texts that they are.
 """
 
