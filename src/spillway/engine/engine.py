@@ -23,6 +23,7 @@ from spillway.engine.listing import Page, dead_page, waiting_page
 from spillway.engine.ordered import requests
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.reindexes import Reindexes
+from spillway.engine.related import Companion
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import new_budget
 from spillway.errors import SpillwayError
@@ -52,6 +53,7 @@ class Engine:
         process = Process(self._store, self._budget, SystemClock(), self.metrics)
         self._tasks: asyncio.TaskGroup
         self._deliveries: dict[str, asyncio.Task[None]] = {}
+        self._refreshing: dict[str, asyncio.Task[None]] = {}  # by companion
         self.pipelines = [Pipeline(config, database, process) for database in config.databases]
         self._reindexes = Reindexes(
             config, self.pipelines, self._store, self._budget.pages, process.clock, self.enlist, self.dismiss
@@ -67,7 +69,7 @@ class Engine:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 for pipeline in self.pipelines:
-                    for delivery in pipeline.deliveries:
+                    for delivery in pipeline.flowing:
                         self._deliver(delivery)
                 captures = [
                     tasks.create_task(p.capture.run(reading_ends), name=f"slot {p.database.slot.name}")
@@ -77,8 +79,12 @@ class Engine:
                 background += [tasks.create_task(p.watch_lag()) for p in self.pipelines]
                 backfills = [tasks.create_task(p.backfills.run(), name="backfills") for p in self.pipelines]
                 backfills.append(tasks.create_task(self._reindexes.run(), name="re-indexes"))
+                for pipeline in self.pipelines:
+                    for companion in pipeline.companions.values():
+                        self._refresh(pipeline, companion)
                 await stop.wait()
                 _log.info("stopping")
+                backfills += self._refreshing.values()
                 for task in backfills:  # a page that is under way is read again
                     task.cancel()
                 await asyncio.gather(*backfills, return_exceptions=True)
@@ -97,33 +103,52 @@ class Engine:
     def _deliver(self, delivery: Delivery) -> None:
         self._deliveries[delivery.name] = self._tasks.create_task(delivery.run(), name=f"delivery {delivery.name}")
 
+    def _refresh(self, pipeline: Pipeline, companion: Companion) -> None:
+        work = companion.run(pipeline.refreshes(companion))
+        self._refreshing[companion.delivery.name] = self._tasks.create_task(work, name=companion.delivery.name)
+
     async def enlist(self, pipeline: Pipeline, sink: Sink, told_as: Sink) -> Delivery:
         """A sink joins while the process runs; when this returns it gets whatever is committed from here on, and more.
         ``told_as``: the sink that its messages name."""
         delivery = pipeline.enlist(sink, told_as)
         self._deliver(delivery)
+        companion = pipeline.companions.get(sink.name)
+        if companion is not None:
+            self._deliver(companion.delivery)
         await pipeline.rewire()
         pipeline.joined(sink)
+        if companion is not None:
+            self._refresh(pipeline, companion)
         return delivery
 
     async def dismiss(self, pipeline: Pipeline, name: str) -> None:
         """A sink leaves while the process runs, and what waits for it is gone."""
         delivery = self._of(name)[1]
+        companion = pipeline.companions.get(name)
         pipeline.dismiss(name)
-        delivery.stop()
+        leaving = [delivery] if companion is None else [companion.delivery, delivery]
+        for one in leaving:
+            one.stop()
+        if companion is not None:
+            refreshing = self._refreshing.pop(companion.delivery.name)
+            refreshing.cancel()
+            await asyncio.gather(refreshing, return_exceptions=True)
         await pipeline.rewire()
-        task = self._deliveries.pop(name)
-        _, late = await asyncio.wait([task], timeout=STOP_SECONDS)
-        if late:
+        tasks = [self._deliveries.pop(one.name) for one in leaving]
+        _, late = await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        for task in late:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        await delivery.left()
+        await asyncio.gather(*late, return_exceptions=True)
+        if companion is not None:
+            await companion.left()
+        for one in leaving:
+            await one.left()
 
     async def _stop(self) -> None:
         """What is in flight finishes until the deadline, is settled, and confirmed."""
         deliveries = list(self._deliveries.values())
         for pipeline in self.pipelines:
-            for delivery in pipeline.deliveries:
+            for delivery in pipeline.flowing:
                 delivery.stop()
         if deliveries:
             _, late = await asyncio.wait(deliveries, timeout=STOP_SECONDS)
@@ -192,6 +217,7 @@ class Engine:
         health = pipeline.health_of(delivery)
         counters = delivery.counters
         gap = delivery.gap
+        companion = pipeline.companions.get(sink.name)
         return {
             "name": sink.name,
             "database": sink.database,
@@ -211,6 +237,8 @@ class Engine:
             "delivered": delivery.delivered,
             "truncates_ignored": delivery.truncates_ignored,
             "last_error": delivery.last_error,
+            "due_refreshes": counters.refreshes,
+            "related": None if companion is None else companion.as_item(),
             "store_reads_at_first_request": delivery.reads_before_first_request,
             "position": str(delivery.tail),
             "gap": None

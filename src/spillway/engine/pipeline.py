@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from spillway import sinks
 from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
-from spillway.engine.backfills import Backfills
+from spillway.engine.backfills import Backfills, Table
+from spillway.engine.related import Companion
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
@@ -26,6 +28,9 @@ from spillway.flow.health import Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
+from spillway.flow.paging import Manners
+from spillway.flow.progress import Request
+from spillway.flow.refresh import Refresh
 from spillway.flow.route import Router, Subscription, filters_of_pages
 from spillway.pgoutput import DatabaseMeta, Decoder
 from spillway.pgoutput.conditions import Condition
@@ -68,19 +73,20 @@ class Pipeline:
         self.health: dict[str, Health] = {}
         self._wants: list[Subscription] = []
         self._shadow_of: dict[str, str] = {}  # by shadow: the sink
+        self.companions: dict[str, Companion] = {}  # by the sink that has related tables
         self._config = config
         self._process = process
         for sink in self.sinks:
             self._add(sink)
         for shadow, told_as in shadows(self.sinks, self._store):
             self.enlist(shadow, told_as)
-        self.router = Router(self._wants)
+        self.router = Router(self._subscriptions)
         self.capture = Capture(
             database.name,
             self._connect,
             self._new_decoder,
             self.router,
-            list(self.deliveries),
+            self.flowing,
             process.budget,
             self._reserve_mark,
             self._clock,
@@ -99,6 +105,15 @@ class Pipeline:
         )
         for sink, subscription in zip(self.sinks, self._wants, strict=True):
             self.backfills.add_sink(sink, subscription)
+
+    @property
+    def flowing(self) -> list[Delivery]:
+        """All that take part in the slot: the sinks' deliveries, and those of their companions."""
+        return [*self.deliveries, *(companion.delivery for companion in self.companions.values())]
+
+    @property
+    def _subscriptions(self) -> list[Subscription]:
+        return [*self._wants, *(companion.subscription for companion in self.companions.values())]
 
     @property
     def _max_message_bytes(self) -> int:
@@ -184,7 +199,44 @@ class Pipeline:
                 filters=sink.filters,
             )
         )
+        if sink.related:
+            most_bytes = self._max_message_bytes
+            companion = Companion(sink, delivery, self.database, self._system_id, most_bytes, process, self._moved)
+            self.companions[sink.name] = companion
+            self.suffixes[companion.delivery.name] = suffix
         return delivery
+
+    def refreshes(self, companion: Companion) -> list[Refresh]:
+        """What works off what is due of a sink."""
+        at = self._at(companion.sink.name)
+        subscription, manners = self._wants[at], self.sinks[at].backfill
+        return [
+            Refresh(
+                table,
+                subscription,
+                self.router.keying(companion.main),
+                self.capture,
+                self._process.budget.pages,
+                self.open_reader,
+                Manners(manners.run_ahead, manners.timeout_ms / 1000),
+                self._clock,
+                self._store,
+                lambda: companion.delivery.tail.commit_lsn,
+                partial(self._order_everything, companion.sink.name),
+            )
+            for table in companion.tables
+        ]
+
+    async def _order_everything(self, sink: str, table: Table) -> bool:
+        manners = self.sinks[self._at(sink)].backfill
+        request = Request(*table, "related", parallel=manners.parallel, max_rows_per_second=manners.max_rows_per_second)
+        try:
+            await self.backfills.start(sink, request)
+        except SpillwayError as error:
+            if error.code != "backfill_active":
+                raise
+            return False
+        return True
 
     def enlist(self, sink: Sink, told_as: Sink) -> Delivery:
         """A sink joins while the process runs: from `rewire` on, at a commit, it gets what the others get."""
@@ -221,11 +273,14 @@ class Pipeline:
         self.backfills.remove_sink(name)
         self._shadow_of.pop(name, None)
         del self.sinks[at], self.deliveries[at], self._wants[at], self.suffixes[name], self.health[name]
+        companion = self.companions.pop(name, None)
+        if companion is not None:
+            del self.suffixes[companion.delivery.name]
 
     async def rewire(self) -> None:
         """The stream goes to the sinks as they are now."""
-        self.router = Router(self._wants, self.router)
-        await self.capture.rewire(self.router, list(self.deliveries))
+        self.router = Router(self._subscriptions, self.router)
+        await self.capture.rewire(self.router, self.flowing)
 
     def _warn(self, finding: Finding) -> None:
         _log.warning(finding.what, database=self.database.name, code=finding.code, remedy=finding.remedy)
@@ -239,7 +294,7 @@ class Pipeline:
         """Open the stream, after the state was held against the slot (I9)."""
         session = await open_session(
             self.database,
-            [s.source for s in self.sinks],
+            [*(s.source for s in self.sinks), *(c.source for c in self.companions.values())],
             self.identity.timeline if self.identity else None,
             create_slot=self.identity is None,
         )
@@ -302,19 +357,27 @@ class Pipeline:
             await delivery.check_limits()
             if delivery in self.deliveries:  # it may have left meanwhile
                 self.health_of(delivery)
+        for companion in list(self.companions.values()):
+            await companion.tick(self.capture.received_lsn)
 
     def health_of(self, delivery: Delivery) -> Health:
         """As of now."""
         health = self.health[delivery.name]
-        health.refused = [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+        health.refused = self._refused(delivery)
         health.owed = self.backfills.owed(delivery.name)
+        companion = self.companions.get(delivery.name)
+        if companion is not None:
+            health.owed += companion.findings(self._refused(companion.delivery))
         health.not_read = self.not_read()
         health.update(delivery, self._clock.monotonic(), self._clock.wall())
         return health
 
+    def _refused(self, delivery: Delivery) -> list[Finding]:
+        return [f for (sink, _, _), f in self.router.refused.items() if sink == delivery.name]
+
     def not_read(self) -> str:
         """Why the slot is not being read, "" while it is."""
-        blocking = [d for d in self.deliveries if d.blocks]
+        blocking = [d for d in self.flowing if d.blocks]
         if blocking:
             return "; ".join(f"the backlog of {d.name} is full: {d.full}" for d in blocking)
         capture = self.capture
@@ -329,7 +392,8 @@ class Pipeline:
         return self.not_read() or (why if long else "")
 
     def delivery(self, sink: str) -> Delivery | None:
-        return next((d for d in self.deliveries if d.name == sink), None)
+        """Of a sink, or of its companion."""
+        return next((d for d in self.flowing if d.name == sink), None)
 
 
 def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:

@@ -43,7 +43,8 @@ def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:
     shaped = sum(is_shaped(sink) or sink.toast == "reselect" for sink in sinks)
     eighths = SHAPING_EIGHTHS if any(map(is_shaped, sinks)) else REREAD_EIGHTHS
     limit_bytes = config.memory.limit_bytes - sum(worker_bytes(config, sink) for sink in sinks)
-    return Budget(limit_bytes, len(sinks), shaped, eighths if shaped else 0)
+    companions = sum(bool(sink.related) for sink in sinks)
+    return Budget(limit_bytes, len(sinks) + companions, shaped, eighths if shaped else 0)
 
 
 def worker_bytes(config: Config, sink: Sink) -> int:

@@ -1,0 +1,159 @@
+"""A sink's companion: what keeps its documents right when related tables change.
+
+It has a delivery of its own, with a position, a backlog and parked keys in the store under ``NAME~related``, that takes
+the changes of the related tables and turns them into due refreshes of its sink (spillway.flow.fanout); and for every
+table that is refreshed a `spillway.flow.refresh.Refresh`, which works them off. Shadows of re-indexes have one, too:
+the new index is to be as right as the old one.
+
+People see the sink alone. What is wrong with its companion is said in the sink's health, and what waits there in its
+status; commands about the backlog know it by its name.
+
+**Nothing of it is lost silently.** A companion has no limits of its own; where the disk is the limit it takes no part
+under ``on_full: pause``, as its sink. What it missed then cannot be told row by row, so all documents are due as soon
+as there is room again, and the gap is closed by that. So they are after a TRUNCATE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from spillway.config import Database, Sink, Source
+from spillway.config.shape import Related
+from spillway.errors import Finding
+from spillway.flow.delivery import Delivery
+from spillway.flow.fanout import FanOut, group_columns
+from spillway.flow.health import Health
+from spillway.flow.inflow import Process, SinkSpec
+from spillway.flow.limits import Limits
+from spillway.flow.refresh import Refresh, Table
+from spillway.flow.route import Subscription
+from spillway.source.origin import Expected
+from spillway.source.parents import SETTINGS, Parents
+from spillway.source.sessions import Sessions
+from spillway.store.base import EVERYTHING, AskedRefreshes, Store
+
+BATCH_CHANGES = 1000  # what one question is asked for
+SEND_SECONDS = 86_400.0  # a fan-out may take long; each of its steps has a deadline
+WELL = ("idle", "caught_up", "behind")  # states of which people need not hear
+PAGE = 1000
+
+
+class Companion:
+    def __init__(
+        self,
+        sink: Sink,
+        main: Delivery,
+        database: Database,
+        system_id: Callable[[], str],
+        max_message_bytes: int,
+        process: Process,
+        moved: Callable[[], None],
+    ) -> None:
+        """``system_id``: of the server that the slot is on."""
+        self.sink = sink
+        self.main = main
+        self.refreshes: dict[Table, Refresh] = {}
+        self.health = Health()
+        self._store: Store = process.store
+        self._clock = process.clock
+        related = sink.related
+        self.source = Source(include_tables=tuple(dict.fromkeys(entry.table for entry in related)))
+        sessions = Sessions(
+            database.conninfo(),
+            database.slot.name,
+            "related",
+            lambda: Expected(system_id()),
+            SEND_SECONDS,
+            1,
+            own_search_path=True,
+            settings=SETTINGS,
+        )
+        fan_out = FanOut(related, Parents(sessions), process.budget.pages, self._ask, process.clock)
+        spec = SinkSpec(
+            name=f"{sink.name}~related",
+            batch_size=BATCH_CHANGES,
+            max_memory_bytes=sink.max_memory_mb << 20,
+            max_messages=sink.max_messages,
+            max_message_bytes=max_message_bytes,
+            timeout_seconds=SEND_SECONDS,
+            limits=Limits(
+                sink.backlog.warn_messages, None, None, None, "pause" if sink.backlog.on_full == "pause" else "block"
+            ),
+        )
+        state = self._store.open_sink(spec.name, database.slot.name)
+        self.delivery = Delivery(spec, fan_out, state, process, moved)
+        self.subscription = Subscription(
+            self.delivery, self.source.selects, group_columns=group_columns(related), applies_truncate=True
+        )
+
+    @property
+    def tables(self) -> list[Table]:
+        """Those that are refreshed."""
+        return _refreshed(self.sink.related)
+
+    async def run(self, refreshes: Sequence[Refresh]) -> None:
+        """Work off what is due, for ever. Its delivery has a task of its own."""
+        self.refreshes = {refresh.table: refresh for refresh in refreshes}
+        async with asyncio.TaskGroup() as tasks:
+            for refresh in refreshes:
+                tasks.create_task(refresh.run(), name=f"refresh {refresh.table} {self.main.name}")
+
+    async def left(self) -> None:
+        """Its sink is no more, and `run` was cancelled: what is due is gone."""
+        for table in self.tables:
+            while due := await asyncio.to_thread(self._store.refreshes, self.main.name, table, 0, PAGE):
+                await self.main.refreshed(due)
+
+    async def _ask(self, asked: AskedRefreshes) -> None:
+        await self.main.ask(asked)
+        refresh = self.refreshes.get(asked.table)
+        if refresh is not None:
+            refresh.ask()
+
+    async def tick(self, received_lsn: int) -> None:
+        """To be called every second or so."""
+        await self.delivery.check_limits()
+        gap = self.delivery.gap
+        if gap is not None and gap.last_lsn is None and self.delivery.full is None and received_lsn:
+            await self.delivery.resume(received_lsn)
+        elif gap is not None and gap.last_lsn is not None:
+            for table in self.tables:
+                await self._ask(AskedRefreshes(table, [EVERYTHING]))
+            await self.delivery.resume(received_lsn)  # what it missed is known to be due
+        for refresh in self.refreshes.values():
+            await refresh.look()
+
+    # -- what people see --------------------------------------------------------------------------------------------
+    def findings(self, refused: Sequence[Finding]) -> list[Finding]:
+        """What is wrong with it, for its sink's health. ``refused``: tables that it cannot take."""
+        self.health.refused = list(refused)
+        self.health.update(self.delivery, self._clock.monotonic(), self._clock.wall())
+        found = [Finding("refresh", refresh.trouble, "") for refresh in self.refreshes.values() if refresh.trouble]
+        if self.health.state not in WELL or self.health.refused:
+            what = f"documents wait for changes of related tables ({self.health.state}): {self.health.reason}"
+            found.append(Finding("related", what, self.health.remedy))
+        return found
+
+    def as_item(self) -> dict[str, object]:
+        """For a sink's status."""
+        counters = self.delivery.counters
+        since = [refresh.since for refresh in self.refreshes.values() if refresh.since is not None]
+        waiting = [f"{'.'.join(r.table)}: {r.waiting}" for r in self.refreshes.values() if r.waiting]
+        return {
+            "name": self.delivery.name,
+            "tables": [str(table) for table in self.source.include_tables or ()],
+            "state": self.health.state,
+            "reason": self.health.reason,
+            "waiting": "; ".join(waiting),
+            "backlog_messages": counters.messages + self.delivery.memory_messages,
+            "parked_keys": counters.parked_keys,
+            "dead_letters": counters.dead_letters,
+            "due": self.main.counters.refreshes,
+            "due_oldest_seconds": round(max(0.0, self._clock.wall() - min(since)), 3) if since else 0,
+            "refreshed": sum(refresh.rows for refresh in self.refreshes.values()),
+        }
+
+
+def _refreshed(related: Sequence[Related]) -> list[Table]:
+    return list(dict.fromkeys((entry.refreshes.schema, entry.refreshes.table) for entry in related))
