@@ -108,6 +108,7 @@ class Fetched:
     rows: dict[int, dict[str, bytes]] = field(default_factory=dict)  # column -> JSON
     sizes: dict[int, int] = field(default_factory=dict)  # of rows that the credit did not allow for: what they need
     several: set[int] = field(default_factory=set)  # keys with more than one row
+    kept_bytes: int = 0  # of credit that the rows have taken
     seconds: float = 0.0  # that the server was at work on the question
     queries: int = 0  # how often it was asked
 
@@ -361,9 +362,10 @@ class _Reading:
                 needed_bytes = max(needed_bytes, self._needed(values))
             if self._fits(needed_bytes):
                 row = self._rendered(values)
-                needed_bytes = max(needed_bytes, ROW_BYTES + sum(len(value) + VALUE_BYTES for value in row.values()))
+                needed_bytes = max(needed_bytes, row_bytes(row.values()))
                 if self._fits(needed_bytes):
                     self._left_bytes -= needed_bytes
+                    fetched.kept_bytes += needed_bytes
                     fetched.rows.update(dict.fromkeys(places, row))
                     return
         fetched.sizes.update(dict.fromkeys(places, needed_bytes))
