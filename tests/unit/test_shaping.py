@@ -76,7 +76,7 @@ class Source:
                 else:
                     sizes[place] = len(self.rows[key])
         several = {place for place, key in enumerate(texts) if key in self.several}
-        return Fetched(rows=rows, sizes=sizes, several=several, seconds=0.0, queries=1)
+        return Fetched(rows=rows, sizes=sizes, several=several, kept_bytes=total, seconds=0.0, queries=1)
 
     async def close(self) -> None:
         pass
@@ -91,7 +91,7 @@ class Reread:
     ) -> Rows:
         found = {place: self.records[key] for place, (key,) in enumerate(keys) if key in self.records}
         missing = {place for place, (key,) in enumerate(keys) if key not in self.records}
-        return Rows(records=found, sizes={}, missing=missing, seconds=0.0, queries=1)
+        return Rows(records=found, sizes={}, missing=missing, kept_bytes=0, seconds=0.0, queries=1)
 
     async def close(self) -> None:
         pass

@@ -182,7 +182,7 @@ class FunctionLimits(Section):
     """What Python functions may use, for one message; how long the result may be is `max_message_bytes` of the sink."""
 
     timeout_ms: Annotated[Whole, Field(ge=1, le=600_000)] = 1000
-    memory_mb: Annotated[Whole, Field(ge=16, le=65_536)] = 64
+    memory_mb: Annotated[Whole, Field(ge=16, le=65_536)] | None = None  # None: an eighth of memory.limit_mb, 16 to 64
 
 
 def read_file(block: Block, into: str, reading: Reading) -> None:

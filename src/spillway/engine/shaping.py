@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
+from spillway.chunk import Message
 from spillway.config import Config, Database, Function, Search, Sink, Sqlite
+from spillway.errors import SpillwayError
 from spillway.flow.budget import REREAD_EIGHTHS, SHAPING_EIGHTHS, Budget
+from spillway.flow.inflow import Process
 from spillway.flow.shaping import Shaping, Steps
 from spillway.functions.base import Functions
 from spillway.functions.build import build
+from spillway.functions.envelope import envelope
 from spillway.functions.outbox import OutboxFunctions
 from spillway.functions.spec import (
     MIB,
@@ -19,12 +23,16 @@ from spillway.functions.spec import (
     PathExpression,
     PythonFunction,
 )
+from spillway.functions.timestamps import as_numbers
+from spillway.pgoutput import DatabaseMeta
 from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.routing import checked
 from spillway.source.enrich import Enricher
 from spillway.source.origin import Expected
 from spillway.source.reselect import Reselect
+from spillway.source.timestamps import TimestampColumns
 
+LEAST_MEMORY_MB, MOST_MEMORY_MB = 16, 64  # of a worker, where the file does not say: an eighth of the limit
 RESULT_PART = 4  # what may come of one message is at most this part of the memory for shaping
 
 _PYTHON = ("filter", "routing", "transform")
@@ -42,7 +50,15 @@ def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:
     sinks = list(sinks)
     shaped = sum(is_shaped(sink) or sink.toast == "reselect" for sink in sinks)
     eighths = SHAPING_EIGHTHS if any(map(is_shaped, sinks)) else REREAD_EIGHTHS
-    limit_bytes = config.memory.limit_bytes - sum(worker_bytes(config, sink) for sink in sinks)
+    workers_bytes = sum(worker_bytes(config, sink) for sink in sinks)
+    limit_bytes = config.memory.limit_bytes - workers_bytes
+    if limit_bytes < config.memory.limit_bytes // 2:
+        raise SpillwayError(
+            "functions_memory",
+            f"Python functions may take {workers_bytes // MIB} MB in the workers of their sinks, more than half"
+            f" of memory.limit_mb ({config.memory.limit_mb})",
+            f"set memory.limit_mb to at least {2 * workers_bytes // MIB}, or function_limits.memory_mb lower",
+        )
     companions = sum(bool(sink.related) for sink in sinks)
     return Budget(limit_bytes, len(sinks) + companions, shaped, eighths if shaped else 0)
 
@@ -60,7 +76,7 @@ def new_shaping(
     built: BuiltSink,
     suffix: bytes,
     system_id: Callable[[], str],
-    budget: Budget,
+    process: Process,
 ) -> Shaping | None:
     """None: the sink takes its messages as they are. ``system_id`` raises SourceUnavailable as long as the source was
     not reached."""
@@ -69,7 +85,7 @@ def new_shaping(
     slot, keeps_rows = database.slot.name, built.semantics in ("state", "atomic")
     replica = sink.enrichment_from == "replica"
     document = sink.destination.document if isinstance(sink.destination, Search) else None
-    share = budget.shaping_share()
+    share = process.budget.shaping_share()
     timeout_seconds = sink.enrichment_timeout_ms / 1000
     reread = enrich = None
     if sink.toast == "reselect":
@@ -97,8 +113,23 @@ def new_shaping(
         enrich=enrich,
         functions=new_functions(config, sink, share.most_bytes // RESULT_PART),
         checked=partial(checked, sink.destination.type),
+        envelope=None if sink.format == "sequin" else envelope(sink.format, meta_of(database), process.clock),
+        timestamps=None if sink.timestamp_format == "iso8601" else _timestamps(database),
     )
     return Shaping(sink.name, steps, share, sink.max_message_bytes, in_order=built.semantics in ("ordered", "atomic"))
+
+
+def meta_of(database: Database) -> DatabaseMeta:
+    return DatabaseMeta(database.id, database.name, database.annotations, database.database, database.hostname)
+
+
+def _timestamps(database: Database) -> Callable[[Message], Awaitable[Message]]:
+    columns = TimestampColumns(database.conninfo(), database.slot.name)
+
+    async def converted(message: Message) -> Message:
+        return as_numbers(message, await columns.of(*message.span.chunk.table(message.span.indices[message.place])))
+
+    return converted
 
 
 def new_functions(config: Config, sink: Sink, result_bytes: int) -> Functions | None:
@@ -119,10 +150,14 @@ def _spec(config: Config, sink: Sink, result_bytes: int) -> FunctionSpec:
         routing=None if sink.routing is None else _python(config.function(sink.routing)),
         transform=None if transform is None else _transform(transform),
         timeout_seconds=limits.timeout_ms / 1000,
-        memory_bytes=limits.memory_mb * MIB,
+        memory_bytes=(limits.memory_mb or _default_memory_mb(config.memory.limit_mb)) * MIB,
         result_bytes=result_bytes,
         search_path=(str(config.base_dir),),
     )
+
+
+def _default_memory_mb(limit_mb: int) -> int:
+    return min(MOST_MEMORY_MB, max(LEAST_MEMORY_MB, limit_mb // 8))
 
 
 def _transform(function: Function) -> PythonFunction | PathExpression | FieldOperations:

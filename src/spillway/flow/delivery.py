@@ -135,6 +135,8 @@ class Delivery(Settling):
             self._in_flight += 1
             tasks.create_task(self._try_newest())
         while self.window.ready and self._free_slots > 0 and not (one_at_a_time and self._in_flight):
+            if self._rather_reads(allowance):
+                break
             batch = self._take(allowance)
             if batch is None:
                 break
@@ -143,10 +145,16 @@ class Delivery(Settling):
             self._in_flight += 1
             tasks.create_task(self._deliver(batch, encoded_cost(batch)))
         wanted = allowance if one_at_a_time else 2 * allowance * self._sink.max_in_flight
-        if self._may_read and self.window.ready_count < max(1, wanted // 2):
+        if self._may_read and self.window.ready_count < max(1, wanted // 2, allowance if self.shaping else 0):
             self._reading = True
             tasks.create_task(self._read_page(wanted))
         return IDLE_SECONDS
+
+    def _rather_reads(self, allowance: int) -> bool:
+        """Each batch that is shaped costs a query and a call, whatever its size: while more waits in the store, batches
+        are full."""
+        few = self.window.ready_count < allowance
+        return few and self.shaping is not None and self.stored and (self._reading or self._may_read)
 
     @property
     def _free_slots(self) -> int:

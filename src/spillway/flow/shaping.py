@@ -28,7 +28,7 @@ follows a failed message under one of its keys is `BLOCKED`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +43,7 @@ from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Fetched
 from spillway.source.reselect import Rows
 from spillway.source.snapshot import Seen
+from spillway.source.wrapped import row_bytes
 
 Table = tuple[str, str]
 Key = tuple[str, ...]
@@ -104,8 +105,8 @@ class _Credit:
     rows_bytes: int
     row_bytes: int
 
-    def use(self, sizes: Iterable[int]) -> None:
-        self.rows_bytes = max(0, self.rows_bytes - sum(sizes))
+    def use(self, size_bytes: int) -> None:
+        self.rows_bytes = max(0, self.rows_bytes - size_bytes)
 
 
 @dataclass(slots=True)
@@ -122,8 +123,8 @@ class _Part:
         self.messages.pop(place, None)
 
     def size(self, place: int) -> int:
-        """Bytes of what was read for it."""
-        return sum(map(len, self.rows[place].values())) if place in self.rows else 0
+        """What was read for it, in bytes of credit."""
+        return row_bytes(self.rows[place].values()) if place in self.rows else 0
 
     def put_off(self, sizes: Mapping[int, int], *, in_order: bool) -> None:
         """These are for another part, whose rows have so many bytes; in order, so is what stands behind the first."""
@@ -263,10 +264,10 @@ class Shaping:
         bodies = sum(m.body_bytes + len(self._steps.suffix) for m in messages)
         return MESSAGE_BYTES * len(messages) + int(self._copies * (bodies + rows_bytes)) + FETCH_FACTOR * row_bytes
 
-    def _saw(self, sizes: Collection[int]) -> None:
+    def _saw(self, rows: int, size_bytes: int) -> None:
         """The next guess follows what rows were seen: up at once, down slowly."""
-        if sizes:
-            mean = 1.25 * sum(sizes) / len(sizes)
+        if rows:
+            mean = 1.25 * size_bytes / rows
             self._row_bytes = max(mean, 0.75 * self._row_bytes + 0.25 * mean)
 
     # -- the steps ----------------------------------------------------------------------------------------------------
@@ -295,9 +296,8 @@ class Shaping:
         for table, places in _by_table(part, lacking).items():
             keys, seen = _asked(part, places)
             rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
-            sizes = [len(record) for record in rows.records.values()]
-            self._saw([*sizes, *rows.sizes.values()])
-            credit.use(sizes)
+            self._saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
+            credit.use(rows.kept_bytes)
             for at, record in rows.records.items():
                 part.messages[places[at]] = part.messages[places[at]].with_record(record)
             for at in rows.missing:  # its delete follows in the stream
@@ -318,9 +318,8 @@ class Shaping:
             return
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
-        sizes = [sum(map(len, row.values())) for row in fetched.rows.values()]
-        self._saw([*sizes, *fetched.sizes.values()])
-        credit.use(sizes)
+        self._saw(len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values()))
+        credit.use(fetched.kept_bytes)
         for at, row in fetched.rows.items():
             part.rows[places[at]] = row
         for at in fetched.several:

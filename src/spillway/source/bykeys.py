@@ -58,6 +58,7 @@ from spillway.source.wrapped import (
     VALUE_BYTES,
     Prepared,
     Question,
+    row_bytes,
     statement,
     types_of,
 )

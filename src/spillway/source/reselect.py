@@ -39,6 +39,7 @@ class Rows:
     records: dict[int, bytes]  # the row's JSON object
     sizes: dict[int, int]  # of rows that the credit did not allow for: what they need
     missing: set[int]
+    kept_bytes: int  # of credit that the records have taken
     seconds: float
     queries: int
 
@@ -97,7 +98,7 @@ class Reselect:
             records[place] = made[key]
         found = records.keys() | fetched.sizes.keys()
         missing = {place for place in range(len(keys)) if place not in found}
-        return Rows(records, fetched.sizes, missing, fetched.seconds, fetched.queries)
+        return Rows(records, fetched.sizes, missing, fetched.kept_bytes, fetched.seconds, fetched.queries)
 
     async def close(self) -> None:
         await self._by_keys.close()

@@ -19,7 +19,7 @@ Columns are referred to by name, so that a column more in a ``SELECT *`` does no
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -38,6 +38,12 @@ _ALLOWED_BYTES: Final = 64 << 10  # at most
 HEAD, COST, COVERED, FIRST = range(4)
 
 INT8_OID: Final = 20
+
+
+def row_bytes(values: Collection[bytes]) -> int:
+    """What a row takes of the credit."""
+    return ROW_BYTES + sum(VALUE_BYTES + len(value) for value in values)
+
 
 # What may stand behind a statement and not behind a subquery. A comment with a quote in it may be the end of a literal.
 _SEMICOLON_AT_END = re.compile(r"""\s*;(?:\s|--[^\n'"$]*(?:\n|\Z))*\Z""")
