@@ -21,6 +21,7 @@ from oracle.product import Product
 from servers.opensearch import OpenSearch
 from servers.postgres import Postgres
 from shape import board
+from shape.load import at_rest
 
 SINK = "documents"
 INDEX = "jobs"
@@ -127,9 +128,4 @@ class Ground:
         self.report.equal("documents that differ from a fresh build", len(found), 0, "documents")
 
 
-def caught_up(product: Product, sink: str = SINK) -> bool:
-    one = product.sink(sink)
-    return one["backlog_messages"] == 0 and one["state"] in ("idle", "caught_up")
-
-
-__all__ = ["INDEX", "SINK", "Asked", "Ground", "caught_up"]
+__all__ = ["INDEX", "SINK", "Asked", "Ground", "at_rest"]

@@ -19,7 +19,7 @@ import psycopg
 
 import stage
 from shape import board
-from shaping.ground import INDEX, Ground, caught_up
+from shaping.ground import INDEX, Ground, at_rest
 from shaping.live import Live
 
 JOBS = 100_000
@@ -60,7 +60,7 @@ class _Refresh:
         product.start()
         product.wait_streaming(ground.conninfo)
         product.wait(lambda: ground.index.count() == self._jobs + len(self._others), "the backfill", seconds=1800)
-        product.wait(lambda: caught_up(product), "the sink to be caught up", seconds=60)
+        product.wait(lambda: at_rest(product), "the sink to be caught up", seconds=60)
         report.inform("initial backfill", (self._jobs + len(self._others)) / (time.monotonic() - began), "documents/s")
         with Live(ground.conninfo, ground.search.url, INDEX, self._others) as live:
             self._wait_seconds(BEFORE_SECONDS)
@@ -94,7 +94,7 @@ class _Refresh:
         p99 = stage.percentile(beside, 0.99) * 1000
         report.at_most("live changes beside the refresh: p99", p99, P99_SECONDS * 1000, "ms")
         ground.wait_read(product)
-        product.wait(lambda: caught_up(product), "the sink to be caught up", seconds=60)
+        product.wait(lambda: at_rest(product), "the sink to be caught up", seconds=60)
         report.equal("exit status after SIGTERM", product.terminate(60), 0)
         ground.judge_memory(product)
         ground.judge_documents()

@@ -20,7 +20,7 @@ import psycopg
 import stage
 from oracle.product import Product
 from shape import board
-from shaping.ground import SINK, Asked, Ground, caught_up
+from shaping.ground import SINK, Asked, Ground, at_rest
 
 ROWS = 140_416
 ROWS_A_SECOND = 4_000
@@ -106,7 +106,7 @@ class _Story:
         self._product.kill()
         self._product.memory.label = "draining, after a restart"
         self._product.start()
-        self._product.wait(lambda: caught_up(self._product), "the drain", seconds=1800, every=0.5)
+        self._product.wait(lambda: at_rest(self._product), "the drain", seconds=1800, every=0.5)
         seconds = time.monotonic() - began
         self._report.inform("the drain, kill and restart included", seconds, "s")
         self._report.inform("documents a second", self._rows / seconds, "documents/s")

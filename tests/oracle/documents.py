@@ -54,7 +54,6 @@ with chosen as materialized (
 )
 select j.id::text, (to_jsonb(j) || jsonb_build_object(
     'posted_at', {_TIME.format("j.posted_at")},
-    'reward', j.reward::text,
     'company', case when c.id is not null then to_jsonb(c) - 'changed_at' end,
     'location', case when l.code is not null then to_jsonb(l) - 'company_id' end,
     'recruiter', case when r.email is not null
@@ -65,7 +64,7 @@ select j.id::text, (to_jsonb(j) || jsonb_build_object(
     'skill_names', skilled.names,
     'benefits', endowed.whole,
     'salaries', paid.whole,
-    'top_salary', paid.top::text,
+    'top_salary', paid.top,
     'descriptions', described.whole,
     'edited_at', {_TIME.format("described.edited_at")}
 ))::text
@@ -191,5 +190,5 @@ def _difference(expected: Document, found: Document | None) -> str:
     for name in sorted({*expected, *found}):
         left, right = expected.get(name, "absent"), found.get(name, "absent")
         if _plain(left) != _plain(right):
-            lines.append(f"{name} must be {str(left)[:300]!r} and is {str(right)[:300]!r}")
+            lines.append(f"{name} must be {repr(left)[:300]} and is {repr(right)[:300]}")
     return "; ".join(lines) or "equal by now"

@@ -20,6 +20,7 @@ from backfill.load import _commit_late as commit_late
 from backfill.site import Site
 from oracle import documents
 from oracle.documents import Index
+from oracle.product import Product
 from oracle.rules import Violation
 from oracle.workload import TEXTS, Load
 from shape import board
@@ -52,13 +53,17 @@ class Verdict:
 
 
 class BoardLoad(Load):
-    """Writers on the job board. ``committed`` counts transactions."""
+    """Writers on the job board. ``committed`` counts transactions. ``mixed``: a third of them do not wait for a
+    standby, so they are seen before others that were committed before them."""
 
-    def __init__(self, conninfo: str, seed: int, writers: int = WRITERS) -> None:
+    def __init__(self, conninfo: str, seed: int, writers: int = WRITERS, *, mixed: bool = False) -> None:
         super().__init__(conninfo, seed, writers)
         self.committed = 0
+        self._mixed = mixed
 
     def _transaction(self, connection: psycopg.Connection, rng: random.Random) -> None:
+        if self._mixed and rng.random() < 1 / 3:
+            connection.execute("set local synchronous_commit = local")
         super()._transaction(connection, rng)
         self.committed += 1
 
@@ -205,7 +210,7 @@ def run(
         index.create(board.INDEX)
         try:
             site.begin()
-            with BoardLoad(conninfo, seed) as load:
+            with BoardLoad(conninfo, seed, mixed=late) as load:
                 ends = time.monotonic() + seconds
                 while time.monotonic() < ends:
                     load.keep(4 * WRITERS)
@@ -240,12 +245,17 @@ class BoardSite(Site):
         return {**super()._config(sinks), "functions": [dict(board.FUNCTION)], **self._sections}
 
     def quiet(self, seconds: float = DRAIN_SECONDS) -> None:
-        """Everything that is committed by now is in the documents: read, delivered, and no refresh waits."""
+        """Everything that is committed by now is in the documents: read, delivered, and no refresh is due."""
         self.read_by_the_stream()
-        self.product.wait(self._nothing_waits, "nothing to wait", seconds=seconds)
+        self.product.wait(lambda: at_rest(self.product), "nothing to wait", seconds=seconds)
 
-    def _nothing_waits(self) -> bool:
-        return all(
-            one["backlog_messages"] == 0 and one["state"] in ("idle", "caught_up")
-            for one in self.product.status()["sinks"]
-        )
+
+def at_rest(product: Product) -> bool:
+    """Nothing waits in any sink, and no refresh is due or about to be."""
+    return all(
+        one["backlog_messages"] == 0
+        and one["due_refreshes"] == 0
+        and one["state"] in ("idle", "caught_up")
+        and (one["related"] is None or one["related"]["backlog_messages"] == 0)
+        for one in product.status()["sinks"]
+    )
