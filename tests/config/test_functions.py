@@ -80,7 +80,7 @@ functions:
         FieldOperation("set", values={"source": "shop", "tags": [1, "two"]}),
     )
     limits = read(tmp_path, "").function_limits
-    assert (limits.timeout_ms, limits.memory_mb) == (1000, 64)
+    assert (limits.timeout_ms, limits.memory_mb) == (1000, None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +77,9 @@ def test(
     Without --from-table and --message: an insert, an update and a delete that are made up; for an enrichment, rows of
     its sink's table. The status is 1 if the function fails for one of the messages.
     """
-    from spillway.cli import trial  # noqa: PLC0415 - heavy
+    import asyncio  # noqa: PLC0415 - heavy, as what follows
+
+    from spillway.cli import trial  # noqa: PLC0415
     from spillway.cli.load import load  # noqa: PLC0415
 
     loaded = load(config)

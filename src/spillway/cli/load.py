@@ -30,8 +30,13 @@ def check(file: Path) -> Sequence[Finding]:
 
     from spillway.source import preflight  # noqa: PLC0415 - psycopg is not needed to find the file wrong
 
+    findings: list[Finding] = []
+    if config.functions:
+        from spillway.cli.trial import findings as of_functions  # noqa: PLC0415 - heavy
+
+        findings += of_functions(config)
     try:
-        findings = asyncio.run(preflight.check(config))
+        findings += asyncio.run(preflight.check(config))
         if not any(finding.severity == "error" for finding in findings):
             from spillway.engine import identity_findings  # noqa: PLC0415 - heavy
 
@@ -40,7 +45,7 @@ def check(file: Path) -> Sequence[Finding]:
     except ConfigError:
         raise
     except SpillwayError as error:
-        return [Finding(error.code, error.what, error.remedy)]
+        return [*findings, Finding(error.code, error.what, error.remedy)]
 
 
 def adopt(file: Path) -> list[str]:

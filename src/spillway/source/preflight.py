@@ -23,6 +23,7 @@ from spillway.source.connect import Connection, connect_replication, querying
 from spillway.source.origin import Expected, check_origin, system_id
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import invalidated, missing_slot, other_database, quoted, wrong_plugin
+from spillway.source.shaped import shaping_findings
 from spillway.source.slot import PLUGIN, SlotState, create_publication_sql, lag, no_publication, slot_state
 from spillway.source.tables import Published, named, table_findings
 
@@ -38,13 +39,15 @@ async def check(config: Config) -> list[Finding]:
         sinks = [sink for sink in config.sinks if sink.database == database.name and sink.status != "disabled"]
         try:
             async with querying(database.conninfo(), database.slot.name) as query:
-                findings += [f async for f in _of_database(query, database, sinks)]
+                findings += [f async for f in _of_database(query, config, database, sinks)]
         except SpillwayError as error:
             findings.append(_finding(error, database))
     return findings
 
 
-async def _of_database(query: Connection, database: Database, sinks: list[Sink]) -> AsyncIterator[Finding]:
+async def _of_database(
+    query: Connection, config: Config, database: Database, sinks: list[Sink]
+) -> AsyncIterator[Finding]:
     server = await fetch_one(query, "server")
     assert server is not None  # one row, always: the role that is connected
     version = query.info.server_version
@@ -69,6 +72,8 @@ async def _of_database(query: Connection, database: Database, sinks: list[Sink])
     published = await _published(query, database, publication, server, existing)
     exist = {TableName(row["schema"], row["table"]) for row in existing}
     for finding in table_findings(published, sinks, exist, server["role"], version):
+        yield replace(finding, database=database.name)
+    async for finding in shaping_findings(query, config, database, sinks, published):
         yield replace(finding, database=database.name)
 
 

@@ -35,7 +35,7 @@ async def sample(
     """At most ``limit`` rows. Raises SpillwayError ``table_missing`` and as queries do."""
     meta = DatabaseMeta(database.id, database.name, database.annotations, database.database, database.hostname)
     decoder = Decoder(meta, lambda _schema, _table: (), 0, max_message_bytes, 0, 1 << 62)
-    relation, begin = await _relation(query, database.publication.name, table)
+    relation, begin = await relation_of(query, database.publication.name, table)
     decoder.learn(relation, await catalog.describe(query, relation), frozenset(ACTIONS))
     try:
         result = (await query.execute(_rows(relation, limit))).pgresult
@@ -52,8 +52,8 @@ async def sample(
     return [chunk.change(index) for index in range(len(frames))]
 
 
-async def _relation(query: Connection, publication: str, table: TableName) -> tuple[Relation, bytes]:
-    """And a Begin frame of now."""
+async def relation_of(query: Connection, publication: str, table: TableName) -> tuple[Relation, bytes]:
+    """The table as the stream would describe it, and a Begin frame of now."""
     schema, name = table
     published = await fetch_one(query, "published_table", publication=publication, schema=schema, table=name)
     seen = await fetch_one(

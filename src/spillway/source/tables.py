@@ -59,7 +59,7 @@ def refusal(sink: Sink, relations: Sequence[PublishedTable]) -> Finding | None:
 
 def _refused_updates(table: PublishedTable) -> Iterator[Finding]:
     """PostgreSQL refuses the application's own UPDATE and DELETE: wanted by a sink or not, this hurts."""
-    for leaf in _rows_of(table):
+    for leaf in rows_of(table):
         if not leaf.identity_columns:
             name = quoted(leaf.schema, leaf.table)
             mend = "REPLICA IDENTITY DEFAULT" if leaf.primary_key else "REPLICA IDENTITY FULL"
@@ -98,7 +98,7 @@ def _of_sink(published: Published, sink: Sink, existing: set[TableName], role: s
         if name not in existing:
             yield Finding("table_missing", f"table {name} does not exist", "create it, or correct its name")
         elif published.certain and name not in reached and name in (sink.source.include_tables or ()):
-            yield _not_published(published, name)
+            yield not_published(published, name)
     if not selected and published.certain and sink.source.include_tables is None:
         yield Finding(
             "no_tables",
@@ -113,7 +113,7 @@ def _of_sink(published: Published, sink: Sink, existing: set[TableName], role: s
                 yield finding
 
 
-def _not_published(published: Published, name: TableName) -> Finding:
+def not_published(published: Published, name: TableName) -> Finding:
     what = f"table {name} is not in publication {published.name}"
     if published.all_tables:
         remedy = "name the table's partition root; temporary and unlogged tables are never published"
@@ -167,9 +167,9 @@ def _unkeyable(table: PublishedTable, columns: Sequence[str], published_columns:
 
 def _toast(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
     """A large value that an UPDATE leaves alone is not in the stream, unless the whole old row is."""
-    for leaf in _rows_of(table):
+    for leaf in rows_of(table):
         large = [c for c in leaf.toastable if c in table.published_columns and c not in leaf.identity_columns]
-        if large and leaf.replica_identity != "f":
+        if large and leaf.replica_identity != "f" and sink.toast != "reselect":
             so = "is rejected" if sink.toast == "fail" else "leaves the column out"
             yield Finding(
                 "toast",
@@ -180,7 +180,7 @@ def _toast(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
             )
 
 
-def _rows_of(table: PublishedTable) -> Sequence[PublishedTable]:
+def rows_of(table: PublishedTable) -> Sequence[PublishedTable]:
     """Where the rows are: the table itself, or the leaves of a partitioned one."""
     return table.leaves if table.kind == "p" else (table,)
 

@@ -1,0 +1,200 @@
+"""What `check` finds about the shape of a sink's messages: its filters, its enrichment, its related tables.
+
+The SQL of users is prepared and planned by the server that it will be asked of, with arrays of the key columns' own
+types, and asked for no key at all: syntax, names, grants and the columns of its result are found before the run.
+
+A related table must be in the publication, or its changes are not seen; and the old values of the columns that lead to
+parents must be part of its replica identity: else a child that is deleted, or moves, leaves a document behind that
+still shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from spillway.config import Config, Database, Related, Search, Sink, TableName
+from spillway.errors import Finding, SpillwayError
+from spillway.pgoutput.conditions import compiled
+from spillway.source import catalog
+from spillway.source.catalog import PublishedTable
+from spillway.source.connect import Connection
+from spillway.source.enrich import Enricher
+from spillway.source.origin import Expected, system_id
+from spillway.source.parents import SETTINGS, Parents
+from spillway.source.refusal import quoted
+from spillway.source.sample import relation_of
+from spillway.source.sessions import Sessions
+from spillway.source.snapshot import Seen
+from spillway.source.tables import Published, not_published, rows_of
+
+TIMEOUT_SECONDS = 15.0  # of one statement of the check
+
+
+class _Enough(Exception):
+    """The SQL of a related table works."""
+
+
+async def shaping_findings(
+    query: Connection, config: Config, database: Database, sinks: Sequence[Sink], published: Published
+) -> AsyncIterator[Finding]:
+    """Of the sinks of a database that can be asked."""
+    shaped = [sink for sink in sinks if sink.enrichment is not None or sink.related or sink.filters or _columns(sink)]
+    if not shaped:
+        return
+    try:
+        server = await system_id(query, database.conninfo(), database.slot.name)
+    except SpillwayError:  # the role may not ask for it, which is a finding about the walsender
+        server = None
+    for sink in shaped:
+        tables = {table.name: table for table in published.tables if sink.source.selects(*table.name)}
+        found = [*_missing_columns(sink, tables)]
+        found += [f async for f in _of_filters(query, database, sink, tables)]
+        found += await _of_related_tables(query, published, sink)
+        if server is not None:
+            found += await _of_enrichment(config, database, sink, server)
+            if not found:  # else the SQL of a related table can hardly be right
+                found += await _of_related_sql(database, sink, server)
+        for finding in found:
+            yield replace(finding, sink=sink.name)
+
+
+def _columns(sink: Sink) -> list[tuple[str, str]]:
+    """Columns that the sink names, and where, of any of its tables."""
+    named = []
+    if isinstance(sink.destination, Search) and sink.destination.routing_column is not None:
+        named.append((sink.destination.routing_column, "routing_column"))
+    return named
+
+
+def _missing_columns(sink: Sink, tables: Mapping[tuple[str, str], PublishedTable]) -> Iterator[Finding]:
+    for column, where in _columns(sink):
+        for table in tables.values():
+            if column not in table.published_columns:
+                yield Finding(
+                    "column_missing",
+                    f'the published columns of table {_shown(table.name)} have no "{column}", which {where} names',
+                    "name a column that exists and, if the publication lists the table's columns, add it there",
+                )
+                continue
+            for leaf in rows_of(table):
+                if column not in leaf.identity_columns:
+                    yield Finding(
+                        "column_not_in_replica_identity",
+                        f"a DELETE on table {_shown((leaf.schema, leaf.table))} does not say the {column} of its row, "
+                        f"by which {where} finds the document",
+                        f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
+                    )
+
+
+async def _of_filters(
+    query: Connection, database: Database, sink: Sink, tables: Mapping[tuple[str, str], PublishedTable]
+) -> AsyncIterator[Finding]:
+    for name in dict.fromkeys(condition.table for condition in sink.filters):
+        table = tables.get(name)
+        if table is None:
+            continue  # it is not published, or not there: told elsewhere
+        relation, _ = await relation_of(query, database.publication.name, TableName(table.schema, table.table))
+        conditions = [condition for condition in sink.filters if condition.table == name]
+        result = compiled(relation, await catalog.describe(query, relation), conditions)
+        if isinstance(result, Finding):
+            yield result
+
+
+async def _of_enrichment(config: Config, database: Database, sink: Sink, server: str) -> list[Finding]:
+    if sink.enrichment is None:
+        return []
+    replica = sink.enrichment_from == "replica"
+    expected = Expected(server, replica)
+    enricher = Enricher(
+        database.page_conninfo() if replica else database.conninfo(),
+        database.slot.name,
+        lambda: expected,
+        sink.enrichment,
+        config.function(sink.enrichment).code or "",
+        timeout_seconds=TIMEOUT_SECONDS,
+        connections=1,
+    )
+    try:
+        for table in sink.source.include_tables or ():
+            await enricher.columns(table)
+    except SpillwayError as error:
+        return [Finding(error.code, error.what, error.remedy)]
+    finally:
+        await enricher.close()
+    return []
+
+
+async def _of_related_tables(query: Connection, published: Published, sink: Sink) -> list[Finding]:
+    names = sorted({related.table for related in sink.related})
+    exist = {TableName(row["schema"], row["table"]) for row in await catalog.existing(query, names)}
+    by_name: dict[tuple[str, str], list[PublishedTable]] = {}
+    for table in published.tables:
+        by_name.setdefault(table.name, []).append(table)
+    found: list[Finding] = []
+    for related in sink.related:
+        if related.table not in exist:
+            found.append(Finding("table_missing", f"table {related.table} does not exist", "create it, or correct it"))
+        elif related.table not in by_name:
+            if published.certain:
+                found.append(not_published(published, related.table))
+        else:
+            found += [f for table in by_name[related.table] for f in _unseen(related, table)]
+    return list(dict.fromkeys(found))
+
+
+def _unseen(related: Related, table: PublishedTable) -> Iterator[Finding]:
+    """Columns of which a change may not say the old value."""
+    columns = related.columns or table.primary_key
+    unknown = [column for column in columns if column not in table.published_columns]
+    if unknown or not columns:
+        what = f"have no {', '.join(unknown)}" if unknown else "have no primary key, and related names no columns"
+        yield Finding(
+            "related_columns",
+            f"the published columns of table {related.table} {what}",
+            "correct columns of this related table, or add them to the publication's list",
+        )
+        return
+    for leaf in rows_of(table):
+        outside = [column for column in columns if column not in leaf.identity_columns]
+        if outside:
+            yield Finding(
+                "related_not_in_replica_identity",
+                f"a DELETE on table {_shown((leaf.schema, leaf.table))}, or an UPDATE that moves a row, does not say "
+                f"the old value of {', '.join(outside)}: the document of {related.refreshes} that it leaves would "
+                "not be refreshed",
+                f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
+            )
+
+
+async def _of_related_sql(database: Database, sink: Sink, server: str) -> list[Finding]:
+    found: list[Finding] = []
+    for related in sink.related:
+        sessions = Sessions(
+            database.conninfo(),
+            database.slot.name,
+            "check",
+            lambda: Expected(server),
+            TIMEOUT_SECONDS,
+            1,
+            own_search_path=True,
+            settings=SETTINGS,
+        )
+        parents = Parents(sessions)
+        try:
+            await parents.find([(related, [])], Seen((), 0), _enough)
+        except _Enough:
+            pass
+        except SpillwayError as error:
+            found.append(Finding(error.code, error.what, error.remedy))
+        finally:
+            await parents.close()
+    return found
+
+
+async def _enough(_table: tuple[str, str], _keys: Sequence[str]) -> None:
+    raise _Enough
+
+
+def _shown(name: tuple[str, str]) -> str:
+    return ".".join(name)

@@ -1,0 +1,240 @@
+"""`spillway functions test` with rows of a table, and what `spillway check` says about functions and their SQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+
+from servers.postgres import Postgres
+from spillway.cli import main
+
+Json = dict[str, Any]
+SEARCH = {"type": "opensearch", "endpoint_url": "http://127.0.0.1:1", "index_name": "i"}
+ENRICHMENT = "SELECT j.id, c.name AS company FROM jobs j JOIN companies c ON c.id = j.company_id WHERE j.id = ANY($1)"
+OF_COMPANIES = "SELECT id FROM jobs WHERE company_id = ANY($1)"
+SCHEMA = """
+CREATE TABLE companies (id int PRIMARY KEY, name text);
+CREATE TABLE jobs (id int PRIMARY KEY, company_id int, title text, pay numeric, at timestamptz);
+CREATE TABLE notes (id int PRIMARY KEY, job_id int, body text);
+INSERT INTO companies VALUES (1, 'one'), (2, 'two');
+INSERT INTO jobs SELECT i, i % 3, 'job ' || i, i + 0.10, '2026-01-02 03:04:05Z' FROM generate_series(1, 5) i;
+CREATE PUBLICATION p FOR TABLE jobs, companies;
+"""
+
+Write = Callable[..., Path]
+
+
+def execute(dsn: str, *statements: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement.encode())
+
+
+@pytest.fixture
+def write(database: str, tmp_path: Path) -> Write:
+    """A configuration with one sink."""
+    slot = f"s_{psycopg.conninfo.conninfo_to_dict(database)['dbname']}"
+    execute(database, SCHEMA)
+
+    def write(*functions: Json, **sink: object) -> Path:
+        source = {"include_tables": ["jobs"]}
+        whole = {
+            "databases": [
+                {
+                    "name": "app",
+                    "url": database,
+                    "slot": {"name": slot, "create_if_not_exists": True},
+                    "publication": {"name": "p"},
+                }
+            ],
+            "functions": list(functions),
+            "sinks": [{"name": "sink", "database": "app", "source": source, "destination": SEARCH, **sink}],
+        }
+        file = tmp_path / "spillway.yml"
+        file.write_text(yaml.safe_dump(whole))
+        return file
+
+    return write
+
+
+def function(name: str, kind: str, body: str) -> Json:
+    if kind == "enrichment":
+        return {"name": name, "type": kind, "code": body}
+    return {"name": name, "type": kind, "code": f"def {kind}(action, record, changes, metadata):\n    {body}\n"}
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[Json]]:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, json.loads(capsys.readouterr().out)
+
+
+def findings(capsys: pytest.CaptureFixture[str], file: Path) -> list[Json]:
+    status, found = answer(capsys, "check", str(file))
+    assert status == (1 if found else 0)
+    return found
+
+
+JOINED = function("joined", "enrichment", ENRICHMENT)
+
+
+def test_rows_as_the_stream_would_send_them(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(function("shape", "transform", "return record"), transform="shape")
+    status, found = answer(
+        capsys, "functions", "test", "shape", "-c", str(file), "--from-table", "jobs", "--limit", "2"
+    )
+    assert status == 0
+    assert [one["in"]["record"]["id"] for one in found] == [5, 4]
+    message = found[0]["in"]
+    assert message["record"] == {
+        "id": 5, "company_id": 2, "title": "job 5", "pay": 5.10, "at": "2026-01-02T03:04:05.000000Z",
+    }  # fmt: skip
+    assert (message["action"], message["metadata"]["record_pks"]) == ("insert", ["5"])
+    assert message["metadata"]["consumer"]["name"] == "sink"
+    assert found[0]["out"][0]["body"] == message["record"]
+
+
+def test_an_enrichment_is_asked_about_rows(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(JOINED, enrichment="joined")
+    status, found = answer(capsys, "functions", "test", "joined", "-c", str(file), "--limit", "3")
+    assert status == 0
+    assert [one["out"][0]["body"] for one in found] == [{"id": 5, "company": "two"}, {"id": 4, "company": "one"}, None]
+
+
+def test_an_enrichment_is_asked_about_messages(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = {"table_schema": "public", "table_name": "jobs", "record_pks": ["4"]}
+    message = {"action": "update", "record": {"id": 4}, "changes": {}, "metadata": metadata}
+    (tmp_path / "m.json").write_text(json.dumps([message, {**message, "metadata": {}}]))
+    file = write(JOINED, enrichment="joined")
+    status, found = answer(
+        capsys, "functions", "test", "joined", "-c", str(file), "--message", str(tmp_path / "m.json")
+    )
+    assert (status, [one["out"][0]["body"] for one in found]) == (0, [{"id": 4, "company": "one"}, None])
+
+
+def test_other_functions_see_rows_that_are_enriched(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = function("shape", "transform", "return metadata.enrichment")
+    file = write(JOINED, shape, enrichment="joined", transform="shape")
+    _, found = answer(capsys, "functions", "test", "shape", "-c", str(file), "--from-table", "jobs", "--limit", "1")
+    assert found[0]["in"]["metadata"]["enrichment"] == {"id": 5, "company": "two"}
+    assert found[0]["out"][0]["body"] == {"id": 5, "company": "two"}
+
+
+def test_an_enrichment_fails_for_the_row_whose_data_it_is(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT id, 1 / (id - 4) AS x FROM jobs WHERE id = ANY($1) UNION ALL SELECT 3, 0 WHERE 3 = ANY($1)"
+    file = write(function("joined", "enrichment", sql), enrichment="joined")
+    status, found = answer(capsys, "functions", "test", "joined", "-c", str(file), "--limit", "3")
+    assert (status, [one["failed"]["reason"] if "failed" in one else "" for one in found]) == (
+        1,
+        ["", "enrichment_failed", "enrichment_rows"],
+    )
+
+
+def test_a_table_that_is_not_there(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(function("shape", "transform", "return record"), transform="shape")
+    assert main(["functions", "test", "shape", "-c", str(file), "--from-table", "absent"]) == 1
+    assert "table public.absent does not exist" in capsys.readouterr().err
+
+
+def test_what_is_right_is_no_finding(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(
+        JOINED,
+        function("wanted", "filter", "return True"),
+        enrichment="joined",
+        filter="wanted",
+        filters=[{"column": "title", "operator": "like", "value": "job%"}],
+        related=[{"table": "companies", "sql": OF_COMPANIES}],
+    )
+    assert findings(capsys, file) == []
+
+
+def test_python_that_cannot_be_loaded(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = function("wanted", "filter", "return True")
+    wanted["code"] = "import nowhere_to_be_found\n" + wanted["code"]
+    (found,) = findings(capsys, write(wanted, filter="wanted"))
+    assert (found["code"], found["sink"]) == ("function_not_loaded", "sink")
+    assert "nowhere_to_be_found" in found["what"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "code", "what"),
+    [
+        ("SELECT id FROM job WHERE id = ANY($1)", "enrichment_failed", 'relation "job" does not exist'),
+        ("SELECT title FROM jobs WHERE id = ANY($1)", "enrichment_key", "does not select id"),
+        ("SELECT id FROM jobs WHERE id = ANY($1) AND company_id = ANY($2)", "enrichment_parameters", "uses $2"),
+        ("SELECT id FROM jobs WHERE title = ANY($1)", "enrichment_failed", "operator does not exist"),
+    ],
+)
+def test_enrichments_that_are_wrong(
+    write: Write, capsys: pytest.CaptureFixture[str], sql: str, code: str, what: str
+) -> None:
+    (found,) = findings(capsys, write(function("joined", "enrichment", sql), enrichment="joined"))
+    assert (found["code"], found["sink"], found["database"]) == (code, "sink", "app")
+    assert what in found["what"]
+    assert found["remedy"]
+
+
+def test_related_tables_that_are_not_seen(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    related = [{"table": "notes", "columns": ["job_id"], "sql": "SELECT unnest($1) AS id"}]
+    file = write(related=related)
+    (found,) = findings(capsys, file)
+    assert (found["code"], found["remedy"]) == (
+        "table_not_published",
+        'ALTER PUBLICATION "p" ADD TABLE "public"."notes";',
+    )
+    execute(database, found["remedy"])
+    (found,) = findings(capsys, file)
+    assert (found["code"], found["remedy"]) == (
+        "related_not_in_replica_identity",
+        'ALTER TABLE "public"."notes" REPLICA IDENTITY FULL;',
+    )
+    execute(database, found["remedy"])
+    assert findings(capsys, file) == []
+
+
+@pytest.mark.parametrize(
+    ("related", "code", "what"),
+    [
+        ({"table": "absent", "sql": OF_COMPANIES}, "table_missing", "table public.absent does not exist"),
+        ({"table": "companies", "columns": ["nme"], "sql": OF_COMPANIES}, "related_columns", "have no nme"),
+        ({"table": "companies", "sql": "SELECT id FROM job WHERE $1 IS NULL"}, "related_sql", '"job" does not exist'),
+        ({"table": "companies", "sql": "SELECT id, title FROM jobs WHERE title = ANY($1)"}, "related_sql", "operator"),
+    ],
+)
+def test_related_tables_that_are_wrong(
+    write: Write, capsys: pytest.CaptureFixture[str], related: Json, code: str, what: str
+) -> None:
+    (found,) = findings(capsys, write(related=[related]))
+    assert (found["code"], found["sink"]) == (code, "sink")
+    assert what in found["what"]
+
+
+def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = findings(capsys, write(filters=[{"column": "titel", "operator": "eq", "value": "x"}]))
+    assert found["code"] == "filter_column_missing"
+    (found,) = findings(capsys, write(filters=[{"column": "company_id", "operator": "eq", "value": "many"}]))
+    assert found["code"] == "filter_does_not_fit"
+    (found,) = findings(capsys, write(destination={**SEARCH, "routing_column": "tenant"}))
+    assert found["code"] == "column_missing"
+    file = write(destination={**SEARCH, "routing_column": "company_id"})
+    (found,) = findings(capsys, file)
+    assert found["code"] == "column_not_in_replica_identity"
+    execute(database, found["remedy"])
+    assert findings(capsys, file) == []
+
+
+@pytest.mark.parametrize("postgres", ["12"], indirect=True)
+def test_on_the_oldest_version(postgres: Postgres, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(JOINED, enrichment="joined", related=[{"table": "companies", "sql": OF_COMPANIES}])
+    assert findings(capsys, file) == []
+    status, found = answer(capsys, "functions", "test", "joined", "-c", str(file), "--limit", "1")
+    assert (status, len(found)) == (0, 1)
