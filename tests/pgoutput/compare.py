@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pgoutput.frames import META
-from spillway.change import ACTIONS
+from spillway.change import ACTIONS, Action
 from spillway.chunk import Chunk
 from spillway.errors import Finding
 from spillway.pgoutput import Copy, Full, ProtocolError, Relation, TableInfo, TypeInfo
+from spillway.pgoutput.conditions import Condition, compiled
 from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput.filters import Filter
 
 DOMAIN, ENUM, COMPOSITE, COMPOSITES, VECTOR, UNKNOWN = range(20_001, 20_007)
 TYPES = {
@@ -26,6 +28,15 @@ TYPES = {
 
 
 @dataclass(frozen=True)
+class Given:
+    """A filter, before it meets a relation."""
+
+    conditions: tuple[Condition, ...]
+    actions: frozenset[Action] = frozenset(ACTIONS)
+    leaves: bool = True
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that a decoder is told beside its frames."""
 
@@ -38,6 +49,7 @@ class Setting:
     renew_frame_bytes: int = 1 << 20
     credit_bytes: int = 1 << 30
     max_changes: int = 1000
+    filters: tuple[Given, ...] = ()
 
 
 @dataclass
@@ -51,7 +63,7 @@ class Outcome:
 def columns_of(chunk: Chunk) -> tuple[object, ...]:
     return (
         chunk.count, chunk.data, chunk.meta, chunk.keys, chunk.tables, chunk.groups, chunk.commit_lsn, chunk.end_lsn,
-        chunk.truncates,
+        chunk.truncates, chunk.matched, chunk.filters,
     )  # fmt: skip
 
 
@@ -87,15 +99,26 @@ def page_outcome(decoder_class: type[Decoder], relation: Copy, lines: Copy, sett
         _learn(decoder, learned, setting)
         decoder.begin_page(b"page:1", 1 << 40, 1_735_689_600_000_001)
         while (full := decoder.fill_page(lines, learned.oid, setting.credit_bytes, setting.max_changes)) is not None:
-            out.steps.append((full, decoder.count, decoder.used_bytes, decoder.taken_bytes))
+            out.steps.append((full, decoder.count, decoder.used_bytes, decoder.taken_bytes, decoder.page_rows))
             if not decoder.used_bytes:
                 break  # more than there is for any chunk
             _take(decoder, out)
+        out.steps.append((decoder.page_rows, decoder.last_key))
         _take(decoder, out)
     except ProtocolError:
         out.steps.append(ProtocolError)
     out.steps.append(decoder.largest_frame_bytes)
     return out
+
+
+def filters_of(given: Sequence[Given], relation: Relation, info: TableInfo) -> list[Filter]:
+    """Those that fit the relation."""
+    checks = [compiled(relation, info, one.conditions) for one in given]
+    return [
+        Filter(number, some, one.actions, one.leaves)
+        for number, (one, some) in enumerate(zip(given, checks, strict=True))
+        if not isinstance(some, Finding) and some
+    ]
 
 
 def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Finding]) -> Decoder:
@@ -107,6 +130,8 @@ def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Find
         setting.frame_overhead_bytes,
         setting.renew_frame_bytes,
         findings.append,
+        lambda relation, info: filters_of(setting.filters, relation, info),
+        len(setting.filters),
     )
 
 

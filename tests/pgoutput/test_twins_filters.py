@@ -1,0 +1,68 @@
+"""Both decoders say the same of any filters on whatever comes, and pass over the same rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuzz.guarded import GuardedConnection
+from pgoutput.compare import Given, Setting, assert_same, outcome, page_outcome
+from pgoutput.given import If
+from pgoutput.twins import TWINS
+from spillway.change import ACTIONS
+from unit import test_twins_decoder, test_twins_page
+from unit.test_twins_decoder import NAMES
+
+SCALARS = st.sampled_from(
+    ["", "a", "a%", "%a", "a_", "%", "a\\%%", '"', "1", "-1", "0", "1.5", "NaN", "Infinity", "t", "f", "true",
+     "2024-01-02", "2024-01-02 03:04:05", "0044-03-15 BC", "infinity", "-infinity",
+     0, 1, -1, 2**63 - 1, -(2**63), 1.5, True, False, "so so", "{1,2}", "<unchanged toast>"]
+)  # fmt: skip
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> If:
+    column = draw(st.sampled_from(NAMES))
+    operator = draw(
+        st.sampled_from(["eq", "ne", "lt", "lte", "gt", "gte", "in", "not_in", "is_null", "is_not_null", "like"])
+    )
+    value: object = None
+    if operator in ("in", "not_in"):
+        value = tuple(draw(st.lists(SCALARS, min_size=1, max_size=3)))
+    elif operator not in ("is_null", "is_not_null"):
+        value = draw(SCALARS)
+    path = draw(st.sampled_from([(), (), ("a",), ("a", "1"), ("n",), ("a", "-1")]))
+    return If(column, operator, value, path)  # type: ignore[arg-type]
+
+
+FILTERS = st.lists(
+    st.builds(
+        Given,
+        st.lists(conditions(), min_size=1, max_size=2).map(tuple),
+        st.frozensets(st.sampled_from(ACTIONS), min_size=1),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+).map(tuple)
+SLOW = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@given(test_twins_decoder.cases(), FILTERS, st.booleans())
+@SLOW
+def test_the_same_chunks(case: tuple[list[bytes], Setting], filters: tuple[Given, ...], alone: bool) -> None:
+    sent, setting = case
+    setting = replace(setting, filters=filters, wanted=frozenset() if alone else setting.wanted)
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
+
+
+@given(test_twins_page.cases(), FILTERS)
+@SLOW
+def test_the_same_pages(case: test_twins_page.Case, filters: tuple[Given, ...]) -> None:
+    relation, lines, setting = case
+    setting = replace(setting, filters=filters)
+    assert_same(
+        [page_outcome(twin, GuardedConnection([relation]), GuardedConnection(lines), setting) for twin in TWINS]
+    )
