@@ -4,7 +4,8 @@ A call is cut into requests of `REQUEST_BYTES`; results are taken in parts, so t
 twice. When the worker is lost, the message that was running fails, and a new worker goes on with the rest. What the
 lost one had done and not yet said is run again, *carefully*: with each result sent at once, the next loss, if it is the
 fault of one of these messages, is known to be of the first that has no result. So a message that is found guilty costs
-one new worker, and two where nothing said which it was.
+one new worker, and two where nothing said which it was, or where what it died of (a segmentation fault) may be what
+messages before it have left behind.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from spillway.functions.process import Lost, WorkerProcess
 from spillway.functions.spec import FunctionSpec
 
 REQUEST_BYTES: Final = 1 << 20  # of messages, unless a single one is larger
+REQUEST_MESSAGES: Final = 8192
 
 
 @dataclass(slots=True)
 class _Progress:
-    """Of one call. ``suspects``: up to here it is run carefully. ``guilty``: failures that are decided, by place."""
+    """Of one call. ``suspects``: up to here it is run carefully. ``warned``: a worker broke down over them once.
+    ``guilty``: failures that are decided, by place."""
 
     at: int = 0
     suspects: int = 0
+    warned: set[int] = field(default_factory=set)
     guilty: dict[int, Made] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     bytes: int = 0
@@ -107,12 +111,16 @@ class IsolatedFunctions:
             )
         except Lost as lost:
             await self._renew()
+            self._must_be_open()
             place = None if lost.place is None else first + lost.place
+            if lost.faulty and place is not None and place not in progress.warned:
+                progress.warned.add(place)
+                return
             self._blame(progress, careful, end, place, lost.failure)
 
     def _blame(self, progress: _Progress, careful: bool, end: int, place: int | None, failure: Made) -> None:
         if place is None or not progress.at <= place < end:
-            place = progress.at if careful or end == progress.at + 1 else None
+            place = progress.at if careful else None
         if place is None:
             progress.suspects = end
         else:
@@ -120,11 +128,19 @@ class IsolatedFunctions:
             progress.suspects = place
 
     async def _started(self) -> WorkerProcess:
-        if self._closed:
-            raise SpillwayError("functions_closed", "the functions of this sink are closed")
+        self._must_be_open()
         if self._worker is None:
             self._worker = await WorkerProcess.start(self._spec)
+            try:
+                self._must_be_open()
+            except SpillwayError:  # closed while it started
+                await self._renew()
+                raise
         return self._worker
+
+    def _must_be_open(self) -> None:
+        if self._closed:
+            raise SpillwayError("functions_closed", "the functions of this sink are closed")
 
     async def _renew(self) -> None:
         worker, self._worker = self._worker, None
@@ -135,6 +151,7 @@ class IsolatedFunctions:
 def _request_end(messages: Sequence[bytes], first: int, limit: int) -> int:
     size = len(messages[first])
     end = first + 1
+    limit = min(limit, first + REQUEST_MESSAGES)
     while end < limit and size + len(messages[end]) <= REQUEST_BYTES:
         size += len(messages[end])
         end += 1

@@ -30,6 +30,7 @@ IDLE: Final = -1
 STATUS_BYTES: Final = 4096
 
 FLUSH_BYTES: Final = 256 << 10  # of results that a worker collects before it sends them
+DETAIL_CHARACTERS: Final = 1000  # of a failure, at most
 OUTPUT_BYTES: Final = 256  # what each message that comes of one counts besides its bytes
 LENGTH: Final = struct.Struct("<I")
 _REQUEST: Final = struct.Struct("<QIB3x")
@@ -63,7 +64,7 @@ def outputs(payload: bytes) -> list[tuple[bytes | None, dict[str, object] | None
 
 
 def failed(reason: str, detail: str) -> Made:
-    return FAILED, orjson.dumps([reason, detail.encode(errors="replace").decode()])
+    return FAILED, orjson.dumps([reason, detail[:DETAIL_CHARACTERS].encode(errors="replace").decode()])
 
 
 def reason_and_detail(payload: bytes) -> tuple[str, str]:

@@ -7,6 +7,7 @@ that is running does. It leads a process group of its own, which is killed as a 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import mmap
 import os
 import pickle
@@ -16,29 +17,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from spillway.errors import SpillwayError
 from spillway.functions import made
-from spillway.functions.made import FLUSH_BYTES, IDLE, LENGTH, OUTPUT_BYTES, STATUS_BYTES, Broken, Made
+from spillway.functions.made import FLUSH_BYTES, IDLE, LENGTH, STATUS_BYTES, Broken, Made
 from spillway.functions.spec import FunctionSpec
 
 SCRIPT: Final = Path(__file__).with_name("worker.py")
 LOAD_SECONDS: Final = 30.0
+IDLE_SECONDS: Final = 10.0  # while no message is running: it reads, or says what it has done
 GRACE_SECONDS: Final = 0.5  # beyond the time limit, before it is killed
+LAST_LOOK_SECONDS: Final = 0.05
 HEAD_BYTES: Final = 64 << 10  # what an answer may have besides its results
+# How a process ends that disturbs itself, and orjson at the memory limit.
+FAULTS: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+MAYBE_MEMORY: Final = ", as it may at its memory limit"
 ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")  # nothing that could be a secret
 
 
 class Lost(Exception):
-    """The worker is gone or useless. ``place``: the message of the request that was running, None if not known."""
+    """The worker is gone or useless. ``place``: the message of the request that was running, None if not known.
+    ``faulty``: it may have been the doing of messages before."""
 
-    def __init__(self, place: int | None, failure: Made) -> None:
+    def __init__(self, place: int | None, failure: Made, faulty: bool = False) -> None:
         super().__init__()
         self.place = place
         self.failure = failure
+        self.faulty = faulty
 
 
 class WorkerProcess:
@@ -48,6 +56,7 @@ class WorkerProcess:
         self._spec = spec
         self._child = child
         self._status = memoryview(status).cast("q")
+        self._status[0] = IDLE
         self._limit_seconds = spec.timeout_seconds + GRACE_SECONDS
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
@@ -60,12 +69,13 @@ class WorkerProcess:
     async def start(cls, spec: FunctionSpec) -> WorkerProcess:
         """Raises `SpillwayError`: it cannot be started, or user code cannot be loaded."""
         try:
-            ours, theirs = socket.socketpair()
-            with tempfile.TemporaryFile() as page:
-                page.truncate(STATUS_BYTES)
-                status = mmap.mmap(page.fileno(), STATUS_BYTES)
-                with theirs:
+            with ExitStack() as on_failure:
+                ours, theirs = socket.socketpair()
+                on_failure.callback(ours.close)
+                with theirs, _page() as page:
+                    status = mmap.mmap(page.fileno(), STATUS_BYTES)
                     child = _spawn(theirs.fileno(), page.fileno())
+                on_failure.pop_all()
         except OSError as error:
             raise SpillwayError(
                 "functions_not_started",
@@ -77,12 +87,14 @@ class WorkerProcess:
             process._reader, process._writer = await asyncio.open_unix_connection(sock=ours)
             await process._load()
         except BaseException:
+            if not hasattr(process, "_writer"):
+                ours.close()
             await process.end()
             raise
         return process
 
     async def _load(self) -> None:
-        text = pickle.dumps(self._spec)
+        text = pickle.dumps((self._spec, [folder for folder in sys.path if folder]))
         self._writer.writelines((LENGTH.pack(len(text)), text))
         try:
             async with asyncio.timeout(LOAD_SECONDS):
@@ -109,7 +121,7 @@ class WorkerProcess:
         self._status[1] = time.monotonic_ns()
         try:
             self._writer.writelines(request)
-            async with asyncio.timeout(self._limit_seconds):
+            async with asyncio.timeout(IDLE_SECONDS):
                 await self._writer.drain()
         except (TimeoutError, ConnectionError):
             raise Lost(None, await self._crashed()) from None
@@ -117,7 +129,7 @@ class WorkerProcess:
     async def answer(self) -> tuple[list[Made], int]:
         """The next part of the answer. Raises `Lost`."""
         (size,) = LENGTH.unpack(await self._exactly(LENGTH.size))
-        most = FLUSH_BYTES + 2 * self._spec.result_bytes + HEAD_BYTES + OUTPUT_BYTES * FLUSH_BYTES
+        most = FLUSH_BYTES + self._spec.result_bytes + HEAD_BYTES
         try:
             if size > most:
                 raise Broken
@@ -126,18 +138,24 @@ class WorkerProcess:
             raise Lost(None, made.failed("function_crashed", "the function has disturbed its process")) from None
 
     async def _exactly(self, size: int) -> bytes:
+        late = False
         while True:
             try:
-                async with asyncio.timeout(max(0.001, self._left_seconds())):
+                wait = min(self._left_seconds(), self._limit_seconds)  # by then another message may be running
+                async with asyncio.timeout(max(LAST_LOOK_SECONDS, wait)):
                     return await self._reader.readexactly(size)
             except TimeoutError:
-                if self._left_seconds() <= 0:
+                if late:
                     raise Lost(self._place(), self._late()) from None
+                late = self._left_seconds() <= 0  # if it was this process that slept, there is something to be read
             except (asyncio.IncompleteReadError, ConnectionError):
-                raise Lost(self._place(), await self._crashed()) from None
+                failure = await self._crashed()
+                raise Lost(self._place(), failure, -self._child.returncode in FAULTS) from None
 
     def _left_seconds(self) -> float:
-        return self._limit_seconds - (time.monotonic_ns() - self._status[1]) / 1e9
+        limit = IDLE_SECONDS if self._place() is None else self._limit_seconds
+        seconds = (time.monotonic_ns() - self._status[1]) / 1e9
+        return limit - seconds if seconds >= 0 else 0.0  # whatever has been written there
 
     def _place(self) -> int | None:
         place = self._status[0]
@@ -158,7 +176,8 @@ class WorkerProcess:
         status = self._child.returncode
         if status >= 0:
             return f" with exit status {status}"
-        return f" by {signal.Signals(-status).name}" if -status in set(signal.Signals) else f" by signal {-status}"
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        return f" by {name}" + (MAYBE_MEMORY if -status in FAULTS else "")
 
     async def end(self) -> None:
         """Kill it with all that it has started, and wait for its end; this is not given up when cancelled."""
@@ -171,6 +190,21 @@ class WorkerProcess:
                 os.killpg(self._child.pid, signal.SIGKILL)
         if hasattr(self, "_writer"):
             self._writer.transport.abort()
+
+
+def _page() -> BinaryIO:
+    """A file without a name. In Linux it is in memory, and user code cannot cut it off under our mapping, which would
+    be our end."""
+    in_memory = hasattr(os, "memfd_create")
+    if in_memory:
+        number = os.memfd_create("spillway-status", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        page: BinaryIO = os.fdopen(number, "r+b", buffering=0)
+    else:
+        page = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the caller closes it
+    page.truncate(STATUS_BYTES)
+    if in_memory:
+        fcntl.fcntl(page.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return page
 
 
 def _spawn(connection: int, status: int) -> subprocess.Popen[bytes]:

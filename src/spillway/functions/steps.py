@@ -12,14 +12,23 @@ from typing import Final
 
 from spillway.functions import jsontext
 from spillway.functions.fields import apply
-from spillway.functions.made import AS_IT_CAME, BODY, NOTHING, OUTPUT_BYTES, SEVERAL, Made, failed, several
+from spillway.functions.made import (
+    AS_IT_CAME,
+    BODY,
+    DETAIL_CHARACTERS,
+    NOTHING,
+    OUTPUT_BYTES,
+    SEVERAL,
+    Made,
+    failed,
+    several,
+)
 from spillway.functions.message import RoutedMessage
 from spillway.functions.spec import FieldOperations, FunctionSpec, PathExpression
 
 UserFunction = Callable[[object, object, object, object], object]
 Route = Mapping[str, object]
 
-DETAIL_CHARACTERS: Final = 1000
 FRAMES: Final = 8  # of a traceback that are shown, the innermost
 PATH: Final = re.compile(r"(record|changes|action|metadata)(\.[a-zA-Z0-9_\-.]+)*")
 PATH_CHARACTERS: Final = 2000
@@ -73,9 +82,9 @@ class Steps:
             if said is not None and not isinstance(said, dict):
                 raise Wrong(f"Routing functions must return a dictionary or None, not {_shown(said)}")
             route = said
-        self.step = "transform"
         if is_delete or (self._transform is None and self._extract is None):
             return (AS_IT_CAME, b"") if route is None else self._several([(None, route)])
+        self.step = "transform"
         if self._extract is not None:
             return self._one(self._extract(message), route)
         assert self._transform is not None

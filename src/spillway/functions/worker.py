@@ -32,15 +32,19 @@ from types import FrameType
 from typing import Final, NoReturn
 
 if __name__ == "__main__":
-    sys.path[0:0] = [__file__.rsplit("/", 3)[0]]  # -I leaves it out
+    sys.path.append(__file__.rsplit("/", 3)[0])  # where Spillway is; last, it hides nothing
 
 from spillway.functions import made
-from spillway.functions.made import DONE, FLUSH_BYTES, IDLE, LENGTH, MORE, RENEW, STATUS_BYTES, Made
+from spillway.functions.made import DETAIL_CHARACTERS, DONE, FLUSH_BYTES, IDLE, LENGTH, MORE, RENEW, STATUS_BYTES, Made
 from spillway.functions.spec import FunctionSpec
 from spillway.functions.steps import Steps, described
 from spillway.functions.usercode import NotLoaded, load
 
 LOADING_BYTES: Final = 2 << 30  # of address space, while user code is loaded
+# Of address space, what is ours and not user code's: a request, its objects, results on their way. orjson takes twelve
+# times a text to read it and eight times to write it, most of it never touched, and breaks down if there is not as much.
+ROOM_BYTES: Final = 4 << 20
+ROOM_FACTOR: Final = 16
 OPEN_FILES: Final = 64
 TICKS: Final = 10  # how often per time limit it is looked at
 PRINTED_CHARACTERS: Final = 300
@@ -84,10 +88,14 @@ class Worker:
         self._tick_seconds = 0.0
         self._printed = Printed()
         self._messages_run = 0
+        self._memory_bytes = 0  # of address space, in which user code must do; 0: it is not loaded yet
         self._threads = 0
 
     def serve(self) -> NoReturn:
-        spec: FunctionSpec = pickle.loads(self._receive())  # noqa: S301 - the parent's own
+        spec: FunctionSpec
+        spec, path = pickle.loads(self._receive())  # noqa: S301 - the parent's own
+        sys.path[0:0] = spec.search_path
+        sys.path.extend(folder for folder in path if folder not in sys.path)
         steps = self._load(spec)
         self._limit = int(spec.timeout_seconds * 1e9)
         self._tick_seconds = spec.timeout_seconds / TICKS
@@ -99,7 +107,6 @@ class Worker:
         """Answer with an empty frame once user code is there, else say why not and end."""
         sys.stdout = sys.stderr = self._printed
         _limit_address_space(LOADING_BYTES + spec.memory_bytes)
-        sys.path[0:0] = spec.search_path
         functions = {}
         for step, function in spec.python.items():
             try:
@@ -111,8 +118,7 @@ class Worker:
         sys.addaudithook(self._audit)
         gc.collect()
         gc.freeze()
-        # One request and one answer are ours, not the user's.
-        _limit_address_space(_address_space_bytes() + spec.memory_bytes + 3 * spec.result_bytes)
+        self._memory_bytes = _address_space_bytes() + spec.memory_bytes
         self._threads = _thread._count()
         self._printed.text = ""
         self._send([LENGTH.pack(0)])
@@ -164,10 +170,12 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - user code may raise anything, and it is all the message's
             self._running = False
             usable = not isinstance(error, MemoryError)
+            if not usable:
+                _limit_address_space(_address_space_bytes() + LOADING_BYTES)  # so that it can be said
             if not usable and self._messages_run:
                 return made.NOTHING, b"", False
             result = self._failure(steps, error)
-        if _thread._count() > self._threads:
+        if self._has_left_thread():
             usable = False
             result = made.failed(f"{steps.step}_failed", f"the {steps.step} function has left a thread behind")
         if os.getpid() != self._pid:  # a copy of this process, which user code has made behind our back
@@ -178,6 +186,13 @@ class Worker:
         self._messages_run += 1
         return *result, usable
 
+    def _has_left_thread(self) -> bool:
+        patience = 20  # milliseconds: one that was joined may still be counted
+        while patience and _thread._count() > self._threads:
+            time.sleep(0.001)
+            patience -= 1
+        return not patience
+
     def _failure(self, steps: Steps, error: BaseException) -> Made:
         if isinstance(error, Late):
             where = described(error).partition("\n")[2]
@@ -186,7 +201,9 @@ class Worker:
         kind, payload = steps.failure(error)
         if self._printed.text:
             reason, detail = made.reason_and_detail(payload)
-            return made.failed(reason, f"{detail[:690]}\nprinted: {self._printed.text}")
+            return made.failed(
+                reason, f"{detail[: DETAIL_CHARACTERS - PRINTED_CHARACTERS - 10]}\nprinted: {self._printed.text}"
+            )
         return kind, payload
 
     def _tick(self, _signal: int, _frame: FrameType | None) -> None:
@@ -199,6 +216,8 @@ class Worker:
 
     def _receive(self) -> bytes:
         (size,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        if self._memory_bytes:
+            _limit_address_space(self._memory_bytes + ROOM_BYTES + ROOM_FACTOR * size)
         return self._exactly(size)
 
     def _exactly(self, size: int) -> bytes:

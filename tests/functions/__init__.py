@@ -1,0 +1,1 @@
+"""Functions of users: what comes of messages, and what poison costs."""

@@ -1,0 +1,150 @@
+"""Field operations beside a plain model of them, and what JSON keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functions.messages import bodies, message, outcomes, python, transform
+from spillway.functions import jsontext
+from spillway.functions.base import Failure
+from spillway.functions.fields import apply
+from spillway.functions.spec import FieldOperation, FieldOperations, FunctionSpec, PathExpression
+
+NAMES = ("a", "b", "c", "a_b", "a_b_c")
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=3), st.just("***"), st.just([{"b": 1}])
+)
+values = st.recursive(scalars, lambda inner: st.dictionaries(st.sampled_from(NAMES), inner, max_size=3), max_leaves=5)
+rows = st.dictionaries(st.sampled_from(NAMES), values, max_size=5)
+columns = st.lists(st.sampled_from(NAMES), max_size=3).map(tuple)
+operations = st.one_of(
+    st.builds(FieldOperation, st.sampled_from(["select", "drop", "mask", "hash", "flatten"]), columns),
+    st.builds(
+        lambda names: FieldOperation("rename", names=names),
+        st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NAMES), max_size=3),
+    ),
+    st.builds(lambda values: FieldOperation("set", values=values), st.dictionaries(st.sampled_from(NAMES), scalars)),
+)
+
+
+def model(row: dict[str, object], one: FieldOperation) -> dict[str, object]:
+    """One operation, column by column, as its documentation says."""
+    found: dict[str, object] = {}
+    for name, value in row.items():
+        at = name in one.columns
+        match one.kind:
+            case "select":
+                if at:
+                    found[name] = value
+            case "drop":
+                if not at:
+                    found[name] = value
+            case "mask":
+                found[name] = "***" if at and value is not None else value
+            case "hash" if at and value is not None:
+                text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+                found[name] = sha256(text.encode()).hexdigest()
+            case "rename":
+                replaced = name not in one.names and any(new == name and old in row for old, new in one.names.items())
+                if not replaced:
+                    found[one.names.get(name, name)] = value
+            case "flatten" if at and isinstance(value, dict):
+                for path, leaf in paths(value):
+                    if "_".join((name, *path)) not in row:
+                        found["_".join((name, *path))] = leaf
+            case _:
+                found[name] = value
+    if one.kind == "set":
+        found.update(one.values)
+    return found
+
+
+def paths(value: dict[str, object]) -> Sequence[tuple[tuple[str, ...], object]]:
+    found: list[tuple[tuple[str, ...], object]] = []
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            found += [((name, *path), leaf) for path, leaf in paths(inner)]
+        else:
+            found.append(((name,), inner))
+    return found
+
+
+@given(rows, st.one_of(st.none(), rows), st.lists(operations, max_size=4))
+def test_operations_are_what_the_model_says(
+    record: dict[str, object], changes: dict[str, object] | None, steps: list[FieldOperation]
+) -> None:
+    expected_record, expected_changes = record, changes
+    for step in steps:
+        expected_record = model(expected_record, step)
+        if expected_changes is not None and step.kind != "set":
+            expected_changes = model(expected_changes, step)
+    whole = {"record": record, "changes": changes, "action": "update", "metadata": {"record_pks": ["1"]}}
+    given_copy = json.loads(json.dumps(whole))
+    found = apply(steps)(given_copy)
+    expected = {**whole, "record": expected_record, "changes": expected_changes}
+    assert json.dumps(found) == json.dumps(expected)  # the order of the columns too
+
+
+async def test_the_message_keeps_its_form() -> None:
+    steps = (FieldOperation("drop", ("secret",)), FieldOperation("set", values={"kind": "job"}))
+    one = message(1, action="update", changes={"secret": 1}, secret=2)
+    (found,) = await bodies(FunctionSpec(transform=FieldOperations(steps)), one)
+    assert found == {**orjson.loads(one), "record": {"id": 1, "kind": "job"}, "changes": {}}
+    beside = FunctionSpec(filter=python("def filter(*_):\n    return True\n"), transform=FieldOperations(steps))
+    assert await bodies(beside, one) == [found]  # in a worker
+
+
+BIG = 123456789012345678901234567890
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, -(10**19) + 1, BIG, -BIG])
+async def test_integers_keep_every_digit(number: int) -> None:
+    one = b'{"record":{"n":%d},"changes":null,"action":"insert","metadata":{}}' % number
+    for spec in (
+        FunctionSpec(transform=PathExpression("record")),
+        transform("return {'n': record['n'] + 1 - 1}"),
+    ):
+        ((output,),) = await outcomes(spec, one)
+        assert output.body == b'{"n":%d}' % number
+
+
+@given(st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=10,
+))  # fmt: skip
+def test_json_comes_back_as_it_was(value: object) -> None:
+    text = jsontext.dumps(value)
+    assert b"\n" not in text
+    assert jsontext.loads(text) == value
+    assert json.loads(text) == value
+    assert jsontext.loads(json.dumps(value).encode()) == value
+
+
+def test_json_that_orjson_does_not_take() -> None:
+    half = jsontext.loads(b'{"a":"\\ud800"}')
+    assert jsontext.dumps(half) == b'{"a":"\\ud800"}'
+    assert jsontext.dumps({1: float("nan"), None: 2**70, True: float("inf")}) == (
+        b'{"1":null,"null":1180591620717411303424,"true":null}'
+    )
+    deep = b"[" * 500 + b"]" * 500
+    assert jsontext.dumps(jsontext.loads(deep)) == deep
+    with pytest.raises(ValueError, match="beyond what a double holds"):
+        jsontext.loads(b"[1e400]")
+
+
+async def test_data_that_cannot_be_read_fails_alone() -> None:
+    spec = FunctionSpec(transform=PathExpression("record.n"))
+    bad = b'{"record":{"n":1e999},"changes":null,"action":"insert","metadata":{}}'
+    good = b'{"record":{"n":1},"changes":null,"action":"insert","metadata":{}}'
+    first, failed, last = await outcomes(spec, good, bad, good)
+    assert first == last
+    assert isinstance(failed, Failure)
+    assert failed == Failure("transform_failed", "ValueError: the number 1e999 is beyond what a double holds")
