@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from spillway.config import destination
 from spillway.sinks import CLASSES
 from spillway.sinks.routing import ROUTING_KEYS, checked
 
 
 def test_every_type_of_destination_has_its_keys() -> None:
     assert set(ROUTING_KEYS) == set(CLASSES)
+    for model in (destination.OpenSearch, destination.Elasticsearch, destination.Webhook, destination.File):
+        (kind,) = get_args(model.model_fields["type"].annotation)
+        assert ROUTING_KEYS[kind] == model.routing_keys
     assert ROUTING_KEYS["opensearch"] == ("index_name", "id", "op", "doc_as_upsert", "routing", "pipeline")
     assert ROUTING_KEYS["webhook"] == ("method", "endpoint_path", "headers")
 

@@ -269,6 +269,16 @@ async def test_an_alias_of_several_indices_cannot_be_read_for_an_update(index: I
     assert "more than one" in result.detail
 
 
+async def test_a_closed_index_is_the_sinks_failure_for_updates_too(index: Index) -> None:
+    sink = index.sink(op="update", doc_as_upsert=True)
+    assert await one(sink, {"v": 1}) == OK
+    await index.client.post(f"/{index.name}/_close")
+    result = await one(sink, {"v": 2})
+    assert (result.outcome, result.reason) == ("sink_down", "index_closed_exception")
+    await index.client.post(f"/{index.name}/_open?wait_for_active_shards=1")
+    assert await one(sink, {"v": 2}) == OK
+
+
 # -- shards -----------------------------------------------------------------------------------------------------------
 
 JOIN = {

@@ -20,6 +20,10 @@ applied, and the batch comes again.
 A batch is columns (`spillway.chunk.Batch`): ``send`` turns them into bytes without an object per message, and looks at
 single messages only where something about them calls for it. It never keeps a batch beyond its answer.
 
+What functions have made of messages (`Batch.complete`) is sent as it is: a body is the whole message, or row, or
+document, and a message may stand there several times, or as something else than an object. Where it goes may be said
+for each (`Chunk.route`): `spillway.sinks.routing` has what a sink of each type understands, and has checked it.
+
 ``send`` returns one `Result` alone when the answer concerns the batch as a whole, and that is always so when everything
 is ``ok``: the caller then does nothing per message either. Else it returns one `Result` per message, in the order of
 the batch. A whole-batch ``reject`` (400, 413) is halved by the caller until the culprit is alone.

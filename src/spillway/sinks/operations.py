@@ -38,6 +38,7 @@ Place = tuple[str, str]  # index and _id
 
 _DELETE: Final = ACTIONS.index("delete")
 _TRUNCATE: Final = ACTIONS.index("truncate")
+_NO_CHANGES: Final = b',"changes":{}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,10 @@ def _left_behind(
         return None
     if chunk.complete and destination.document == "record":
         return None
-    changes = _fields(b"".join((chunk.body(index), b"" if chunk.complete else destination.suffix))).get("changes")
+    body = chunk.body(index)
+    if not chunk.complete and body.startswith(_NO_CHANGES, RECORD_START + (chunk.word(index, INDEX) >> 32)):
+        return None
+    changes = _fields(body if chunk.complete else body + destination.suffix).get("changes")
     before = _text(changes.get(column)) if isinstance(changes, dict) else None
     if before is None or before == operation.routing:
         return None

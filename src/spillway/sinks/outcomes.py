@@ -76,9 +76,9 @@ class Outcomes:
         status = item["status"]
         if "error" not in item and (status < 300 or (delete and status == 404)):
             return OK
-        return self._failed(status, item.get("error"), routed=routed)
+        return self.failed(status, item.get("error"), routed=routed)
 
-    def _failed(self, status: int, error: object, *, routed: bool) -> Result:
+    def failed(self, status: int, error: object, *, routed: bool) -> Result:
         reason, detail = describe(error)
         reason = reason or f"http_{status}"
         if reason in _INDEX_DOWN:

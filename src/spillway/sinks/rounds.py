@@ -147,9 +147,9 @@ class Rounds:
         assert isinstance(answer, Answer)
         found: dict[_Shard, Current | Result | None] = {}
         for one, document in zip(updates, orjson.loads(answer.body)["docs"], strict=True):
-            reason, detail = describe(document.get("error"))
-            if reason and reason != NO_INDEX:
-                found[_shard(one)] = retry(reason, detail)
+            error = document.get("error")
+            if error is not None and describe(error)[0] != NO_INDEX:
+                found[_shard(one)] = self._outcomes.failed(500, error, routed=one.index != self._own)
             elif document.get("found"):
                 found[_shard(one)] = Current(document["_seq_no"], document["_primary_term"])
             else:
