@@ -46,6 +46,8 @@ _SINK_GAUGES = (
     ("spillway_backlog_oldest_seconds", "backlog_oldest_seconds", "Age of the oldest message in the store"),
     ("spillway_parked_keys", "parked_keys", "Keys whose head was rejected or waits for its retry"),
     ("spillway_dead_letters", "dead_letters", "Messages given up on, kept for retry, export or discard"),
+    ("spillway_due_refreshes", "due_refreshes", "Documents to be made anew, since a related table has changed"),
+    ("spillway_due_refreshes_oldest_seconds", "due_refreshes_oldest_seconds", "Age of the oldest due refresh"),
     ("spillway_sink_memory_messages", "messages_in_memory", "Messages of the sink in memory"),
     ("spillway_sink_memory_bytes", "bytes_in_memory", "Bytes of the messages of the sink in memory"),
 )

@@ -176,11 +176,24 @@ def _switch(client: Client, sink: str, verb: str, json: bool) -> None:
 def _show_sinks(found: list[output.Row]) -> None:
     output.table(SINK_COLUMNS, map(_sink_cells, found))
     for sink in found:
-        if sink.get("state") not in WELL:
+        if sink.get("state") not in WELL or sink.get("reason"):
             reason, last_error = str(sink.get("reason") or ""), str(sink.get("last_error") or "")
             parts = [reason, "" if last_error in reason else last_error, str(sink.get("remedy") or "")]
             if any(parts):
                 output.emit(output.printable(f"{sink.get('name')}: {'; '.join(filter(None, parts))}"))
+
+        related = sink.get("related")
+        if isinstance(related, dict) and (related.get("due") or related.get("backlog_messages")):
+            output.emit(output.printable(f"{sink.get('name')}: {_due(related)}"))
+
+
+def _due(related: output.Row) -> str:
+    parts = [f"{related.get('due')} documents are to be refreshed"]
+    if related.get("due_oldest_seconds"):
+        parts.append(f"the first since {output.seconds(related.get('due_oldest_seconds'))}")
+    if related.get("backlog_messages"):
+        parts.append(f"{related.get('backlog_messages')} changes of related tables come first")
+    return ", ".join(parts) + (f" ({related.get('waiting')})" if related.get("waiting") else "")
 
 
 def _show_databases(found: list[output.Row]) -> None:

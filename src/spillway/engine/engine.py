@@ -238,6 +238,7 @@ class Engine:
             "truncates_ignored": delivery.truncates_ignored,
             "last_error": delivery.last_error,
             "due_refreshes": counters.refreshes,
+            "due_refreshes_oldest_seconds": 0 if companion is None else round(companion.oldest_seconds, 3),
             "related": None if companion is None else companion.as_item(),
             "store_reads_at_first_request": delivery.reads_before_first_request,
             "position": str(delivery.tail),

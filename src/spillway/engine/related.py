@@ -135,10 +135,15 @@ class Companion:
             found.append(Finding("related", what, self.health.remedy))
         return found
 
+    @property
+    def oldest_seconds(self) -> float:
+        """Age of the oldest due refresh, as of the last `tick`."""
+        since = [refresh.since for refresh in self.refreshes.values() if refresh.since is not None]
+        return max(0.0, self._clock.wall() - min(since)) if since else 0.0
+
     def as_item(self) -> dict[str, object]:
         """For a sink's status."""
         counters = self.delivery.counters
-        since = [refresh.since for refresh in self.refreshes.values() if refresh.since is not None]
         waiting = [f"{'.'.join(r.table)}: {r.waiting}" for r in self.refreshes.values() if r.waiting]
         return {
             "name": self.delivery.name,
@@ -150,7 +155,7 @@ class Companion:
             "parked_keys": counters.parked_keys,
             "dead_letters": counters.dead_letters,
             "due": self.main.counters.refreshes,
-            "due_oldest_seconds": round(max(0.0, self._clock.wall() - min(since)), 3) if since else 0,
+            "due_oldest_seconds": round(self.oldest_seconds, 3),
             "refreshed": sum(refresh.rows for refresh in self.refreshes.values()),
         }
 
