@@ -165,6 +165,13 @@ def test_python_that_cannot_be_loaded(write: Write, capsys: pytest.CaptureFixtur
     assert "nowhere_to_be_found" in found["what"]
 
 
+def test_workers_that_take_too_much_of_the_limit(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(function("wanted", "filter", "return True"), filter="wanted")
+    whole = {**yaml.safe_load(file.read_text()), "memory": {"limit_mb": 64}, "function_limits": {"memory_mb": 48}}
+    file.write_text(yaml.safe_dump(whole))
+    assert [found["code"] for found in findings(capsys, file)] == ["functions_memory"]
+
+
 @pytest.mark.parametrize(
     ("sql", "code", "what"),
     [

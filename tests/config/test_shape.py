@@ -302,9 +302,26 @@ def test_outboxes_that_are_wrong(tmp_path: Path, body: str, expected: str) -> No
     assert error.removeprefix("outbox.").startswith(expected)
 
 
-def test_headers_of_an_outbox_are_for_webhooks(tmp_path: Path) -> None:
-    expected = "outbox.headers: has no meaning for opensearch"
-    assert errors(tmp_path, "outbox: {prefix: a, headers: {X: y}}") == [expected]
+@pytest.mark.parametrize(
+    ("extra", "destination", "expected"),
+    [
+        ("outbox: {prefix: a, headers: {X: y}}", "{type: stdout}", "outbox.headers: has no meaning for stdout"),
+        ("outbox: {prefix: a}", SEARCH, "outbox: is for sinks of messages: opensearch keeps rows"),
+        (
+            "filter: wanted\n  outbox: {prefix: a}",
+            HOOK,
+            "outbox: does not go together with filter: it makes the whole message",
+        ),
+        (
+            "format: record\n  outbox: {prefix: a}",
+            HOOK,
+            "outbox: does not go together with format: it makes the whole message",
+        ),
+        ("format: record", "{type: sqlite, path: x}", "format: has no meaning for sqlite, which keeps rows"),
+    ],
+)
+def test_what_makes_messages_of_another_kind(tmp_path: Path, extra: str, destination: str, expected: str) -> None:
+    assert errors(tmp_path, extra, destination) == [expected]
 
 
 def test_updates_of_documents(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spillway.config import Blackhole, Config, Database, Function, Sink, TableName
-from spillway.engine.shaping import new_functions
+from spillway.engine.shaping import new_budget, new_functions
 from spillway.errors import Finding, SpillwayError
 from spillway.functions.base import Failure, Outcome
 from spillway.sinks.base import message_suffix
@@ -193,9 +193,14 @@ def findings(config: Config) -> list[Finding]:
 
 
 async def _findings(config: Config) -> list[Finding]:
+    sinks = [sink for sink in config.sinks if sink.status != "disabled"]
     found: list[Finding] = []
-    for sink in config.sinks:
-        functions = None if sink.status == "disabled" else new_functions(config, sink, sink.max_message_bytes)
+    try:
+        new_budget(config, sinks)
+    except SpillwayError as error:  # their workers take too much of the limit
+        found.append(Finding(error.code, error.what, error.remedy))
+    for sink in sinks:
+        functions = new_functions(config, sink, sink.max_message_bytes)
         if functions is None:
             continue
         try:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from spillway.config.backfill import BackfillLimits, InitialBackfill, InitialBackfills
 from spillway.config.database import stable_id
-from spillway.config.destination import OLD_SPELLINGS, Destination, OnTruncate, Search, Toast, Webhook
+from spillway.config.destination import OLD_SPELLINGS, Destination, OnTruncate, Search, Sqlite, Toast, Webhook
 from spillway.config.document import Block
 from spillway.config.memory import MB
 from spillway.config.section import Reading, Section, nearest
@@ -249,6 +249,8 @@ class Sink(Section):
     def _one_shape(cls, value: str, info: ValidationInfo) -> str:
         if value != "sequin" and info.data.get("transform") is not None:
             raise ValueError("does not go together with transform, which makes the whole message")
+        if value != "sequin" and isinstance(info.data.get("destination"), Sqlite):
+            raise ValueError("has no meaning for sqlite, which keeps rows")
         return value
 
     @field_validator("related")
@@ -267,6 +269,11 @@ class Sink(Section):
         destination = info.data.get("destination")
         if outbox is None or destination is None:
             return outbox
+        if destination.state:
+            raise ValueError(f"is for sinks of messages: {destination.type} keeps rows")
+        others = [key for key in FUNCTION_KEYS if info.data.get(key) is not None]
+        if others or info.data.get("format", "sequin") != "sequin":
+            raise ValueError(f"does not go together with {[*others, 'format'][0]}: it makes the whole message")
         if outbox.table is not None:
             _of_this_sink(outbox.table, "table", info)
         for key in outbox.routing:
