@@ -198,7 +198,7 @@ class ByKeys:
                 )
             reading = _Reading(session, prepared, keys, seen, limits)
             session.connection.pgconn.send_query_prepared(
-                prepared.statement, [*question.literals(keys), *(str(limit).encode() for limit in limits)]
+                prepared.statement, [*question.literals(reading.distinct), *(str(limit).encode() for limit in limits)]
             )
             session.connection.pgconn.set_single_row_mode()
             await session.connection.wait(_rows(session.connection.pgconn, reading.take))
@@ -335,6 +335,11 @@ class _Reading:
             self._places.setdefault(key, []).append(place)
         self._seen = seen
         self._left_bytes, self._row_bytes = limits
+
+    @property
+    def distinct(self) -> Sequence[tuple[str, ...]]:
+        """Each key once: joined with the same key twice, a row would be two."""
+        return list(self._places)
 
     def take(self, result: PGresult) -> None:
         values = [result.get_value(0, i) for i in range(result.nfields)]

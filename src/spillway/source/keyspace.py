@@ -50,9 +50,6 @@ class Column:
             return cast_value
         return sql.SQL("{} COLLATE {}").format(cast_value, sql.Identifier(*self.collation))
 
-    def equals(self, one: sql.Composable, other: sql.Composable) -> sql.Composable:
-        return _operation(one, self.operators[EQUAL], other)
-
 
 CTID: Final = Column(
     "ctid",
@@ -161,21 +158,18 @@ class Rows:
     # By keys.
 
     def by_arrays(self, columns: Sequence[Column]) -> sql.Composed:
-        """The rows with the keys in $1 ... $n, arrays of text of these columns, which are the order's. What is equal
-        under a collation or as a number and reads otherwise is found as well."""
-        names = [sql.Identifier(_GIVEN, str(i)) for i in range(len(columns))]
-        arrays = [_verbatim(f"${i + 1}") for i in range(len(columns))]
-        pairs = [
-            column.equals(self.column(column.name), column.made_of(name))
-            for column, name in zip(columns, names, strict=True)
-        ]
-        return sql.SQL("SELECT {} FROM {} JOIN pg_catalog.unnest({}) AS {} ({}) ON {}{}").format(
+        """The rows with the keys in $1 ... $n, arrays of text of these columns, which are the order's; text for text as
+        by `copy_keys`."""
+        numbers = range(len(columns))
+        made = [column.made_of(sql.Identifier(_GIVEN, str(i))) for i, column in zip(numbers, columns, strict=True)]
+        # With several arrays it is a notation, not a function that has a schema.
+        return sql.SQL("SELECT {} FROM {} JOIN unnest({}) AS {} ({}) ON {}{}").format(
             self._list(self.streamed),
             self.source,
-            sql.SQL(", ").join(arrays),
+            sql.SQL(", ").join(_verbatim(f"${i + 1}") for i in numbers),
             sql.Identifier(_GIVEN),
-            sql.SQL(", ").join(sql.Identifier(str(i)) for i in range(len(columns))),
-            _AND.join(pairs),
+            sql.SQL(", ").join(sql.Identifier(str(i)) for i in numbers),
+            self._matches(columns, made),
             self._where([self.condition]),
         )
 
@@ -183,13 +177,17 @@ class Rows:
         """The rows with these values of the order's columns, text for text: what is equal under a collation or as a
         number and reads otherwise is another key."""
         return sql.SQL("COPY (SELECT {} FROM {} JOIN {} ON {}{}) TO STDOUT").format(
-            self._list(self.streamed), self.source, self._given(keys), self._matches(), self._where([self.condition])
+            self._list(self.streamed),
+            self.source,
+            self._given(keys),
+            self._matches_given(),
+            self._where([self.condition]),
         )
 
     def missing_keys(self, keys: Sequence[Sequence[str]]) -> sql.Composed:
         """The numbers of those that `copy_keys` does not give."""
         return sql.SQL("SELECT {} FROM {} WHERE NOT EXISTS (SELECT FROM {}{})").format(
-            _GIVEN_NUMBER, self._given(keys), self.source, self._where([self._matches(), self.condition])
+            _GIVEN_NUMBER, self._given(keys), self.source, self._where([self._matches_given(), self.condition])
         )
 
     def _given(self, keys: Sequence[Sequence[str]]) -> sql.Composable:
@@ -206,14 +204,18 @@ class Rows:
             sql.SQL(", ").join(rows), sql.Identifier(_GIVEN), sql.SQL(", ").join(names)
         )
 
-    def _matches(self) -> sql.Composable:
+    def _matches(self, columns: Sequence[Column], given: Sequence[sql.Composable]) -> sql.Composable:
         pairs: list[sql.Composable] = []
-        for i, column in enumerate(self.order.columns):
-            one, other = self.column(column.name), sql.Identifier(_GIVEN, str(i))
-            pairs.append(column.equals(one, other))
+        for column, other in zip(columns, given, strict=True):
+            one = self.column(column.name)
+            pairs.append(_operation(one, column.operators[EQUAL], other))
             as_text = sql.SQL('CAST({} AS pg_catalog.text) COLLATE pg_catalog."C"')
             pairs.append(_operation(as_text.format(one), ("pg_catalog", "="), as_text.format(other)))
         return _AND.join(pairs)
+
+    def _matches_given(self) -> sql.Composable:
+        columns = self.order.columns
+        return self._matches(columns, [sql.Identifier(_GIVEN, str(i)) for i in range(len(columns))])
 
     # Parts.
 
