@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import psycopg
 import pytest
 
 from backfill.site import Site, sqlite_sink
@@ -61,6 +60,16 @@ class Board(Site):
     def is_right(self) -> bool:
         return self.documents() == self.fresh()
 
+    def renamed(self, name: str = "renamed") -> int:
+        return self.ask("select count(*) from jobs where company = ?", name)
+
+    def title(self, number: int) -> str:
+        return self.ask("select title from jobs where id = ?", number)
+
+    def ask(self, query: str, *given: object) -> Any:
+        with closing(sqlite3.connect(self.folder / "jobs.db")) as db:
+            return db.execute(query, given).fetchone()[0]
+
     @property
     def due(self) -> int:
         return int(self.status("jobs")["due_refreshes"])
@@ -100,3 +109,68 @@ def test_documents_follow_their_related_tables(board: Board) -> None:
         board.sql(statement)
         board.wait_right()
     board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def test_a_large_fan_out_goes_on_after_sigkill(board: Board) -> None:
+    board.sql("insert into jobs select n, 1, 'job ' || n from generate_series(1001, 1000 + 20000) n")
+    board.begin()
+    board.wait_right()
+    board.sql("update companies set name = 'renamed' where id = 1")
+    board.wait(lambda: board.due > 0, "the first refreshes to be due", every=0.01)
+    board.again()  # while keys are being asked for, or shortly after
+    for left in (15_000, 8_000):
+        board.wait(
+            lambda most=left: board.renamed() > 0 and 0 < board.due < most, "a part of the refreshes", every=0.01
+        )
+        board.again()
+        assert board.due > 0
+    board.wait_right()
+    board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def test_live_changes_flow_during_a_refresh(board: Board) -> None:
+    """What is asked for again while it is due is done once; changes of other rows do not wait for it."""
+    rows = 20_000
+    board.sql(f"insert into jobs select n, 1, 'job ' || n from generate_series(1001, 1000 + {rows}) n")
+    board.begin()
+    board.wait_right()
+    board.product.memory.label = "refresh"
+    for name in ("first", "second", "third"):
+        board.sql(f"update companies set name = '{name}' where id = 1")
+    seconds: list[float] = []
+    number = 0
+    while board.renamed("third") < rows:
+        number += 1
+        began = time.monotonic()
+        board.sql(f"update jobs set title = 'live {number}' where id = 1")
+        board.wait(lambda title=f"live {number}": board.title(1) == title, "a live change", every=0.002)
+        seconds.append(time.monotonic() - began)
+    board.wait_right()
+    assert number > 20
+    assert sorted(seconds)[int(len(seconds) * 0.99)] < 1.0
+    assert board.status("jobs")["related"]["refreshed"] < 3 * rows
+    board.stop()
+    assert max(board.product.memory.peaks.values()) < (128 + 100) << 20
+
+
+def test_a_table_that_does_not_tell_its_old_values_is_refused(board: Board) -> None:
+    board.sql("alter table skills replica identity default")
+    board.begin()
+    board.wait_right()
+    board.sql("insert into skills values (100, 1, 'new')")
+    board.wait(lambda: "REPLICA IDENTITY FULL" in board.status("jobs")["remedy"], "the finding")
+    assert "job_id" in board.status("jobs")["reason"]
+    board.sql("update companies set name = 'renamed' where id = 2")  # the other table's refreshes flow
+    board.wait(lambda: board.documents()[1] == board.fresh()[1], "the documents of company 2")
+
+
+def test_sql_that_does_not_fit_is_said(board: Board) -> None:
+    board.configure(
+        jobs_sink() | {"related": [{"table": "public.skills", "sql": "select nothing from jobs where id = any($1)"}]}
+    )
+    board.begin()
+    board.sql("insert into skills values (100, 1, 'new')")
+    board.wait(lambda: "nothing" in board.status("jobs")["reason"], "the finding")
+    board.sql("alter table jobs add column nothing int", "update jobs set nothing = id")
+    board.wait_right()
+    board.wait(lambda: "nothing" not in board.status("jobs")["reason"], "the end of the finding")
