@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from source.conftest import MANY, SourceDatabase
-from spillway.source.bykeys import Fetched
 from spillway.source.enrich import Enricher
 from spillway.source.origin import Expected
+from spillway.source.reading import Fetched
 from spillway.source.reselect import Reselect, Rows
 from spillway.source.snapshot import Seen
 

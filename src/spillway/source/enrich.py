@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from spillway.errors import SpillwayError
-from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys, Fetched
+from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys
 from spillway.source.connect import Connection
 from spillway.source.origin import Expected
 from spillway.source.queries import fetch
+from spillway.source.reading import Fetched
 from spillway.source.refusal import quoted
 from spillway.source.sessions import Sessions
 from spillway.source.snapshot import Seen
