@@ -9,6 +9,10 @@ that the page's snapshot sees: then it was brought by the stream since, as a who
 its way, so it is looked at again, by key, once the stream has come by: the row is read, a second passes, in which a
 sink that keeps up has brought it, and the document is asked for. What differs after `LOOKS` of these is a difference.
 
+Where the sink shapes its messages (spillway.flow.shaping) the row of a page is shaped as it would be for the sink, and
+the document compared with that. Of a document that a Python function, a path or an envelope has made nobody knows what
+it says of the change that brought it: there only that it is there, or not, is compared.
+
 What the sink leaves out on purpose is none: changes of actions that it does not take, columns that it may omit
 (``toast: omit``), rows above its ``max_message_bytes``.
 
@@ -28,13 +32,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spillway.change import Change
+from spillway.chunk import Batch, Keying, Span
 from spillway.clock import Clock
 from spillway.config import Search, Sink
 from spillway.engine.shadow import ReindexState
-from spillway.errors import SpillwayError
+from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.flow.attempt import Answer
 from spillway.flow.budget import Spare
 from spillway.flow.paging import OpenReader
+from spillway.flow.shaping import Shaping
 from spillway.position import version
+from spillway.sinks.base import OK, Result
 from spillway.sinks.document import document_id, parsed
 from spillway.sinks.index import Found
 from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout, Range, Selection
@@ -82,6 +90,7 @@ class Equality:
         settled: Callable[[], Awaitable[None]],
         come_by: Callable[[int], Awaitable[None]],
         clock: Clock,
+        shaping: Shaping | None = None,
     ) -> None:
         """``settled`` returns when the shadow has delivered all but the youngest changes that it got, ``come_by`` when
         the stream has carried everything up to a position. Both raise when nobody wants to know any more."""
@@ -94,6 +103,8 @@ class Equality:
         self._settled = settled
         self._come_by = come_by
         self._clock = clock
+        self._shaping = shaping  # None: the documents are the rows
+        self._opaque = shaping is not None and shaping.opaque
         self._needed_bytes = 0  # of credit, for a large row
         self._seen: set[Selection] = set()  # relations of the table that is being compared, since it was backfilled
         self._vanished = False  # one of these has gone
@@ -255,34 +266,55 @@ class Equality:
     async def _unequal(self, page: Page) -> Keys:
         """The rows of a page that the index has not, or has otherwise."""
         rows = {row.pks: row for row in map(page.chunk.change, range(page.chunk.count)) if self._is_taken(row)}
-        found = await self._documents(
-            {document_id(key): key for key in rows}, sum(len(row.body) for row in rows.values())
-        )
         newest = self._newest(page)
-        return await asyncio.to_thread(self._judged, rows, found, newest)
-
-    def _judged(self, rows: Mapping[Cursor, Change], found: Mapping[Cursor, Found | None], newest: int) -> Keys:
+        if self._shaping is None:
+            return await self._compared({key: row.record for key, row in rows.items()}, newest)
         differing: Keys = {}
-        for key, row in rows.items():
+
+        async def compare(shaped: Batch) -> Answer:
+            """What would be sent of some of the rows; its credit is held as long as this takes."""
+            images = {message.change.pks: message.change.body for message in shaped}
+            differing.update(await self._compared({key: images[key] for key in images if key in rows}, newest))
+            return OK
+
+        if page.chunk.count:
+            answer = await self._shaping(Batch([(Span(page.chunk, Keying.STATE), 0, page.chunk.count)]), compare)
+            for result in answer if not isinstance(answer, Result) else (answer,):
+                if result.outcome == "sink_down":
+                    raise SourceUnavailable(result.reason, result.detail)
+        return differing
+
+    async def _compared(self, images: Mapping[Cursor, bytes], newest: int) -> Keys:
+        found = await self._documents({document_id(key): key for key in images}, sum(map(len, images.values())))
+        return await asyncio.to_thread(self._judged, images, found, newest)
+
+    def _judged(self, images: Mapping[Cursor, bytes], found: Mapping[Cursor, Found | None], newest: int) -> Keys:
+        differing: Keys = {}
+        for key, image in images.items():
             if key not in found:
                 if "insert" in self._sink.actions:
                     differing[key] = MISSING
                 continue
             document = found[key]
             if document is not None and (
-                document.version > newest or "update" not in self._sink.actions or self._is_equal(row, document)
+                document.version > newest or "update" not in self._sink.actions or self._is_equal(image, document)
             ):
                 continue
             differing[key] = UNEQUAL
         return differing
 
-    def _is_equal(self, row: Change, document: Found) -> bool:
-        held = document.source
-        if held is not None and not self._bare:
-            record = held.get("record")
-            held = record if isinstance(record, dict) else None
-        whole = parsed(row.record)
-        if held is None or not isinstance(whole, dict):
+    def _is_equal(self, image: bytes, document: Found) -> bool:
+        if self._opaque:
+            return True
+        held: object = document.source
+        whole = parsed(image)
+        if not self._bare and isinstance(held, dict):
+            if self._shaping is not None and isinstance(whole, dict):
+                if _enrichment(held) != _enrichment(whole):
+                    return False
+                whole = whole.get("record")
+            held = held.get("record")
+        if not isinstance(held, dict) or not isinstance(whole, dict):
             return False
         if self._sink.toast == "omit":
             whole = {name: value for name, value in whole.items() if name in held}
@@ -340,3 +372,8 @@ class Equality:
             yield least
         finally:
             spare.give(whole)
+
+
+def _enrichment(message: Mapping[str, object]) -> object:
+    metadata = message.get("metadata")
+    return metadata.get("enrichment") if isinstance(metadata, dict) else None

@@ -45,6 +45,7 @@ from spillway.engine.equality import ENOUGH, Equality, Source
 from spillway.engine.newindex import NewIndex
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.shadow import ReindexState, Step, shadow_of
+from spillway.engine.shaping import is_shaped
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Turn
@@ -348,7 +349,10 @@ class Reindex:
         timeout_seconds = self._sink.backfill.timeout_ms / 1000
         open_reader = partial(self._pipeline.open_reader, filters=self._sink.filters)
         source = Source(open_reader, self._around.spare, timeout_seconds)
-        equality = Equality(self.index.sink, self._sink, state, source, self._caught_up, self._come_by, self._clock)
+        shaping = self._shadow.shaping if is_shaped(self._sink) else None
+        equality = Equality(
+            self.index.sink, self._sink, state, source, self._caught_up, self._come_by, self._clock, shaping
+        )
         await equality.compare([table for table in tables if ".".join(table) in state.backfills])
         self._go_on()
         if equality.found:

@@ -98,6 +98,12 @@ class Reindexes:
             raise SpillwayError(
                 "no_search_sink", f"sink {name} fills no index of a search server", "name one that does"
             )
+        if sink.routing is not None:
+            raise SpillwayError(
+                "routed",
+                f"sink {name} has a routing function: where its documents are is said message by message",
+                "fill a new index by a sink of its own, with a backfill",
+            )
         async with self._one_at_a_time:
             return await self._start(pipeline, sink, sink.destination, order)
 

@@ -109,6 +109,7 @@ def new_shaping(
         suffix,
         keeps_rows=keeps_rows,
         as_record=document == "record" or isinstance(sink.destination, Sqlite),
+        keeps_form=sink.outbox is None and (sink.transform is None or config.function(sink.transform).type == "fields"),
         reread=reread,
         enrich=enrich,
         functions=new_functions(config, sink, share.most_bytes // RESULT_PART),

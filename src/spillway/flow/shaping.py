@@ -34,11 +34,13 @@ from typing import Protocol
 
 import orjson
 
+from spillway.change import RECORD_START
 from spillway.chunk import LARGE, LSN, Batch, Message, Route, reshaped
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
 from spillway.functions.base import Failure, Functions, Outcome, Output
+from spillway.functions.members import end_of_value
 from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Fetched
 from spillway.source.reselect import Rows
@@ -82,6 +84,8 @@ class Steps:
     suffix: bytes  # closes a body into this sink's message, see spillway.change
     keeps_rows: bool  # a sink of rows or documents: a delete is by key, and passes filter and transform
     as_record: bool  # what is sent is the row, not the message around it
+    # What functions make of a message is one in Sequin's format, of which the row may be sent; else it may be anything.
+    keeps_form: bool = True
     reread: Reread | None = None
     enrich: Enrich | None = None
     functions: Functions | None = None
@@ -155,6 +159,12 @@ class Shaping:
         self._growth = 1.0  # bytes of what functions make of a message, for each of its own
         self.queries = 0
         self.repeated = 0  # of these, because a snapshot did not see the change yet
+
+    @property
+    def opaque(self) -> bool:
+        """What is sent may say anything of the change that it is sent for."""
+        steps = self._steps
+        return steps.envelope is not None or (steps.functions is not None and not steps.keeps_form)
 
     async def close(self) -> None:
         for step in (self._steps.reread, self._steps.enrich, self._steps.functions):
@@ -347,11 +357,9 @@ class Shaping:
             except ValueError as error:
                 part.decide(place, reject("routing_failed", str(error)))
                 continue
-            unchanged = self._unchanged(part, place) if any(one.body is None for one in outcome) else b""
-            part.rows.pop(place, None)
             for one, route in zip(outcome, routes, strict=True):
-                body = unchanged if one.body is None else one.body
-                outgoing.append(_Outgoing(place, part.messages[place], body, route))
+                outgoing.append(_Outgoing(place, part.messages[place], self._body(part, place, one), route))
+            part.rows.pop(place, None)
         return outgoing
 
     async def _ask(self, part: _Part, places: Sequence[int]) -> dict[int, Outcome]:
@@ -379,15 +387,19 @@ class Shaping:
         more = b"" if self._steps.metadata is None else self._steps.metadata(message)
         return message.change.body + more + suffix
 
-    def _unchanged(self, part: _Part, place: int) -> bytes:
-        """What is sent of a message that no transform has made something of."""
+    def _body(self, part: _Part, place: int, output: Output) -> bytes:
         message, steps = part.messages[place], self._steps
+        if output.body is not None and not (steps.as_record and steps.keeps_form):
+            return output.body
         if steps.envelope is not None and message.action != "truncate":
             return steps.envelope(message, self._message(part, place))
         if not steps.as_record:
             return self._message(part, place)
+        record = message.change.record
+        if output.body is not None:
+            record = output.body[RECORD_START : end_of_value(output.body, RECORD_START)]
         row = part.rows.get(place)
-        return message.change.record if row is None else _merged(message.change.record, row)
+        return record if row is None else _merged(record, row)
 
 
 _NO_ENRICHMENT = b',"enrichment":null'
