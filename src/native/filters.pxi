@@ -1,5 +1,5 @@
-# Column filters, after spillway.pgoutput.filters. Null tests, integers and texts are compared here; of all other kinds the
-# check's own function is asked.
+# Column filters, after spillway.pgoutput.filters. Null tests, integers, texts and moments are compared here; of all other
+# kinds the check's own function is asked.
 
 cdef enum:
     CHECKED_BYTES = 65536
@@ -16,6 +16,7 @@ cdef enum CheckKind:
     CHECK_NULL
     CHECK_INTEGER
     CHECK_TEXT
+    CHECK_MOMENT
     CHECK_PYTHON
 
 cdef enum CheckOperator:
@@ -31,7 +32,7 @@ cdef enum CheckOperator:
     OP_PREFIX
 
 cdef dict CHECK_KINDS = {
-    "null": CHECK_NULL, "integer": CHECK_INTEGER, "text": CHECK_TEXT, "python": CHECK_PYTHON,
+    "null": CHECK_NULL, "integer": CHECK_INTEGER, "text": CHECK_TEXT, "moment": CHECK_MOMENT, "python": CHECK_PYTHON,
 }
 cdef dict CHECK_OPERATORS = {
     "": OP_NONE, "eq": OP_EQ, "ne": OP_NE, "lt": OP_LT, "lte": OP_LTE, "gt": OP_GT, "gte": OP_GTE, "in": OP_IN,
@@ -98,13 +99,63 @@ cdef inline int text_sign(Slice one, Slice other) noexcept nogil:
     return (one.size > other.size) - (one.size < other.size)
 
 
-cdef bint integer_holds(Check* check, Value value) noexcept nogil:
-    cdef int64_t number
+cdef inline int64_t digits(const uint8_t* at, size_t size) noexcept nogil:
+    """Of so many digits; a large negative number if one is none."""
+    cdef int64_t found = 0
+    cdef size_t i
+    for i in range(size):
+        if not is_digit(at[i]):
+            return -100000000
+        found = found * 10 + (at[i] - c"0")
+    return found
+
+
+cdef const uint8_t* MONTH_DAYS = b"\x1f\x1c\x1f\x1e\x1f\x1e\x1f\x1f\x1e\x1f\x1e\x1f"
+
+
+cdef bint parse_moment(Value value, int64_t* microseconds) noexcept nogil:
+    """``2024-12-31``, ``2024-12-31 23:59:59.123456`` or the same with ``+00``, of the years 1 to 9999. Everything else is
+    left to the reference. The days are Howard Hinnant's ``days_from_civil``."""
+    cdef const uint8_t* at = value.data
+    cdef size_t size = value.size, fraction
+    cdef int64_t year, month, day, hour = 0, minute = 0, second = 0, micros = 0, era, of_year, of_era
+    if size < 10 or at[4] != c"-" or at[7] != c"-":
+        return False
+    year, month, day = digits(at, 4), digits(at + 5, 2), digits(at + 8, 2)
+    if year < 1 or month < 1 or month > 12 or day < 1:
+        return False
+    if day > MONTH_DAYS[month - 1] + (month == 2 and year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)):
+        return False
+    if size > 10:
+        if size > 19 and at[size - 3] == c"+" and at[size - 2] == c"0" and at[size - 1] == c"0":
+            size -= 3
+        if size < 19 or at[10] != c" " or at[13] != c":" or at[16] != c":":
+            return False
+        hour, minute, second = digits(at + 11, 2), digits(at + 14, 2), digits(at + 17, 2)
+        if hour < 0 or hour > 23 or minute < 0 or minute > 59 or second < 0 or second > 59:
+            return False
+        if size > 19:
+            if at[19] != c"." or size < 21 or size > 26:
+                return False
+            micros = digits(at + 20, size - 20)
+            if micros < 0:
+                return False
+            for fraction in range(26 - size):
+                micros *= 10
+    year -= month <= 2
+    era = year // 400
+    of_era = year - era * 400
+    of_year = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
+    of_era = of_era * 365 + of_era // 4 - of_era // 100 + of_year
+    microseconds[0] = (
+        (((era * 146097 + of_era - 719468) * 24 + hour) * 60 + minute) * 60 + second
+    ) * 1000000 + micros
+    return True
+
+
+cdef bint number_holds(Check* check, int64_t number) noexcept nogil:
     cdef int i
-    cdef bint is_listed = check.operator == OP_IN or check.operator == OP_NOT_IN
-    if not parse_integer(value, &number):
-        return True
-    if not is_listed:
+    if check.operator != OP_IN and check.operator != OP_NOT_IN:
         return ordered(check.operator, (number > check.integers[0]) - (number < check.integers[0]))
     for i in range(check.count):
         if number == check.integers[i]:
@@ -130,6 +181,7 @@ cdef bint text_holds(Check* check, Value value) noexcept nogil:
 
 
 cdef bint check_holds(Check* check, Value value, bint null_is_unknown) except -1:
+    cdef int64_t number
     if value.data == UNCHANGED:
         return True
     if value.data == NULL:
@@ -137,7 +189,9 @@ cdef bint check_holds(Check* check, Value value, bint null_is_unknown) except -1
     if check.kind == CHECK_NULL:
         return not check.of_null
     if check.kind == CHECK_INTEGER:
-        return integer_holds(check, value)
+        return not parse_integer(value, &number) or number_holds(check, number)
+    if check.kind == CHECK_MOMENT and parse_moment(value, &number):
+        return number_holds(check, number)
     if check.kind == CHECK_TEXT:
         return text_holds(check, value)
     return (<object> check.holds)(value_bytes(value)) is not False

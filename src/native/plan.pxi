@@ -183,7 +183,7 @@ cdef class Plan:
         holds = check.holds
         self._kept.append(holds)
         into.holds = <PyObject*> holds
-        if into.kind == CHECK_INTEGER:
+        if into.kind == CHECK_INTEGER or into.kind == CHECK_MOMENT:
             into.integers = <int64_t*> self._zeroed(len(check.values), sizeof(int64_t))
         elif into.kind == CHECK_TEXT:
             into.texts = <Slice*> self._zeroed(len(check.values), sizeof(Slice))
@@ -193,10 +193,10 @@ cdef class Plan:
         if not into.count and into.operator != OP_IN and into.operator != OP_NOT_IN:
             raise ProtocolError("a check without a value")
         for i, value in enumerate(check.values):
-            if into.kind == CHECK_INTEGER:
-                into.integers[i] = value
-            else:
+            if into.kind == CHECK_TEXT:
                 into.texts[i] = self._keep(value)
+            else:
+                into.integers[i] = value
         return 0
 
     # Taking a row apart.

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fuzz.guarded import GuardedConnection
+from pgoutput import frames
 from pgoutput.compare import Given, Setting, assert_same, outcome, page_outcome
 from pgoutput.given import If
 from pgoutput.twins import TWINS
@@ -66,3 +67,25 @@ def test_the_same_pages(case: test_twins_page.Case, filters: tuple[Given, ...]) 
     assert_same(
         [page_outcome(twin, GuardedConnection([relation]), GuardedConnection(lines), setting) for twin in TWINS]
     )
+
+
+MOMENT = st.from_regex(
+    r"\A[0-9]{4,5}-(0[0-9]|1[0-3])-([0-2][0-9]|3[0-2])"
+    r"( ([01][0-9]|2[0-4]):[0-6][0-9]:[0-6][0-9](\.[0-9]{1,7})?(\+00|\+01)?)?( BC)?\Z"
+).map(str.encode)
+
+
+@given(
+    st.lists(MOMENT, min_size=1, max_size=8),
+    st.datetimes().map(lambda moment: moment.isoformat(" ")),
+    st.sampled_from(["eq", "ne", "lt", "lte", "gt", "gte"]),
+)
+@SLOW
+def test_the_same_moments(moments: list[bytes], bound: str, operator: str) -> None:
+    condition = If("at", operator, bound)  # type: ignore[arg-type]
+    same = If("at", "in", tuple(moment.decode() for moment in moments[:1]))
+    relation = frames.relation([("id", 20), ("at", 1184)])
+    rows = [frames.insert(b"1", moment) for moment in moments]
+    sent = [bytes(frames.xlog(payload)) for payload in (relation, frames.begin(), *rows, frames.commit())]
+    setting = Setting(filters=(Given((condition,)), Given((same,))))
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])

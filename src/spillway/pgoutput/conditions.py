@@ -135,7 +135,7 @@ def _check(place: int, type_oid: int, condition: Condition) -> Check:
         single = type_oid == _FLOAT4
         return _compared(place, condition, _read_float4 if single else _read_float8, lambda v: _float(v, single=single))
     if type_oid in (_DATE, _TIMESTAMP, _TIMESTAMPTZ):
-        return _compared(place, condition, _read_moment, lambda value: _moment(value, type_oid))
+        return _compared(place, condition, _read_moment, lambda value: _moment(value, type_oid), "moment")
     if type_oid == _CITEXT:
         raise _UnfitError("citext is compared by rules that only the server knows")
     if type_oid == _ENUM and condition.operator == "like":
@@ -170,7 +170,7 @@ def _compared(
     if None in given and condition.operator != "in":  # as in SQL: nothing is unequal to null
         return Check(place, False, lambda _: False)
     holds = _comparison(condition.operator, read, values)
-    if kind == "python":
+    if kind == "python" or (kind == "moment" and any(abs(value) >= _ENDLESS for value in values)):  # type: ignore[arg-type]
         return Check(place, False, holds)
     told: CheckOperator = condition.operator  # type: ignore[assignment]
     return Check(place, False, holds, kind, told, tuple(values), trimmed)  # type: ignore[arg-type]
@@ -477,12 +477,13 @@ def _moment(value: object, type_oid: int) -> int:
 # JSON.
 
 _ABSENT: Final = object()
+_read_json = json.JSONDecoder(parse_float=Decimal, parse_int=Decimal).decode
 _INDEX = re.compile(r"[+-]?[0-9]{1,9}", re.ASCII)
 
 
 def _at_path(text: bytes, path: Sequence[str]) -> object:
     """What is there; `_ABSENT`. Raises ValueError, RecursionError and InvalidOperation."""
-    value = json.loads(text.decode("utf-8", "surrogateescape"), parse_float=Decimal, parse_int=Decimal)
+    value = _read_json(text.decode("utf-8", "surrogateescape"))
     for step in path:
         if isinstance(value, dict):
             value = value.get(step, _ABSENT)
