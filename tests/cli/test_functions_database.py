@@ -239,6 +239,38 @@ def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys
     assert findings(capsys, file) == []
 
 
+def test_the_example(database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "examples" / "functions.yml"
+    publication = yaml.safe_load(file.read_text())["databases"][0]["publication"]
+    execute(
+        database,
+        "CREATE TABLE customers (id int PRIMARY KEY, name text, email text)",
+        "CREATE TABLE orders (id int PRIMARY KEY, customer_id int, status text, total numeric, deleted_at timestamptz)",
+        "CREATE TABLE order_lines (id int PRIMARY KEY, order_id int, sku text, quantity int)",
+        "INSERT INTO customers VALUES (1, 'one', 'x')",
+        "INSERT INTO orders VALUES (7, 1, 'open', 1.50, NULL)",
+        "INSERT INTO order_lines VALUES (1, 7, 'a', 2), (2, 7, 'b', 1)",
+        publication["init_sql"],
+    )
+    monkeypatch.setenv("DATABASE_URL", database)
+    (found,) = findings(capsys, file)
+    assert found["remedy"] == 'ALTER TABLE "public"."order_lines" REPLICA IDENTITY FULL;'
+    execute(database, found["remedy"])
+    assert findings(capsys, file) == []
+    rows = ["-c", str(file), "--from-table", "orders"]
+    _, found = answer(capsys, "functions", "test", "public_columns", *rows)
+    assert found[0]["in"]["metadata"]["enrichment"] == {
+        "id": 7, "customer_name": "one", "lines": [{"sku": "a", "quantity": 2}, {"sku": "b", "quantity": 1}],
+    }  # fmt: skip
+    assert found[0]["out"][0]["body"]["record"] == {
+        "id": 7, "customer": 1, "status": "open", "total": 1.5, "source": "shop",
+    }  # fmt: skip
+    _, found = answer(capsys, "functions", "test", "order_event", *rows)
+    assert found[0]["out"][0]["body"]["event"] == "order.open"
+    _, found = answer(capsys, "functions", "test", "by_order", *rows)
+    assert found[0]["out"][0]["route"] == {"method": "PUT", "endpoint_path": "/orders/7"}
+
+
 @pytest.mark.parametrize("postgres", ["12"], indirect=True)
 def test_on_the_oldest_version(postgres: Postgres, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(JOINED, enrichment="joined", related=[{"table": "companies", "sql": OF_COMPANIES}])
