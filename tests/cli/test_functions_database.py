@@ -239,6 +239,16 @@ def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys
     assert findings(capsys, file) == []
 
 
+def test_an_outbox_names_columns_of_its_table(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    hook = {"type": "stdout"}
+    outbox = {"table": "jobs", "payload": "title", "key": "company"}
+    source = {"include_tables": ["jobs", "companies"]}
+    (found,) = findings(capsys, write(source=source, outbox=outbox, destination=hook))
+    assert found["code"] == "column_missing"
+    assert '"company", which outbox.key names' in found["what"]
+    assert findings(capsys, write(source=source, outbox={**outbox, "key": "company_id"}, destination=hook)) == []
+
+
 def test_the_example(database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = Path(__file__).parents[2] / "examples" / "functions.yml"
     publication = yaml.safe_load(file.read_text())["databases"][0]["publication"]

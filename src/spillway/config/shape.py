@@ -137,6 +137,11 @@ class Related(Section):
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 
 
+def columns_in(text: str) -> list[str]:
+    """The columns that a text of an outbox has in braces."""
+    return _COLUMN.findall(text)
+
+
 class Outbox(Section):
     """Rows of a table, or what `pg_logical_emit_message` writes under a prefix, as messages of their own."""
 
@@ -156,7 +161,7 @@ class Outbox(Section):
         for section, texts in (("routing", self.routing), ("headers", self.headers)):
             for key, text in texts.items():
                 left = _COLUMN.sub("", text)
-                if "{" in left or "}" in left or not all(_COLUMN.findall(text)):
+                if "{" in left or "}" in left or not all(columns_in(text)):
                     raise Wrong(f"{section}.{key}", "must be text with columns in braces, such as orders.{kind}")
         return self
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from spillway.config import Config, Database, Related, Search, Sink, TableName
+from spillway.config.shape import columns_in
 from spillway.errors import Finding, SpillwayError
 from spillway.pgoutput.conditions import compiled
 from spillway.source import catalog
@@ -29,6 +30,7 @@ from spillway.source.snapshot import Seen
 from spillway.source.tables import Published, not_published, rows_of
 
 TIMEOUT_SECONDS = 15.0  # of one statement of the check
+_ROUTING_COLUMN = "routing_column"
 
 
 class _Enough(Exception):
@@ -60,31 +62,43 @@ async def shaping_findings(
 
 
 def _columns(sink: Sink) -> list[tuple[str, str]]:
-    """Columns that the sink names, and where, of any of its tables."""
-    named = []
-    if isinstance(sink.destination, Search) and sink.destination.routing_column is not None:
-        named.append((sink.destination.routing_column, "routing_column"))
-    return named
+    """Columns that the sink names, and where; of the table of its outbox, else of any of its tables."""
+    destination, outbox = sink.destination, sink.outbox
+    if isinstance(destination, Search) and destination.routing_column is not None:
+        return [(destination.routing_column, _ROUTING_COLUMN)]
+    if outbox is None or outbox.table is None:
+        return []
+    named = [(outbox.payload, "outbox.payload"), (outbox.key, "outbox.key")]
+    for where, texts in (("routing", outbox.routing), ("headers", outbox.headers)):
+        named += [(name, f"outbox.{where}.{key}") for key, text in texts.items() for name in columns_in(text)]
+    return [(name, where) for name, where in named if name is not None]
 
 
 def _missing_columns(sink: Sink, tables: Mapping[tuple[str, str], PublishedTable]) -> Iterator[Finding]:
+    only = sink.outbox.table if sink.outbox is not None else None
     for column, where in _columns(sink):
         for table in tables.values():
+            if only is not None and table.name != only:
+                continue
             if column not in table.published_columns:
                 yield Finding(
                     "column_missing",
                     f'the published columns of table {_shown(table.name)} have no "{column}", which {where} names',
                     "name a column that exists and, if the publication lists the table's columns, add it there",
                 )
-                continue
-            for leaf in rows_of(table):
-                if column not in leaf.identity_columns:
-                    yield Finding(
-                        "column_not_in_replica_identity",
-                        f"a DELETE on table {_shown((leaf.schema, leaf.table))} does not say the {column} of its row, "
-                        f"by which {where} finds the document",
-                        f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
-                    )
+            elif where == _ROUTING_COLUMN:
+                yield from _unknown_shard(table, column)
+
+
+def _unknown_shard(table: PublishedTable, column: str) -> Iterator[Finding]:
+    for leaf in rows_of(table):
+        if column not in leaf.identity_columns:
+            yield Finding(
+                "column_not_in_replica_identity",
+                f"a DELETE on table {_shown((leaf.schema, leaf.table))} does not say the {column} of its row, by which "
+                f"{_ROUTING_COLUMN} finds the document",
+                f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
+            )
 
 
 async def _of_filters(
