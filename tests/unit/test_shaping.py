@@ -21,21 +21,28 @@ from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import BatchFailed, Fetched
 from spillway.source.reselect import Rows
 from spillway.source.snapshot import Seen
+from store_support import StillClock
 
 SUFFIX = b',"enrichment":null,"consumer":{"name":"s"}}}'
 LIMIT_BYTES = 64 << 20
+NOW = int(StillClock().wall() * 1_000_000)
 
 
 def a_batch(
-    *keys: str, actions: Mapping[str, str] | None = None, not_whole: Sequence[str] = (), keying: int = Keying.STATE
+    *keys: str,
+    actions: Mapping[str, str] | None = None,
+    not_whole: Sequence[str] = (),
+    keying: int = Keying.STATE,
+    first: int = 0,
+    committed: int = NOW,
 ) -> Batch:
     builder = ChunkBuilder()
-    for at, key in enumerate(keys):
+    for at, key in enumerate(keys, first):
         action = (actions or {}).get(key, "update")
         record = b'{"id":"%b"}' % key.encode()
         body = b'{"record":%b,"changes":{},"action":"%b","metadata":{"table_name":"t"' % (record, action.encode())
         builder.add(
-            ("public", "t"), ACTIONS.index(action), 100 + at, at, 0, body, len(record),
+            ("public", "t"), ACTIONS.index(action), 100 + at, at, committed, body, len(record),
             [make_key("public", "t", (key,)).encode(), b""], flags=0 if key in not_whole else WHOLE, xid=700 + at,
         )  # fmt: skip
     span = Span(builder.take(), keying)
@@ -138,7 +145,7 @@ class Sent:
 
 def a_shaping(steps: Steps, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> tuple[Shaping, Budget]:
     budget = Budget(limit_bytes, 1, 1, SHAPING_EIGHTHS)
-    return Shaping("s", steps, budget.shaping_share(), 16 << 20, in_order=in_order), budget
+    return Shaping(steps, budget.shaping_share(), StillClock(), 16 << 20, in_order=in_order), budget
 
 
 def shape(batch: Batch, steps: Steps, sent: Sent, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> Answer:
@@ -317,3 +324,28 @@ def test_the_sink_being_down_takes_back_what_was_not_sent_yet() -> None:
     assert not isinstance(answer, Result)
     assert {r.outcome for r in answer} == {"sink_down"}
     assert budget.held_bytes == 0
+
+
+def test_what_was_committed_long_ago_is_not_waited_for() -> None:
+    """An id of 32 bits may mean another transaction by now, and a position another history."""
+    source, sent = Source({}), Sent()
+    old, new = a_batch("1", committed=NOW - 2 * 3600 * 1_000_000), a_batch("2", first=1)
+    shape(Batch.of([*old, *new]), Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source), sent)
+    assert source.seen == [Seen(frozenset({701}), 102)]
+
+
+def test_a_key_that_cannot_be_asked_for_is_that_messages_error() -> None:
+    class Picky(Reread):
+        async def fetch(
+            self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+        ) -> Rows:
+            if ("x",) in keys:
+                raise BatchFailed("reselect_failed", "invalid input syntax for type integer")
+            return await super().fetch(table, keys, seen, credit_bytes, row_bytes)
+
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Picky({"1": b"{}", "2": b"{}"}))
+    answer = shape(a_batch("1", "x", "2", not_whole=("1", "x", "2")), steps, sent)
+    assert not isinstance(answer, Result)
+    assert [result.reason for result in answer] == ["", "reselect_failed", ""]
+    assert len(sent.bodies) == 2

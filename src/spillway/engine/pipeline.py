@@ -20,7 +20,7 @@ from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
 from spillway.engine.related import Companion
 from spillway.engine.shadow import shadows
-from spillway.engine.shaping import new_shaping
+from spillway.engine.shaping import is_routed, new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
@@ -150,6 +150,7 @@ class Pipeline:
             self._warn,
             router.filters,
             router.filter_count,
+            router.totals,
         )
 
     def _page_decoder(self, frame_overhead_bytes: int, filters: Sequence[Condition]) -> Decoder:
@@ -197,6 +198,7 @@ class Pipeline:
                 splits_key_change=built.semantics == "state",
                 applies_truncate=sink.on_truncate == "apply",
                 filters=sink.filters,
+                wants_totals=sink.tx,
             )
         )
         if sink.related:
@@ -407,6 +409,7 @@ def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:
         max_retry_count=sink.max_retry_count,
         on_reject=sink.on_reject,
         toast_fails=sink.toast == "fail",
+        routed=is_routed(sink),
         supersedes=all(name is None for name in (sink.filter, sink.routing, sink.transform)),
         limits=Limits(
             sink.backlog.warn_messages,

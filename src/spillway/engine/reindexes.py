@@ -19,6 +19,7 @@ from spillway.engine.newindex import NewIndex, owned
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.reindex import Reindex, Surroundings
 from spillway.engine.shadow import REINDEX, ReindexState, kept, shadow_of
+from spillway.engine.shaping import is_routed
 from spillway.errors import SpillwayError
 from spillway.flow.budget import Spare
 from spillway.sinks.base import SinkContext
@@ -98,10 +99,11 @@ class Reindexes:
             raise SpillwayError(
                 "no_search_sink", f"sink {name} fills no index of a search server", "name one that does"
             )
-        if sink.routing is not None:
+        if is_routed(sink):
             raise SpillwayError(
                 "routed",
-                f"sink {name} has a routing function: where its documents are is said message by message",
+                f"sink {name} has a routing function, a routing_column or op: update: the key of a row does not say"
+                " where its document is, or what it is",
                 "fill a new index by a sink of its own, with a backfill",
             )
         async with self._one_at_a_time:

@@ -45,6 +45,14 @@ def is_shaped(sink: Sink) -> bool:
     return not plain or any(one is not None for one in functions)
 
 
+def is_routed(sink: Sink) -> bool:
+    """Where a row's document is, and what it is, is not to be told by the row's key."""
+    destination = sink.destination
+    return sink.routing is not None or (
+        isinstance(destination, Search) and (destination.op == "update" or destination.routing_column is not None)
+    )
+
+
 def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:
     """For these sinks, shadows of re-indexes among them. Workers of Python functions have their part of the limit."""
     sinks = list(sinks)
@@ -117,7 +125,9 @@ def new_shaping(
         envelope=None if sink.format == "sequin" else envelope(sink.format, meta_of(database), process.clock),
         timestamps=None if sink.timestamp_format == "iso8601" else _timestamps(database),
     )
-    return Shaping(sink.name, steps, share, sink.max_message_bytes, in_order=built.semantics in ("ordered", "atomic"))
+    return Shaping(
+        steps, share, process.clock, sink.max_message_bytes, in_order=built.semantics in ("ordered", "atomic")
+    )
 
 
 def meta_of(database: Database) -> DatabaseMeta:

@@ -74,6 +74,7 @@ class SinkSpec:
     max_retry_count: int | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     toast_fails: bool = False
+    routed: bool = False  # where a row's document is, is said message by message
     supersedes: bool = True  # of a state: a later image may stand for earlier ones; not where code decides what is sent
     limits: Limits = field(default_factory=Limits)
 
@@ -145,7 +146,7 @@ class Inflow:
     @property
     def readable(self) -> Readable | None:
         """The sink as one that can say what it holds; None: it cannot."""
-        return self._sink if isinstance(self._sink, Readable) else None
+        return self._sink if isinstance(self._sink, Readable) and not self.spec.routed else None
 
     @property
     def row_keying(self) -> int:

@@ -35,7 +35,8 @@ from typing import Protocol
 import orjson
 
 from spillway.change import RECORD_START
-from spillway.chunk import LARGE, LSN, Batch, Message, Route, reshaped
+from spillway.chunk import LARGE, LSN, TIME, Batch, Message, Route, reshaped
+from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
@@ -54,6 +55,7 @@ Send = Callable[[Batch], Awaitable[Answer]]
 
 COPIES = 2  # of what is sent, at once: in parts and joined
 LARGEST_PART = 8  # of several rows each may be an eighth of all: what is in the making costs `FETCH_FACTOR` times that
+LONG_SECONDS = 3600.0  # no commit is kept from sight for so long
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
 MOST_IN_PART = 5000  # messages: what one query is asked for
@@ -149,8 +151,8 @@ class _Outgoing:
 class Shaping:
     """Of one sink. ``in_order``: the sink applies its batches in order."""
 
-    def __init__(self, name: str, steps: Steps, share: Share, max_message_bytes: int, *, in_order: bool) -> None:
-        self._name = name
+    def __init__(self, steps: Steps, share: Share, clock: Clock, max_message_bytes: int, *, in_order: bool) -> None:
+        self._clock = clock
         self._steps = steps
         self.share = share
         self._max_message_bytes = max_message_bytes
@@ -286,7 +288,9 @@ class Shaping:
         part = _Part(messages=messages)
         steps = self._steps
         if steps.reread is not None:
-            await self._reread(part, steps.reread, credit)
+            lacking = [place for place, m in part.messages.items() if not m.whole and m.action == "update"]
+            for table, places in _by_table(part, lacking).items():
+                await self._reread(part, steps.reread, table, places, credit)
         if steps.timestamps is not None:
             for place, message in list(part.messages.items()):
                 if message.action != "truncate":
@@ -301,30 +305,29 @@ class Shaping:
                 await self._enrich(part, steps.enrich, table, places, credit)
         return part
 
-    async def _reread(self, part: _Part, reread: Reread, credit: _Credit) -> None:
-        lacking = [place for place, m in part.messages.items() if not m.whole and m.action == "update"]
-        for table, places in _by_table(part, lacking).items():
-            keys, seen = _asked(part, places)
+    async def _reread(self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit) -> None:
+        keys, seen = self._asked(part, places)
+        try:
             rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
-            self._saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
-            credit.use(rows.kept_bytes)
-            for at, record in rows.records.items():
-                part.messages[places[at]] = part.messages[places[at]].with_record(record)
-            for at in rows.missing:  # its delete follows in the stream
-                part.decide(places[at], OK)
-            part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
+        except BatchFailed as error:
+            for some in _halves(part, places, error):
+                await self._reread(part, reread, table, some, credit)
+            return
+        self._saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
+        credit.use(rows.kept_bytes)
+        for at, record in rows.records.items():
+            part.messages[places[at]] = part.messages[places[at]].with_record(record)
+        for at in rows.missing:  # its delete follows in the stream
+            part.decide(places[at], OK)
+        part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
 
     async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: _Credit) -> None:
-        keys, seen = _asked(part, places)
+        keys, seen = self._asked(part, places)
         try:
             fetched = await enrich.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
         except BatchFailed as error:
-            if len(places) == 1:
-                part.decide(places[0], reject(error.code, str(error)))
-                return
-            half = len(places) // 2
-            await self._enrich(part, enrich, table, places[:half], credit)
-            await self._enrich(part, enrich, table, places[half:], credit)
+            for some in _halves(part, places, error):
+                await self._enrich(part, enrich, table, some, credit)
             return
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
@@ -336,6 +339,18 @@ class Shaping:
             what = "the enrichment has more than one row for the key of this message"
             part.decide(places[at], reject("enrichment_rows", what))
         part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
+
+    def _asked(self, part: _Part, places: Sequence[int]) -> tuple[list[Key], Seen]:
+        """Their keys, and what a snapshot must see before its rows may be used for them. What was committed long ago is
+        seen; its id, of 32 bits, may mean another transaction by now."""
+        messages = [part.messages[place] for place in places]
+        since = (self._clock.wall() - LONG_SECONDS) * 1_000_000
+        words = [(m.span.chunk, m.span.indices[m.place]) for m in messages]
+        words = [(chunk, index) for chunk, index in words if chunk.word(index, TIME) > since]
+        xids = {chunk.word(index, LARGE) >> 32 for chunk, index in words}
+        # A commit begins there; where it ends is above.
+        lsn = 1 + max((chunk.word(index, LSN) for chunk, index in words), default=-1)
+        return [m.change.pks for m in messages], Seen(frozenset(xids - {0}), lsn)
 
     # -- what is sent -------------------------------------------------------------------------------------------------
 
@@ -415,6 +430,15 @@ def _block(messages: Sequence[Message], places: Iterable[int], results: dict[int
             blocked.update(messages[place].keys)
 
 
+def _halves(part: _Part, places: Sequence[int], error: BatchFailed) -> list[Sequence[int]]:
+    """What to ask for again, so that who is at fault is found; alone he is rejected."""
+    if len(places) == 1:
+        part.decide(places[0], reject(error.code, str(error)))
+        return []
+    half = len(places) // 2
+    return [places[:half], places[half:]]
+
+
 def _by_table(part: _Part, places: Sequence[int]) -> dict[Table, list[int]]:
     """Of those that have a key."""
     tables: dict[Table, list[int]] = {}
@@ -423,15 +447,6 @@ def _by_table(part: _Part, places: Sequence[int]) -> dict[Table, list[int]]:
         if change.key is not None:
             tables.setdefault((change.schema, change.table), []).append(place)
     return tables
-
-
-def _asked(part: _Part, places: Sequence[int]) -> tuple[list[Key], Seen]:
-    """Their keys, and what a snapshot must see before its rows may be used for them."""
-    messages = [part.messages[place] for place in places]
-    words = [(m.span.chunk, m.span.indices[m.place]) for m in messages]
-    xids = {chunk.word(index, LARGE) >> 32 for chunk, index in words}
-    lsn = 1 + max(chunk.word(index, LSN) for chunk, index in words)  # it begins there; where it ends is above
-    return [m.change.pks for m in messages], Seen(frozenset(xids - {0}), lsn)
 
 
 def _object(row: Row) -> bytes:
