@@ -1,6 +1,6 @@
 """What a sink's functions cost: microseconds per message, beside a batch that is only looked at.
 
-    python bench/functions.py [--rounds 5]
+    python bench/functions.py [--rounds 20]
 
 Batches of 500 messages of 1 kB and 18 kB go through the functions of a sink as at delivery: from the bytes of the
 messages to the bytes of what is sent. `loop` is CPU time of the process that has the loop, for which all else waits;
@@ -21,6 +21,7 @@ import uvloop
 import stage
 from spillway.functions.base import Failure, Functions
 from spillway.functions.build import build
+from spillway.functions.isolated import IsolatedFunctions
 from spillway.functions.spec import (
     FieldOperation,
     FieldOperations,
@@ -123,7 +124,13 @@ async def measure(functions: Functions, messages: list[bytes], rounds: int) -> t
     return min(whole[1:]) * per, min(own[1:]) * per
 
 
+def vm_hwm_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 async def run(report: stage.Report, rounds: int) -> None:
+    resident_mb = 0.0
     for size_bytes in (1_000, 18_000):
         messages = [message(number, size_bytes) for number in range(BATCH)]
         for name, spec in SPECS.items():
@@ -134,6 +141,8 @@ async def run(report: stage.Report, rounds: int) -> None:
                 report.inform(f"{name}: start", (time.perf_counter() - began) * 1000, "ms")
             try:
                 whole, own = await measure(functions, messages, rounds)
+                if isinstance(functions, IsolatedFunctions) and functions.pid is not None:
+                    resident_mb = max(resident_mb, vm_hwm_mb(functions.pid))
             finally:
                 await functions.close()
             what = f"{name}, {size_bytes // 1000} kB"
@@ -142,11 +151,12 @@ async def run(report: stage.Report, rounds: int) -> None:
             else:
                 report.inform(what, whole, "us")
             report.inform(f"{what}: loop", own, "us")
+    report.inform("largest worker, VmHWM", resident_mb, "MB")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
     report = stage.Report("functions", {"rounds": options.rounds, "batch": BATCH, "commit": stage.commit()})

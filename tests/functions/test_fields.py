@@ -131,10 +131,10 @@ def test_json_comes_back_as_it_was(value: object) -> None:
 def test_json_that_orjson_does_not_take() -> None:
     half = jsontext.loads(b'{"a":"\\ud800"}')
     assert jsontext.dumps(half) == b'{"a":"\\ud800"}'
-    assert jsontext.dumps({1: float("nan"), None: 2**70, True: float("inf")}) == (
-        b'{"1":null,"null":1180591620717411303424,"true":null}'
+    assert jsontext.dumps({2: float("nan"), None: 2**70, True: float("inf")}) == (
+        b'{"2":null,"null":1180591620717411303424,"true":null}'
     )
-    deep = b"[" * 500 + b"]" * 500
+    deep = b"[" * 260 + b"]" * 260
     assert jsontext.dumps(jsontext.loads(deep)) == deep
     with pytest.raises(ValueError, match="beyond what a double holds"):
         jsontext.loads(b"[1e400]")

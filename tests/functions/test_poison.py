@@ -70,7 +70,7 @@ POISONS = {
     "SIGSEGV": ("import ctypes; ctypes.string_at(1)", "function_crashed", "by SIGSEGV"),
     "SIGKILL": ("import os; os.kill(os.getpid(), 9)", "function_crashed", "by SIGKILL"),
     "SIGSTOP": ("import os; os.kill(os.getpid(), 19)", "function_timeout", "did not let itself be stopped"),
-    "files closed": ("import os; os.closerange(0, 60)", "function_crashed", "has ended its process"),
+    "files closed": ("import os; os.closerange(0, 60)", "function_crashed", "the function has"),
     "garbage in every file": (
         """
         import os
@@ -114,7 +114,7 @@ POISONS = {
     "fork bomb behind Python's back": (
         """
         import ctypes
-        for _ in range(6): ctypes.CDLL(None).fork()
+        for _ in range(4): ctypes.CDLL(None).fork()
         raise ValueError('bad')
         """,
         "transform_failed",

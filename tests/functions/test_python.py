@@ -9,6 +9,7 @@ import pytest
 
 from functions.messages import bodies, failure, message, outcomes, python, running, transform
 from spillway.errors import SpillwayError
+from spillway.functions import isolated
 from spillway.functions.base import Failure, Output
 from spillway.functions.build import build
 from spillway.functions.spec import FunctionSpec, PathExpression, PythonFunction
@@ -250,6 +251,16 @@ async def test_answers_stop_when_their_bytes_are_reached(text: str | None) -> No
         assert len(await functions(messages[50:], [False] * 2950)) == 2950
         large = await functions(messages, [False] * 3000, 2_000_000)
         assert 1900 < len(large) < 2000
+
+
+async def test_slow_functions_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "ANSWER_SECONDS", 0.3)
+    spec = transform("import time\ntime.sleep(0.1)\nreturn 1")
+    messages = [message(n) for n in range(10)]
+    async with running(spec) as functions:
+        some = await functions(messages, [False] * 10, 1 << 20)
+        assert 2 <= len(some) <= 4
+        assert len(await functions(messages, [False] * 10)) == 10  # for who takes no parts
 
 
 async def test_no_messages() -> None:

@@ -11,8 +11,8 @@ huge result, a crash of the worker cost their message and nothing else. It raise
 the functions as a whole (the worker cannot be started, user code cannot be loaded): the sink is down then.
 
 **Bounded.** With ``answer_bytes`` the outcomes may be fewer than the messages: those of the first ones, at least one,
-and no more once their bytes have reached that. The caller asks for the rest when it has room. What may come of one
-message is limited by the sink's ``result_bytes``.
+and no more once their bytes have reached that, or some seconds have passed. The caller asks for the rest when it can.
+What may come of one message is limited by the sink's ``result_bytes``.
 
 Of a state sink's delete (``deletes``) neither filter nor transform is asked: a document that may be there goes. Routing
 is asked: it says where the document is.

@@ -47,7 +47,7 @@ def apply(operations: Sequence[FieldOperation]) -> Callable[[Row], Row]:
 
 
 def _operation(one: FieldOperation) -> Change:
-    columns = one.columns
+    columns = tuple(dict.fromkeys(one.columns))
     match one.kind:
         case "select":
             kept = frozenset(columns)

@@ -11,19 +11,21 @@ messages before it have left behind.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from spillway.errors import SpillwayError
 from spillway.functions.base import Outcome
-from spillway.functions.made import DONE, MORE, Broken, Made, failed, request
+from spillway.functions.made import DONE, MORE, Ask, Broken, Made, failed
 from spillway.functions.outcome import outcome
 from spillway.functions.process import Lost, WorkerProcess
 from spillway.functions.spec import FunctionSpec
 
 REQUEST_BYTES: Final = 1 << 20  # of messages, unless a single one is larger
 REQUEST_MESSAGES: Final = 8192
+ANSWER_SECONDS: Final = 5.0  # then what is there is sent first, if the caller takes parts
 
 
 @dataclass(slots=True)
@@ -37,6 +39,11 @@ class _Progress:
     guilty: dict[int, Made] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     bytes: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def is_enough(self, answer_bytes: int) -> bool:
+        late = time.monotonic() - self.began >= ANSWER_SECONDS
+        return self.bytes >= answer_bytes or (late and self.at > 0)
 
     def add(self, made: Made) -> None:
         self.outcomes.append(outcome(made))
@@ -73,7 +80,7 @@ class IsolatedFunctions:
         async with self._turn:
             progress = _Progress()
             try:
-                while progress.at < len(messages) and (not answer_bytes or progress.bytes < answer_bytes):
+                while progress.at < len(messages) and not (answer_bytes and progress.is_enough(answer_bytes)):
                     await self._go_on(messages, deletes, answer_bytes, progress)
             except BaseException:
                 await self._renew()  # cancelled, or a defect: whatever it still says is nobody's
@@ -94,7 +101,7 @@ class IsolatedFunctions:
         worker = await self._started()
         left_bytes = answer_bytes - progress.bytes if answer_bytes else 0
         try:
-            await worker.ask(request(messages[first:end], deletes[first:end], careful, left_bytes))
+            await worker.ask(Ask(messages[first:end], deletes[first:end], careful, left_bytes, ANSWER_SECONDS))
             how = MORE
             while how == MORE:
                 parts, how = await worker.answer()

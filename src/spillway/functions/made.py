@@ -3,8 +3,8 @@
 Of one message: a kind and a payload. Of many: the kinds, the payloads' lengths, and the payloads back to back, so that
 neither side does more than a slice per message. Every frame has its length in front, 32 bits, little-endian as all::
 
-    request   "QIB3x" answer_bytes, count, careful   a byte per message: is it a delete   lengths   messages
-    answer    "IB3x"  count, how it ends             a byte per message: its kind         lengths   payloads
+    request   answer_bytes, milliseconds, count, careful   a byte per message: is it a delete   lengths   messages
+    answer    count, how it ends                           a byte per message: its kind         lengths   payloads
 
 The parent believes nothing of an answer: what does not add up is a worker that broke (`Broken`).
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import orjson
 
@@ -33,7 +33,7 @@ FLUSH_BYTES: Final = 256 << 10  # of results that a worker collects before it se
 DETAIL_CHARACTERS: Final = 1000  # of a failure, at most
 OUTPUT_BYTES: Final = 256  # what each message that comes of one counts besides its bytes
 LENGTH: Final = struct.Struct("<I")
-_REQUEST: Final = struct.Struct("<QIB3x")
+_REQUEST: Final = struct.Struct("<QIIB3x")
 _ANSWER: Final = struct.Struct("<IB3x")
 
 
@@ -75,16 +75,26 @@ def reason_and_detail(payload: bytes) -> tuple[str, str]:
     return str(reason), str(detail)
 
 
-def request(messages: Sequence[bytes], deletes: Sequence[bool], careful: bool, answer_bytes: int) -> list[bytes]:
-    head = _REQUEST.pack(answer_bytes, len(messages), careful)
-    return _framed(head, bytes(deletes), messages)
+class Ask(NamedTuple):
+    """For what comes of the first of these messages: it is enough once the answer has so many bytes (0: no matter), or
+    so much time has passed."""
+
+    messages: Sequence[bytes]
+    deletes: Sequence[int]
+    careful: bool
+    answer_bytes: int
+    answer_seconds: float
 
 
-def read_request(frame: bytes) -> tuple[list[bytes], bytes, bool, int]:
-    """Messages, deletes, careful, answer_bytes."""
-    answer_bytes, count, careful = _REQUEST.unpack_from(frame)
+def request(ask: Ask) -> list[bytes]:
+    head = _REQUEST.pack(ask.answer_bytes, int(ask.answer_seconds * 1000), len(ask.messages), ask.careful)
+    return _framed(head, bytes(ask.deletes), ask.messages)
+
+
+def read_request(frame: bytes) -> Ask:
+    answer_bytes, milliseconds, count, careful = _REQUEST.unpack_from(frame)
     deletes, messages = _columns(frame, _REQUEST.size, count)
-    return messages, deletes, bool(careful), answer_bytes
+    return Ask(messages, deletes, bool(careful), answer_bytes, milliseconds / 1000)
 
 
 def answer(kinds: bytes | bytearray, payloads: Sequence[bytes], end: int) -> list[bytes]:

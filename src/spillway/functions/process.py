@@ -2,6 +2,8 @@
 
 Nobody waits for it without an end: it has so long to load, and while it works ``status`` says since when the message
 that is running does. It leads a process group of its own, which is killed as a whole.
+
+It ends with the thread that has started it (so Linux has it), which is that of the loop.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import BinaryIO, Final
 
 from spillway.errors import SpillwayError
 from spillway.functions import made
-from spillway.functions.made import FLUSH_BYTES, IDLE, LENGTH, STATUS_BYTES, Broken, Made
+from spillway.functions.made import FLUSH_BYTES, IDLE, LENGTH, STATUS_BYTES, Ask, Broken, Made, request
 from spillway.functions.spec import FunctionSpec
 
 SCRIPT: Final = Path(__file__).with_name("worker.py")
@@ -31,6 +33,7 @@ LOAD_SECONDS: Final = 30.0
 IDLE_SECONDS: Final = 10.0  # while no message is running: it reads, or says what it has done
 GRACE_SECONDS: Final = 0.5  # beyond the time limit, before it is killed
 LAST_LOOK_SECONDS: Final = 0.05
+END_SECONDS, POLL_SECONDS = 0.2, 0.005  # for a process that has let go of its files to be gone
 HEAD_BYTES: Final = 64 << 10  # what an answer may have besides its results
 # How a process ends that disturbs itself, and orjson at the memory limit.
 FAULTS: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -116,15 +119,15 @@ class WorkerProcess:
     def _names(self) -> str:
         return ", ".join(one.name for one in self._spec.python.values())
 
-    async def ask(self, request: list[bytes]) -> None:
+    async def ask(self, ask: Ask) -> None:
         self._status[0] = IDLE
         self._status[1] = time.monotonic_ns()
         try:
-            self._writer.writelines(request)
+            self._writer.writelines(request(ask))
             async with asyncio.timeout(IDLE_SECONDS):
                 await self._writer.drain()
         except (TimeoutError, ConnectionError):
-            raise Lost(None, await self._crashed()) from None
+            raise await self._lost() from None
 
     async def answer(self) -> tuple[list[Made], int]:
         """The next part of the answer. Raises `Lost`."""
@@ -145,12 +148,11 @@ class WorkerProcess:
                 async with asyncio.timeout(max(LAST_LOOK_SECONDS, wait)):
                     return await self._reader.readexactly(size)
             except TimeoutError:
-                if late:
+                if late and self._left_seconds() <= 0:
                     raise Lost(self._place(), self._late()) from None
                 late = self._left_seconds() <= 0  # if it was this process that slept, there is something to be read
             except (asyncio.IncompleteReadError, ConnectionError):
-                failure = await self._crashed()
-                raise Lost(self._place(), failure, -self._child.returncode in FAULTS) from None
+                raise await self._lost() from None
 
     def _left_seconds(self) -> float:
         limit = IDLE_SECONDS if self._place() is None else self._limit_seconds
@@ -167,8 +169,24 @@ class WorkerProcess:
             "function_timeout", f"the function has run for longer than {limit} and did not let itself be stopped"
         )
 
-    async def _crashed(self) -> Made:
-        return made.failed("function_crashed", f"the function has ended its process{await self._ended()}")
+    async def _lost(self) -> Lost:
+        """The connection is at its end; but if user code has closed it, then some message ago."""
+        patience_seconds = END_SECONDS
+        while not (has_ended := self._has_ended()) and patience_seconds > 0:
+            await asyncio.sleep(POLL_SECONDS)
+            patience_seconds -= POLL_SECONDS
+        if not has_ended:
+            return Lost(None, made.failed("function_crashed", "the function has closed the files of its process"))
+        place = self._place()
+        failure = made.failed("function_crashed", f"the function has ended its process{await self._ended()}")
+        return Lost(place, failure, -self._child.returncode in FAULTS)
+
+    def _has_ended(self) -> bool:
+        """By itself; it is still to be waited for, so that its group is there to be killed."""
+        try:
+            return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # closed in the meantime
+            return True
 
     async def _ended(self) -> str:
         """How, for people."""

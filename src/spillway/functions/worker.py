@@ -42,11 +42,12 @@ from spillway.functions.usercode import NotLoaded, load
 
 LOADING_BYTES: Final = 2 << 30  # of address space, while user code is loaded
 # Of address space, what is ours and not user code's: a request, its objects, results on their way. orjson takes twelve
-# times a text to read it and eight times to write it, most of it never touched, and breaks down if there is not as much.
+# times a text to read it and eight times to write it, mostly without touching it, and breaks down if it cannot.
 ROOM_BYTES: Final = 4 << 20
 ROOM_FACTOR: Final = 16
 OPEN_FILES: Final = 64
 TICKS: Final = 10  # how often per time limit it is looked at
+MOST_TICK_SECONDS: Final = 0.1
 PRINTED_CHARACTERS: Final = 300
 PR_SET_PDEATHSIG: Final = 1
 STARTS: Final = frozenset(("os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec", "subprocess.Popen"))
@@ -98,7 +99,7 @@ class Worker:
         sys.path.extend(folder for folder in path if folder not in sys.path)
         steps = self._load(spec)
         self._limit = int(spec.timeout_seconds * 1e9)
-        self._tick_seconds = spec.timeout_seconds / TICKS
+        self._tick_seconds = min(spec.timeout_seconds / TICKS, MOST_TICK_SECONDS)
         signal.signal(signal.SIGALRM, self._tick)
         while True:
             self._answer(steps, self._receive())
@@ -130,8 +131,9 @@ class Worker:
         os._exit(0)
 
     def _answer(self, steps: Steps, request: bytes) -> None:
-        messages, deletes, careful, answer_bytes = made.read_request(request)
+        messages, deletes, careful, answer_bytes, answer_seconds = made.read_request(request)
         del request
+        until = time.monotonic_ns() + int(answer_seconds * 1e9)
         flush_bytes = 0 if careful else FLUSH_BYTES
         kinds, payloads = bytearray(), []
         held_bytes = sent_bytes = 0
@@ -143,7 +145,7 @@ class Worker:
             kinds.append(kind)
             payloads.append(payload)
             held_bytes += len(payload)
-            if not usable or (answer_bytes and sent_bytes + held_bytes >= answer_bytes):
+            if not usable or (answer_bytes and sent_bytes + held_bytes >= answer_bytes) or self._since > until:
                 break
             if held_bytes >= flush_bytes and place + 1 < len(messages):
                 self._send(made.answer(kinds, payloads, MORE))
@@ -171,9 +173,9 @@ class Worker:
             self._running = False
             usable = not isinstance(error, MemoryError)
             if not usable:
-                _limit_address_space(_address_space_bytes() + LOADING_BYTES)  # so that it can be said
-            if not usable and self._messages_run:
-                return made.NOTHING, b"", False
+                _limit_address_space(sys.maxsize)  # so that it can be said
+                if self._messages_run:
+                    return made.NOTHING, b"", False
             result = self._failure(steps, error)
         if self._has_left_thread():
             usable = False
