@@ -139,8 +139,6 @@ class Engine:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        if companion is not None:
-            await companion.left()
         for one in leaving:
             await one.left()
 

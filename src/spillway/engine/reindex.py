@@ -44,6 +44,7 @@ from spillway.config import Search, Sink
 from spillway.engine.equality import ENOUGH, Equality, Source
 from spillway.engine.newindex import NewIndex
 from spillway.engine.pipeline import Pipeline
+from spillway.engine.related import clear
 from spillway.engine.shadow import ReindexState, Step, shadow_of
 from spillway.engine.shaping import is_shaped
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
@@ -333,7 +334,10 @@ class Reindex:
             )
         first = shadow.window.first_open()
         open_seconds = 0.0 if first is None else self._clock.monotonic() - first.arrived
-        return f"a change is on its way since {open_seconds:.1f} s" if open_seconds >= YOUNG_SECONDS else ""
+        if open_seconds >= YOUNG_SECONDS:
+            return f"a change is on its way since {open_seconds:.1f} s"
+        companion = self._pipeline.companions.get(name)
+        return "" if companion is None else companion.behind(YOUNG_SECONDS)
 
     # -- verifying, and the switch ----------------------------------------------------------------------------------
     async def _verify(self) -> None:
@@ -411,6 +415,8 @@ class Reindex:
             await self._save()
         await self._backfill_late()
         shadow, backfills = self._shadow, self._pipeline.backfills
+        companions = self._pipeline.companions
+        companion, main = companions.get(state.shadow), companions.get(state.sink)
         while True:
             first = shadow.window.first_open()
             waiting = shadow.counters.messages
@@ -419,12 +425,15 @@ class Reindex:
                 and not backfills.active(state.shadow)
                 and not waiting
                 and (first is None or first.first_lsn > state.swapped_lsn)
+                and (companion is None or companion.has_passed(state.swapped_lsn))
             ):
                 break
             self.waiting = f"what was under way when the alias moved; {waiting} messages wait"
             if shadow.counters.parked_keys:
                 self.waiting += f", {shadow.counters.parked_keys} rows were rejected, last: {shadow.last_error or ''}"
             await self._sleep(LOOK_SECONDS)
+        if companion is not None and main is not None:  # it may have refreshed the documents of the old index
+            await companion.hand_over(main)
         await self._leave()
         state.ended = self._clock.wall()
         await self._enter("done")
@@ -488,6 +497,8 @@ class Reindex:
             forgotten = BackfillDocument(number, document, ended=True, forgotten=True)
             await asyncio.wrap_future(store.write(Write(name, backfill=forgotten)))
         await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
+        if self._sink.related:
+            await clear(store, self._pipeline.database.slot.name, name, self._sink.related)
 
     # -- state ------------------------------------------------------------------------------------------------------
     @property

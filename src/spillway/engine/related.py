@@ -31,8 +31,9 @@ from spillway.flow.route import Subscription
 from spillway.source.origin import Expected
 from spillway.source.parents import SETTINGS, Parents
 from spillway.source.sessions import Sessions
-from spillway.store.base import EVERYTHING, AskedRefreshes, Store
+from spillway.store.base import EVERYTHING, AskedRefreshes, Select, Store, Write
 
+COMPANION = "~related"  # what its name ends with
 BATCH_CHANGES = 1000  # what one question is asked for
 SEND_SECONDS = 86_400.0  # a fan-out may take long; each of its steps has a deadline
 WELL = ("idle", "caught_up", "behind")  # states of which people need not hear
@@ -69,9 +70,9 @@ class Companion:
             own_search_path=True,
             settings=SETTINGS,
         )
-        fan_out = FanOut(related, Parents(sessions), process.budget.pages, self._ask, process.clock)
+        fan_out = FanOut(related, Parents(sessions), process.budget.pages, self.ask, process.clock)
         spec = SinkSpec(
-            name=f"{sink.name}~related",
+            name=f"{sink.name}{COMPANION}",
             batch_size=BATCH_CHANGES,
             max_memory_bytes=sink.max_memory_mb << 20,
             max_messages=sink.max_messages,
@@ -99,13 +100,15 @@ class Companion:
             for refresh in refreshes:
                 tasks.create_task(refresh.run(), name=f"refresh {refresh.table} {self.main.name}")
 
-    async def left(self) -> None:
-        """Its sink is no more, and `run` was cancelled: what is due is gone."""
+    async def hand_over(self, other: Companion) -> None:
+        """What is due here is due there, too. Durable when this returns."""
         for table in self.tables:
-            while due := await asyncio.to_thread(self._store.refreshes, self.main.name, table, 0, PAGE):
-                await self.main.refreshed(due)
+            after = 0
+            while due := await asyncio.to_thread(self._store.refreshes, self.main.name, table, after, PAGE):
+                await other.ask(AskedRefreshes(table, [one.key for one in due]))
+                after = due[-1].place
 
-    async def _ask(self, asked: AskedRefreshes) -> None:
+    async def ask(self, asked: AskedRefreshes) -> None:
         await self.main.ask(asked)
         refresh = self.refreshes.get(asked.table)
         if refresh is not None:
@@ -119,7 +122,7 @@ class Companion:
             await self.delivery.resume(received_lsn)
         elif gap is not None and gap.last_lsn is not None:
             for table in self.tables:
-                await self._ask(AskedRefreshes(table, [EVERYTHING]))
+                await self.ask(AskedRefreshes(table, [EVERYTHING]))
             await self.delivery.resume(received_lsn)  # what it missed is known to be due
         for refresh in self.refreshes.values():
             await refresh.look()
@@ -134,6 +137,21 @@ class Companion:
             what = f"documents wait for changes of related tables ({self.health.state}): {self.health.reason}"
             found.append(Finding("related", what, self.health.remedy))
         return found
+
+    def has_passed(self, lsn: int) -> bool:
+        """What changes up to there have called for is due, or done."""
+        first = self.delivery.window.first_open()
+        return not self.delivery.counters.messages and (first is None or first.first_lsn > lsn)
+
+    def behind(self, seconds: float) -> str:
+        """What keeps the documents from being right as of so long ago."""
+        first = self.delivery.window.first_open()
+        open_seconds = 0.0 if first is None else self._clock.monotonic() - first.arrived
+        if self.delivery.counters.messages or open_seconds >= seconds:
+            return f"changes of related tables wait: {self.health.reason or self.health.state}"
+        if self.main.counters.refreshes and self.oldest_seconds >= seconds:
+            return f"{self.main.counters.refreshes} documents are to be refreshed"
+        return ""
 
     @property
     def oldest_seconds(self) -> float:
@@ -158,6 +176,20 @@ class Companion:
             "due_oldest_seconds": round(self.oldest_seconds, 3),
             "refreshed": sum(refresh.rows for refresh in self.refreshes.values()),
         }
+
+
+async def clear(store: Store, slot: str, sink: str, related: Sequence[Related]) -> None:
+    """A companion that is not there any more leaves nothing behind in the store, nor what it has asked for."""
+    for table in _refreshed(related):
+        while due := await asyncio.to_thread(store.refreshes, sink, table, 0, PAGE):
+            await asyncio.wrap_future(store.write(Write(sink, refreshed=due)))
+    name = f"{sink}{COMPANION}"
+    await asyncio.to_thread(store.open_sink, name, slot)
+    while await asyncio.wrap_future(store.discard(name, Select(all=True), PAGE, frozenset())):
+        pass
+    while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), PAGE)):
+        pass
+    await asyncio.wrap_future(store.write(Write(name, clear_gap=True)))
 
 
 def _refreshed(related: Sequence[Related]) -> list[Table]:
