@@ -68,6 +68,9 @@ cdef class Decoder:
     cdef uint64_t _commit_lsn
     cdef uint64_t _end_lsn
     cdef uint64_t _truncates
+    cdef bint _with_totals
+    cdef bint _has_all  # changes of the open transaction are in the chunk, from the first on
+    cdef uint64_t _first
     # The row that is being decoded; in `_known` and `_before` nothing is UNCHANGED.
     cdef Value* _rows  # the memory of the four
     cdef Value* _row
@@ -100,6 +103,7 @@ cdef class Decoder:
         on_warning=None,
         filters=None,
         Py_ssize_t filter_count=0,
+        bint totals=False,
     ):
         bind_reference()
         self._group_columns = group_columns
@@ -111,6 +115,7 @@ cdef class Decoder:
         self._plans = {}
         self._tables = {}
         self._chunk = 1
+        self._with_totals = totals
         self._filters = filters
         self._filter_count = <int> filter_count
         self._said = <uint8_t*> PyMem_Malloc(2 * filter_count + 1)
@@ -201,6 +206,8 @@ cdef class Decoder:
         self._tables = {}
         self.count = self.used_bytes = 0
         self._commit_lsn = self._end_lsn = self._truncates = 0
+        self._has_all = not (self._transaction.is_open() and self._transaction.idx)
+        self._first = 0
         return chunk
 
     def learn(self, relation, info, frozenset wanted):
@@ -335,7 +342,7 @@ cdef class Decoder:
         if action >= 0:
             self._any_row(plan, action, payload, size)
             return DONE
-        return self._other(kind, payload, size)
+        return self._other(kind, payload, size, credit, most)
 
     cdef inline bint _covered(self, size_t size, uint64_t needed, uint64_t credit, uint64_t most) except -1:
         """Takes the frame's credit; if it is not there, says so in `_stop`."""
@@ -385,19 +392,28 @@ cdef class Decoder:
 
     # Transactions, and what is not a row.
 
-    cdef Outcome _other(self, uint8_t kind, const uint8_t* payload, size_t size) except? DONE:
+    cdef Outcome _other(
+        self, uint8_t kind, const uint8_t* payload, size_t size, uint64_t credit, uint64_t most
+    ) except? DONE:
         if kind == c"B":
             self._transaction.begin(payload, size)
+            self._first = self.count
+            self._has_all = True
         elif kind == c"C":
             if size < COMMIT_BYTES:
                 raise IndexError
             self._commit_lsn = big64(payload + 2)
             self._end_lsn = big64(payload + 10)
+            if self._with_totals and self._has_all:
+                self._set_total()
             self._transaction.end()
             if self.largest_frame_bytes > self._renew_frame_bytes:
                 self._stop = Renew()
                 return STOP
             if 0 < self.break_at_lsn <= self._end_lsn:
+                self._stop = Committed()
+                return STOP
+            if self._with_totals and (self.used_bytes >= credit // 2 or self.count >= most // 2):
                 self._stop = Committed()
                 return STOP
         elif kind == c"R":
@@ -412,6 +428,16 @@ cdef class Decoder:
         elif kind != c"O" and kind != c"Y" and kind != c"A":
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return DONE
+
+    cdef void _set_total(self) noexcept:
+        """In all changes of the transaction that ends."""
+        cdef size_t stride = (WORDS + 2 * self._groups) * 8
+        cdef uint64_t i
+        cdef uint16_t total = <uint16_t> self._transaction.idx
+        if self._transaction.idx > 0xFFFF:
+            return
+        for i in range(self._first, self.count):
+            memcpy(self._meta.data + i * stride + 4 * 8 + 6, &total, 2)
 
     cdef int _truncate(self, bytes payload) except -1:
         cdef Plan plan
@@ -704,12 +730,8 @@ cdef class Decoder:
         PASSED_OVER, an update, only the latter."""
         cdef Keys* was = NULL
         cdef uint16_t number
-        cdef bint moved = False
+        cdef bint moved = False, tells_old
         cdef uint8_t n
-        if plan.chunk != self._chunk:
-            plan.number = self._table_number(plan.name)
-            plan.chunk = self._chunk
-        number = plan.number
         if old == NULL and self._is_gone:
             old = self._old
             self._take_key(plan, old, key_row)
@@ -718,7 +740,14 @@ cdef class Decoder:
             # An unknown old key has nothing to delete.
             moved = was.ends[0] and not same_text(&self._keys, was, 0)
         n = self._transaction.number(self._old_keys.hashes[0] if moved else self._keys.hashes[0])
-        if self._old_keys.ends[0] if self._is_gone else moved:
+        tells_old = self._old_keys.ends[0] if self._is_gone else moved
+        if action == PASSED_OVER and not tells_old:
+            return 0
+        if plan.chunk != self._chunk:
+            plan.number = self._table_number(plan.name)
+            plan.chunk = self._chunk
+        number = plan.number
+        if tells_old:
             self._insert_old_body(plan, old, began)
             self._record(
                 number, DELETED, &self._old_keys, NULL, began + self._old_body.size, self._old_record_bytes,

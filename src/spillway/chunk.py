@@ -17,7 +17,8 @@ state file stays on one architecture)::
     INDEX  commit_idx | record_bytes << 32         length of the row's JSON inside its body
     TIME   commit time, microseconds since the Unix epoch
     ENDS   where the body ends in data | where its key texts end in keys << 32
-    KIND   bytes: action, n, flags, sub, table (16 bits), 0, 0
+    KIND   bytes: action, n, flags, sub, table (16 bits), total (16 bits): operations of its transaction, as commit_idx
+           counts; 0 if nobody asks, if the chunk has not all of them, or if they are above 65,535
     LARGE  too_large_bytes | xid << 32             the transaction's 32 bits of an id; 0 for a backfilled row
     HASH   of the primary key's text, 0 without one
     WAS    of the primary key's text before, if the change has moved the row, else 0
@@ -59,6 +60,7 @@ HASHED: Final = 1 << 32  # set in every hash, so that none is 0
 
 # Bytes of the word KIND.
 ACTION, N, FLAGS, SUB, TABLE = range(KIND * WORD_BYTES, KIND * WORD_BYTES + 5)
+TOTAL: Final = TABLE + 2
 
 WHOLE, OLD, MOVED, TOO_LARGE, GONE = 1, 2, 4, 8, 16  # flags
 NO, YES, LEFT = range(3)  # what a filter says of a change
@@ -160,6 +162,11 @@ class Chunk:
     def table(self, index: int) -> tuple[str, str]:
         at = index * self.stride * WORD_BYTES + TABLE
         return self.tables[int.from_bytes(self.meta[at : at + 2], _BYTE_ORDER)]
+
+    def total(self, index: int) -> int:
+        """How many operations its transaction has; 0: that is not known."""
+        at = index * self.stride * WORD_BYTES + TOTAL
+        return int.from_bytes(self.meta[at : at + 2], _BYTE_ORDER)
 
     def body(self, index: int) -> bytes:
         start = self.word(index - 1, ENDS) & LOW if index else 0

@@ -50,6 +50,7 @@ class Setting:
     credit_bytes: int = 1 << 30
     max_changes: int = 1000
     filters: tuple[Given, ...] = ()
+    totals: bool = False
 
 
 @dataclass
@@ -132,6 +133,7 @@ def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Find
         findings.append,
         lambda relation, info: filters_of(setting.filters, relation, info),
         len(setting.filters),
+        setting.totals,
     )
 
 

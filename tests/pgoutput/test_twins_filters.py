@@ -55,7 +55,8 @@ SLOW = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCh
 @SLOW
 def test_the_same_chunks(case: tuple[list[bytes], Setting], filters: tuple[Given, ...], alone: bool) -> None:
     sent, setting = case
-    setting = replace(setting, filters=filters, wanted=frozenset() if alone else setting.wanted)
+    wanted = frozenset() if alone else setting.wanted
+    setting = replace(setting, filters=filters, wanted=wanted, totals=alone)
     assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
 
 

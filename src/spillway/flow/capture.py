@@ -272,7 +272,10 @@ class Capture:
             decoder.break_at_lsn = min((max(1, turn.lsn) for turn in self._turns), default=0)
             stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
-                if not 0 < decoder.count < self._worth_changes or not await stream.again():
+                # A transaction whose end is on its way is worth as much, where its sinks ask for its total.
+                whole = self._router.totals and decoder.in_transaction
+                worth_changes = self._chunk_changes if whole else self._worth_changes
+                if not 0 < decoder.count < worth_changes or not await stream.again():
                     await self._hand_over(decoder)
                     await stream.more()
             elif isinstance(stop, Full):

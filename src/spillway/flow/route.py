@@ -64,6 +64,7 @@ class Subscription:
     splits_key_change: bool = False  # state sinks: delete of the old key, index of the new one
     applies_truncate: bool = False
     filters: tuple[Condition, ...] = ()  # of all its tables
+    wants_totals: bool = False  # how many operations a transaction has
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ class Router:
     def group_columns(self, schema: str, table: str) -> tuple[Columns | None, ...]:
         """By which columns each of the groups orders this table; None: by its primary key."""
         return tuple(self._columns(s, schema, table) for s in self._grouped)
+
+    @property
+    def totals(self) -> bool:
+        """Whether a sink wants to know how many operations a transaction has."""
+        return any(subscription.wants_totals for subscription in self._subscriptions)
 
     @property
     def filter_count(self) -> int:

@@ -19,6 +19,9 @@ credit that `fill` was given for the chunk: a frame that would is kept undecoded
 
 Promises:
 
+- With ``totals`` every change of a transaction that is in one chunk as a whole has the number of its operations
+  (`Chunk.total`). For more of them to be, a commit is a reason to stop once half of the chunk's credit or changes are
+  used.
 - A row is rendered once (see spillway.change). Its position is the transaction's final LSN and ``commit_idx``, which
   counts row operations, a TRUNCATE (once, however many tables) and transactional logical messages, annotations
   included; the same at every replay, as is ``n``.
@@ -56,7 +59,20 @@ from itertools import chain
 from typing import Final
 
 from spillway.change import ACTIONS, BODY_START, RECORD_START, Action
-from spillway.chunk import GONE, LEFT, LOW, MOVED, OLD, TOO_LARGE, WHOLE, YES, Chunk, ChunkBuilder
+from spillway.chunk import (
+    GONE,
+    LEFT,
+    LOW,
+    MOVED,
+    OLD,
+    TOO_LARGE,
+    TOTAL,
+    WHOLE,
+    WORD_BYTES,
+    YES,
+    Chunk,
+    ChunkBuilder,
+)
 from spillway.errors import Finding
 from spillway.pgoutput.filters import UNCHANGED, Filters, no_filters, said_of_row, said_of_update
 from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
@@ -96,6 +112,8 @@ _ROWS: Final = {ord("I"): _INSERTED, ord("U"): _UPDATED, ord("D"): _DELETED}
 _row_head = struct.Struct(">xIB").unpack_from
 _oid_at = struct.Struct(">xI").unpack_from
 _ROW_START: Final = 6
+_total = struct.Struct("=H")
+_MOST_IN_TOTAL: Final = 0xFFFF
 
 # A record has one byte for the place within a TRUNCATE. What counts is that the places do not fall.
 _LAST_SUB: Final = 255
@@ -124,6 +142,7 @@ class Decoder:
         on_warning: Callable[[Finding], None] = lambda _: None,
         filters: Filters = no_filters,
         filter_count: int = 0,
+        totals: bool = False,
     ) -> None:
         self.largest_frame_bytes = 0  # the payload of one that was decoded, since the decoder was made
         self.taken_frames = 0  # since the caller last set it to 0
@@ -146,6 +165,9 @@ class Decoder:
         self._builder = ChunkBuilder(groups)
         self._no_texts = (b"",) * (2 + 2 * groups)
         self._matched = bytearray()
+        self._with_totals = totals
+        self._totals: list[tuple[int, int, int]] = []  # first change of a transaction, the one behind it, the total
+        self._first: int | None = 0  # change of the open transaction; None: the chunk does not have them all
         self._all_say_yes = bytes([YES]) * filter_count
         self._commit_lsn = self._end_lsn = self._truncates = 0
 
@@ -204,9 +226,18 @@ class Decoder:
         """What was filled, and the last commit that was read meanwhile. The next chunk begins."""
         if self._transaction.idx > LOW:
             raise ProtocolError(f"a transaction of more than {LOW} operations")
-        chunk = self._builder.take(self._commit_lsn, self._end_lsn, self._truncates)
-        chunk.matched, chunk.filters = bytes(self._matched), self._filter_count
+        taken = self._builder.take()
+        meta = bytearray(taken.meta)
+        for first, end, total in self._totals:
+            for at in range(first * taken.stride, end * taken.stride, taken.stride):
+                _total.pack_into(meta, at * WORD_BYTES + TOTAL, total)
+        chunk = Chunk(
+            taken.count, taken.data, bytes(meta), taken.keys, taken.tables, taken.groups, self._commit_lsn,
+            self._end_lsn, self._truncates, bytes(self._matched), self._filter_count,
+        )  # fmt: skip
         self._matched.clear()
+        self._totals.clear()
+        self._first = None if self.in_transaction and self._transaction.idx else 0
         self._commit_lsn = self._end_lsn = self._truncates = 0
         self.used_bytes = 0
         return chunk
@@ -272,7 +303,11 @@ class Decoder:
         if action is not None:
             self._row(plan, action, payload)
             return None
-        return self._other(kind, payload)
+        stop = self._other(kind, payload)
+        if stop is None and kind == _COMMIT and self._with_totals:
+            half = self.used_bytes >= credit_bytes // 2 or self._builder.count >= max_changes // 2
+            return Committed() if half else None
+        return stop
 
     def _keepalive(self, frame: memoryview) -> Keepalive | None:
         if frame[0] != _KEEPALIVE:
@@ -287,6 +322,7 @@ class Decoder:
     def _other(self, kind: int, payload: memoryview) -> Relation | Renew | Committed | None:
         if kind == _BEGIN:
             self._transaction.begin(bytes(payload))
+            self._first = self._builder.count
         elif kind == _COMMIT:
             return self._commit(bytes(payload))
         elif kind == _RELATION:
@@ -304,6 +340,8 @@ class Decoder:
     def _commit(self, payload: bytes) -> Renew | Committed | None:
         commit = read_commit(payload)
         self._commit_lsn, self._end_lsn = commit.commit_lsn, commit.end_lsn
+        if self._with_totals and self._first is not None and self._transaction.idx <= _MOST_IN_TOTAL:
+            self._totals.append((self._first, self._builder.count, self._transaction.idx))
         self._transaction.end()
         if self.largest_frame_bytes > self._renew_frame_bytes:
             return Renew()
