@@ -13,12 +13,15 @@ from pathlib import Path
 import orjson
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from functions.messages import bodies, failure, message, python, running, transform
 from spillway.errors import SpillwayError
-from spillway.functions import process
+from spillway.functions import made, process
 from spillway.functions.base import Failure, Output
 from spillway.functions.isolated import IsolatedFunctions
+from spillway.functions.outcome import outcome
 from spillway.functions.spec import MIB, FunctionSpec, PathExpression
 
 PARENT = """
@@ -255,3 +258,37 @@ async def test_a_batch_of_many_small_messages() -> None:
         found = await functions(messages, [False] * 20_000)
     assert found == [(Output(orjson.dumps(number)),) if number % 3 else () for number in range(20_000)]
     assert not any(isinstance(outcome, Failure) for outcome in found)
+
+
+def pretended(kind: int, payload: bytes) -> bytes:
+    """An answer of one message, without its length."""
+    return b"".join(made.answer(bytes([kind]), [payload], made.DONE))[made.LENGTH.size :]
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.builds(pretended, st.integers(0, 7), st.binary(max_size=40)),
+        st.builds(
+            lambda head, rest: pretended(made.SEVERAL, made.LENGTH.pack(len(head)) + head + rest),
+            st.recursive(
+                st.one_of(st.none(), st.integers(-9, 9), st.booleans(), st.text(max_size=2)),
+                lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=1), inner)),
+            ).map(orjson.dumps),
+            st.binary(max_size=10),
+        ),
+    )
+)
+def test_nothing_in_an_answer_is_believed(frame: bytes) -> None:
+    try:
+        answers, _ = made.read_answer(frame)
+        found = [outcome(one) for one in answers]
+    except made.Broken:
+        return
+    for one in found:
+        if isinstance(one, Failure):
+            assert isinstance(one.reason, str)
+            assert isinstance(one.detail, str)
+        else:
+            assert all(output.body is None or isinstance(output.body, bytes) for output in one)
+            assert all(output.route is None or isinstance(output.route, dict) for output in one)

@@ -56,10 +56,14 @@ def outputs(payload: bytes) -> list[tuple[bytes | None, dict[str, object] | None
         at = LENGTH.size + head_bytes
         for size, route in orjson.loads(payload[LENGTH.size : at]):
             body = None if size is None else payload[at : at + size]
+            if len(body or b"") != (size or 0) or not (route is None or isinstance(route, dict)):
+                raise Broken("an answer is garbled")
             at += size or 0
             found.append((body, route))
     except (struct.error, ValueError, TypeError) as error:
         raise Broken("an answer is garbled") from error
+    if at != len(payload):
+        raise Broken("an answer is garbled")
     return found
 
 
@@ -70,7 +74,7 @@ def failed(reason: str, detail: str) -> Made:
 def reason_and_detail(payload: bytes) -> tuple[str, str]:
     try:
         reason, detail = orjson.loads(payload)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise Broken("an answer is garbled") from error
     return str(reason), str(detail)
 

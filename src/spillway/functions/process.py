@@ -33,6 +33,7 @@ LOAD_SECONDS: Final = 30.0
 IDLE_SECONDS: Final = 10.0  # while no message is running: it reads, or says what it has done
 GRACE_SECONDS: Final = 0.5  # beyond the time limit, before it is killed
 LAST_LOOK_SECONDS: Final = 0.05
+REAP_SECONDS: Final = 5.0  # for a process to be gone that was killed: longer if the kernel holds it, at a dead disk say
 END_SECONDS, POLL_SECONDS = 0.2, 0.005  # for a process that has let go of its files to be gone
 HEAD_BYTES: Final = 64 << 10  # what an answer may have besides its results
 # How a process ends that disturbs itself, and orjson at the memory limit.
@@ -179,7 +180,7 @@ class WorkerProcess:
             return Lost(None, made.failed("function_crashed", "the function has closed the files of its process"))
         place = self._place()
         failure = made.failed("function_crashed", f"the function has ended its process{await self._ended()}")
-        return Lost(place, failure, -self._child.returncode in FAULTS)
+        return Lost(place, failure, -(self._child.returncode or 0) in FAULTS)
 
     def _has_ended(self) -> bool:
         """By itself; it is still to be waited for, so that its group is there to be killed."""
@@ -192,15 +193,17 @@ class WorkerProcess:
         """How, for people."""
         await self.end()
         status = self._child.returncode
+        if status is None:
+            return ""
         if status >= 0:
             return f" with exit status {status}"
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         return f" by {name}" + (MAYBE_MEMORY if -status in FAULTS else "")
 
     async def end(self) -> None:
-        """Kill it with all that it has started, and wait for its end; this is not given up when cancelled."""
+        """Kill it with all that it has started, and wait for its end; somebody does if this is cancelled, too."""
         self.kill()
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._child.wait))
+        await asyncio.wait({asyncio.get_running_loop().run_in_executor(None, self._child.wait)}, timeout=REAP_SECONDS)
 
     def kill(self) -> None:
         if self._child.returncode is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from traceback import extract_tb
 from typing import Final
 
 from spillway.functions import jsontext
@@ -187,8 +188,6 @@ def described(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     """The frames of user code, innermost first."""
-    from traceback import extract_tb  # noqa: PLC0415 - only a failure needs it
-
     frames = [frame for frame in extract_tb(error.__traceback__, limit=-50) if not _is_ours(frame.filename)]
     lines = [
         f"  {frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
