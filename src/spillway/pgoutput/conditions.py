@@ -95,6 +95,7 @@ _TEXTS = frozenset({18, 19, 25, 1043})
 _BOOLEAN, _BPCHAR, _NUMERIC, _FLOAT4, _FLOAT8, _UUID = 16, 1042, 1700, 700, 701, 2950
 _DATE, _TIMESTAMP, _TIMESTAMPTZ, _JSON, _JSONB = 1082, 1114, 1184, 114, 3802
 _ENUM, _OTHER, _CITEXT = -1, -2, -3  # no OIDs
+_FIRST_OWN_OID = 16384  # FirstNormalObjectId: below are the types that every server has
 
 
 def _type_of(column: Column, info: TableInfo) -> int:
@@ -102,7 +103,7 @@ def _type_of(column: Column, info: TableInfo) -> int:
     oid = column.type_oid
     while (known := info.types.get(oid)) is not None and known.kind == "domain":
         oid = known.base_oid
-    if known is None:
+    if known is None or (known.kind == "base" and oid < _FIRST_OWN_OID):
         return oid
     if known.kind == "enum":
         return _ENUM
