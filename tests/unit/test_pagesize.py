@@ -10,6 +10,7 @@ from spillway.flow.pagesize import (
     LATENCY_FACTOR,
     LEAST_ROWS,
     MOST_ROWS,
+    PROBE_PAGES,
     READ_SECONDS,
     TAKE_SECONDS,
     PageSize,
@@ -60,6 +61,16 @@ def test_it_settles_where_rows_take_the_time_that_is_aimed_at() -> None:
         for _ in range(80):
             size.took(size.rows, size.rows * 500, FAST, latency + row * size.rows)
         assert 0.4 <= size.rows * row / max(TAKE_SECONDS, LATENCY_FACTOR * latency) <= 1.1
+
+
+def test_it_finds_out_of_small_pages_that_are_all_of_one_size() -> None:
+    """A cold start was taken for slow rows; a page of ten and one of a thousand take nearly the same."""
+    size = PageSize()
+    while size.rows > LEAST_ROWS:
+        size.took(size.rows, size.rows * 500, FAST, 0.005 * size.rows)
+    for _ in range(12 * PROBE_PAGES):
+        size.took(size.rows, size.rows * 500, FAST, 0.016 + 0.00001 * size.rows)
+    assert size.rows >= 1000
 
 
 def test_a_page_that_timed_out_is_halved_down_to_one_row_and_never_grows_by_being_slow() -> None:

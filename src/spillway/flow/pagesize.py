@@ -6,6 +6,9 @@ it. Of the time that the sink takes a part is the same whatever it is given (its
 both are estimated from the last pages, by a line through them. The second part is bounded: by `TAKE_SECONDS`, or by a
 little more than the first, since a live change waits for that anyway and smaller pages would only be more round trips.
 The size doubles at most from page to page, and is halved at most.
+
+Pages of one size do not tell one part from the other: what is latency may be taken for the rows', and pages stay small.
+So one of `PROBE_PAGES` that have kept their size is twice as large.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ TAKE_SECONDS = 0.02
 LATENCY_FACTOR = 1.5
 KEPT = 0.9  # the weight of the pages so far, when another comes
 APART = 0.15  # sizes must differ by so much, relatively, to tell one part from the other
+PROBE_PAGES = 25
 UNKNOWN_ROW_BYTES = 16 << 10  # of credit
 LEAST_CREDIT_BYTES = 256 << 10
 
@@ -52,6 +56,7 @@ class PageSize:
         self.rows = FIRST_ROWS
         self._row_bytes = 0.0  # credit for a row, as found
         self._line = _Line()
+        self._kept = 0  # pages since the size has changed
 
     def credit_bytes(self, most_bytes: int) -> int:
         """What a page of this size needs, as far as is known."""
@@ -67,7 +72,7 @@ class PageSize:
         """A page came, and was taken. Those that were cut short by anything but their size do not make it grow."""
         if not rows:
             return
-        found = used_bytes / rows
+        found, before = used_bytes / rows, self.rows
         self._row_bytes = max(found, 0.8 * self._row_bytes + 0.2 * found)
         self._line.took(rows, take_seconds)
         bound_seconds = max(TAKE_SECONDS, LATENCY_FACTOR * self._line.latency_seconds)
@@ -78,6 +83,10 @@ class PageSize:
             self.rows = min(self.rows, max(LEAST_ROWS, round(allowed), rows // 2))
         elif allowed >= 2 * self.rows and rows >= 0.9 * self.rows and read_seconds < READ_SECONDS / 2:
             self.rows = min(MOST_ROWS, 2 * self.rows)
+        self._kept = self._kept + 1 if self.rows == before and rows >= 0.9 * before else 0
+        if self._kept >= PROBE_PAGES and read_seconds < READ_SECONDS / 2:
+            self.rows = min(MOST_ROWS, 2 * self.rows)
+            self._kept = 0
 
     def timed_out(self) -> None:
         self.rows = max(1, self.rows // 2)
