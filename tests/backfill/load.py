@@ -84,7 +84,7 @@ def run(
         Stage(conninfo, folder, sinks, existing=fill, endpoint_url=recorder.url, environment=environment) as stage,
     ):
         if late:
-            _commit_late(conninfo)
+            commit_late(conninfo)
         refused = [str(id) for id in HOT_ITEMS[:6]]
         recorder.script([{"path": "/hook", "pks": refused, "probability": 0.1, "do": "status", "status": 422}])
         stage.begin()
@@ -144,7 +144,7 @@ def _initial(stage: Stage, meanwhile: Callable[[], None]) -> dict[str, list[str]
     return found
 
 
-def _commit_late(conninfo: str) -> None:
+def commit_late(conninfo: str) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("alter system set synchronous_standby_names = 'standby'")
         connection.execute("alter system set synchronous_commit = 'remote_apply'")

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import psycopg
 
-from backfill.load import _commit_late as commit_late
+from backfill.load import commit_late
 from backfill.site import Site
 from oracle import documents
 from oracle.documents import Index

@@ -10,7 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from backfill.load import _commit_late as commit_late
+from backfill.load import commit_late
 from oracle.documents import Index, differences
 from servers.opensearch import OpenSearch
 from servers.postgres import Postgres, Standby
