@@ -306,7 +306,17 @@ class Sink(Section):
     @property
     def group_columns(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """By table (schema, name): what its messages are grouped by, where that is not the primary key."""
-        return {table.name: table.group_column_names for table in self.tables if table.group_column_names}
+        groups: dict[tuple[str, str], tuple[str, ...]] = {
+            table.name: table.group_column_names for table in self.tables if table.group_column_names
+        }
+        if self.outbox is not None and self.outbox.table is not None and self.outbox.key is not None:
+            groups[self.outbox.table] = (self.outbox.key,)
+        return groups
+
+    @property
+    def taken_actions(self) -> tuple[Action, ...]:
+        """Of an outbox only inserts are events."""
+        return self.actions if self.outbox is None else ("insert",)
 
 
 def _of_this_sink(table: TableName, key: str, info: ValidationInfo) -> None:

@@ -191,7 +191,7 @@ class Pipeline:
             Subscription(
                 delivery,
                 sink.source.selects,
-                frozenset(sink.actions),
+                frozenset(sink.taken_actions),
                 sink.group_columns,
                 grouping=sink.message_grouping or keeps_rows,
                 needs_key=keeps_rows,

@@ -34,7 +34,9 @@ from spillway.columns import GONE_DELETE, OLD_DELETE
 from spillway.errors import Finding, SpillwayError
 from spillway.flow.delivery import Delivery
 from spillway.impl import by_kind
+from spillway.pgoutput import concerns_inserts
 from spillway.pgoutput.conditions import Condition, compiled
+from spillway.pgoutput.emitted import SCHEMA
 from spillway.pgoutput.filters import Check, Filter, Filters, no_filters
 from spillway.pgoutput.relation import Relation, TableInfo
 
@@ -65,6 +67,7 @@ class Subscription:
     applies_truncate: bool = False
     filters: tuple[Condition, ...] = ()  # of all its tables
     wants_totals: bool = False  # how many operations a transaction has
+    prefix: str | None = None  # of logical messages that it wants (spillway.pgoutput.emitted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,10 @@ class Router:
             if subscription.filters and subscription.filters not in self._filters:
                 self._filters.append(subscription.filters)
         self._routes: dict[tuple[str, str], list[_Route]] = {}
+        for subscription in subscriptions:
+            if subscription.prefix is not None:
+                routes = self._routes.setdefault((SCHEMA, subscription.prefix), [])
+                routes.append(_Route(subscription.delivery, {_INSERT: None}, -1, True))
         self.refused: dict[tuple[str, str, str], Finding] = {}  # sink, schema, table
         self._refused_since: dict[tuple[str, str, str], int] = {}  # from which LSN on
         if before is not None:
@@ -108,6 +115,11 @@ class Router:
     def group_columns(self, schema: str, table: str) -> tuple[Columns | None, ...]:
         """By which columns each of the groups orders this table; None: by its primary key."""
         return tuple(self._columns(s, schema, table) for s in self._grouped)
+
+    @property
+    def prefixes(self) -> frozenset[str]:
+        """Of logical messages that a sink wants."""
+        return frozenset(s.prefix for s in self._subscriptions if s.prefix is not None)
 
     @property
     def totals(self) -> bool:
@@ -152,6 +164,8 @@ class Router:
             finding = None
             if subscription.grouping:
                 finding = unkeyable(self._columns(subscription, schema, table), subscription.needs_key)
+                if finding is not None and subscription.actions == {"insert"} and not concerns_inserts(finding):
+                    finding = None
             checks = _checks_of(subscription.filters, schema, table, compile_checks)
             if isinstance(checks, Finding):
                 finding = finding or checks

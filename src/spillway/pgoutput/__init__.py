@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from spillway import impl
 from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
-from spillway.pgoutput.identity import unkeyable
+from spillway.pgoutput.identity import concerns_inserts, unkeyable
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.plan import DatabaseMeta, primary_key
 from spillway.pgoutput.relation import Column, Relation, TableInfo, TypeInfo
@@ -34,6 +34,7 @@ __all__ = [
     "Stop",
     "TableInfo",
     "TypeInfo",
+    "concerns_inserts",
     "primary_key",
     "unkeyable",
 ]

@@ -40,6 +40,11 @@ def unkeyable(relation: Relation, info: TableInfo, columns: Sequence[str]) -> Fi
     )
 
 
+def concerns_inserts(finding: Finding) -> bool:
+    """Whether inserts cannot be keyed either: they carry every column that there is."""
+    return finding.code == "key_column_missing"
+
+
 def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from spillway.config import Search, Sink, TableName
 from spillway.errors import Finding
-from spillway.pgoutput.identity import unkeyable
+from spillway.pgoutput.identity import concerns_inserts, unkeyable
 from spillway.pgoutput.relation import Column, Relation, TableInfo
 from spillway.source.catalog import PublishedTable
 from spillway.source.refusal import quoted
@@ -154,7 +154,7 @@ def _keys(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
         return
     for leaf in (table, *table.leaves):
         finding = _unkeyable(leaf, columns, table.published_columns)
-        if finding is not None:
+        if finding is not None and (sink.taken_actions != ("insert",) or concerns_inserts(finding)):
             yield finding
 
 
