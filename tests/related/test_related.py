@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backfill.load import commit_late
 from backfill.site import Site, sqlite_sink
+from servers.postgres import Postgres, Standby
 
 TABLES = """
 create table companies (id int primary key, name text not null);
@@ -37,19 +40,13 @@ Document = tuple[int, str, str | None, str | None]
 class Board(Site):
     """The job board: jobs with what they are joined with."""
 
-    def _config(self, sinks: object) -> dict[str, object]:
-        return {**super()._config(sinks), "functions": [FUNCTION]}  # type: ignore[arg-type]
+    functions: Sequence[dict[str, str]] = (FUNCTION,)
+
+    def _config(self, sinks: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        return {**super()._config(sinks), "functions": list(self.functions)}
 
     def documents(self) -> dict[int, Document]:
-        path = self.folder / "jobs.db"
-        if not path.exists():
-            return {}
-        with closing(sqlite3.connect(path)) as db:
-            try:
-                rows = db.execute("select id, title, company, skills from jobs").fetchall()
-            except sqlite3.OperationalError:  # not there yet
-                return {}
-        return {row[0]: row for row in rows}
+        return {row[0]: row for row in self.ask_all("select id, title, company, skills from jobs")}
 
     def fresh(self) -> dict[int, Document]:
         return {row[0]: row for row in self.sql(DOCUMENT)}
@@ -69,6 +66,13 @@ class Board(Site):
     def ask(self, query: str, *given: object) -> Any:
         with closing(sqlite3.connect(self.folder / "jobs.db")) as db:
             return db.execute(query, given).fetchone()[0]
+
+    def ask_all(self, query: str) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.folder / "jobs.db")) as db:
+            try:
+                return db.execute(query).fetchall()
+            except sqlite3.OperationalError:  # not there yet
+                return []
 
     @property
     def due(self) -> int:
@@ -174,3 +178,105 @@ def test_sql_that_does_not_fit_is_said(board: Board) -> None:
     board.sql("alter table jobs add column nothing int", "update jobs set nothing = id")
     board.wait_right()
     board.wait(lambda: "nothing" not in board.status("jobs")["reason"], "the end of the finding")
+
+
+def test_a_transaction_that_stays_open_holds_up_nothing(board: Board) -> None:
+    """Not the first refresh after a while without any, either."""
+    board.begin()
+    board.wait_right()
+    board.sql("update companies set name = 'first' where id = 1")
+    board.wait_right()
+    with board.transaction("insert into jobs values (50, 1, 'unseen')", "update companies set name = 'x' where id = 3"):
+        board.sql("update jobs set title = title || '!' where id < 10")
+        for number in range(3):
+            board.sql(f"update companies set name = 'during {number}' where id = 1")
+            board.wait_right()
+    board.wait_right()
+
+
+def test_a_table_may_be_related_to_itself_and_several_times(database: str, tmp_path: Path) -> None:
+    """Two entries of one child table by different columns; a partitioned table with a key of two columns."""
+    document = (
+        "select j.region, j.id, above.title as above, (select string_agg(s.name, ' ' order by s.name) from skills s"
+        " where (s.region, s.job_id) = (j.region, j.id)) as skills,"
+        " (select count(*) from skills s where s.name = j.title) as namesakes from jobs j"
+        " left join jobs above on (above.region, above.id) = (j.region, j.above)"
+    )
+    function = f"{document} join unnest($1, $2) as k (id, region) on (k.id, k.region) = (j.id, j.region)"
+    related = [
+        {
+            "table": "public.jobs",
+            "sql": "select j.region, j.id from jobs j join unnest($1, $2) k (id, region) on (k.id, k.region) ="
+            " (j.above, j.region)",
+        },
+        {
+            "table": "public.skills",
+            "columns": ["region", "job_id"],
+            "sql": "select * from unnest($1, $2) k (region, id)",
+        },
+        {"table": "public.skills", "columns": ["name"], "sql": "select id, region from jobs where title = any($1)"},
+    ]
+    sink = sqlite_sink("jobs", ["public.jobs"], enrichment="document", related=related, initial_backfill=True)
+    with Board(database, tmp_path, [sink]) as site:
+        site.functions = [{"name": "document", "type": "enrichment", "code": function}]
+        site.configure(sink)
+        site.sql(
+            "create table jobs (id int, region text, above int, title text, primary key (region, id))"
+            " partition by list (region)",
+            "create table jobs_a partition of jobs for values in ('a', 'a:b')",
+            "create table jobs_b partition of jobs default",
+            "create table skills (id int primary key, region text, job_id int, name text)",
+            "alter table skills replica identity full",
+            "create publication spillway for table jobs, skills with (publish_via_partition_root = true)",
+            "insert into jobs select n, r, n - 1, 'job ' || n"
+            " from generate_series(1, 5) n, unnest('{a,a:b,c}'::text[]) r",
+        )
+
+        def right() -> bool:
+            found = site.ask_all("select region, id, above, skills, namesakes from jobs")
+            return sorted(found) == sorted(site.sql(document))
+
+        site.begin()
+        for statement in (
+            "select 1",
+            "update jobs set title = 'above' where id = 2",
+            "insert into skills values (1, 'a:b', 3, 'job 4'), (2, 'c', 3, 'above'), (3, null, 3, null)",
+            "update skills set name = 'job 1', region = 'a' where id = 1",
+            "update skills set name = null where id = 2",
+            "update jobs set region = 'c', id = 9 where region = 'a' and id = 3",
+            "delete from skills",
+            "delete from jobs where id = 2",
+        ):
+            site.sql(statement)
+            site.wait(right, f"the documents after {statement}")
+
+
+def test_commits_that_become_visible_late(tmp_path: Path) -> None:
+    """A commit is streamed some 200 ms before anybody sees it, as with a synchronous standby far away."""
+    with (
+        Postgres("18") as primary,
+        Standby(primary, settings={"recovery_min_apply_delay": "200ms"}),
+        Board(primary.create_database("app"), tmp_path, [jobs_sink()]) as board,
+    ):
+        board.sql(
+            TABLES,
+            "insert into companies values (1, 'one'), (2, 'two')",
+            "insert into jobs select n, 1, 'job ' || n from generate_series(1, 50) n",
+        )
+        commit_late(board.conninfo)
+        board.begin()
+        threads = [threading.Thread(target=board.sql, args=statements) for statements in LATE]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        board.wait_right()
+        board.wait(lambda: board.due == 0, "everything to be done")
+
+
+LATE = [
+    [f"update companies set name = 'name {n}' where id = 1" for n in range(8)],
+    [f"update jobs set title = 'title {n}', company_id = 1 + {n} % 2 where id % 7 = {n}" for n in range(7)],
+    [f"insert into skills values ({n}, {n % 5 + 1}, 'skill {n}')" for n in range(6)]
+    + ["update skills set job_id = job_id + 1"],
+]
