@@ -188,7 +188,8 @@ class Backfills:
                     continue  # acknowledged, or another by now
                 what, remedy = "refill", f"then: spillway backfill start {sink} --gap"
             else:
-                what, remedy = "initial backfill", f"then: spillway backfill start {sink} {table}"
+                what = "initial backfill" if request.origin == "initial" else "backfill for its related tables"
+                remedy = f"then: spillway backfill start {sink} {table}"
             remedy += f"; or do without: spillway backfill cancel {sink} {table}"
             found.append(Finding("backfill_failed", f"the {what} of {table} failed: {state.error}", remedy))
         if len(found) > OWED_NAMED:

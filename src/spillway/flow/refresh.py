@@ -14,8 +14,9 @@ nothing: its delete is in the stream.
 placed later; never before the place of that change in the stream (``behind``), so that whoever makes documents of them
 on a replica knows how far that has to be.
 
-**Ready.** The stream's changes of the table are remembered all the time (spillway.flow.carried), so that no refresh has
-to wait until whatever runs just now has ended: what every snapshot sees by now is dropped every `TRIM_SECONDS`.
+**Ready.** The stream's changes of the table are remembered all the time (spillway.flow.carried), from the start on, so
+that no refresh has to wait until whatever runs just now has ended. What every snapshot sees by now is dropped every
+`TRIM_SECONDS`; where that does not do, and everything was forgotten, it begins anew.
 
 **Everything.** A refresh of all rows is a backfill, of which there is one at a time for a table; it is ordered, and the
 refresh is done when the order is durable.
@@ -122,20 +123,31 @@ class Refresh(Paging):
 
     # -- between refreshes ------------------------------------------------------------------------------------------
     async def _rest(self) -> None:
-        """Until something is due. What the stream carries meanwhile is remembered only as long as it has to be."""
-        idle_since = self._clock.monotonic()
+        """Until something is due; ready for it."""
+        idle_since, pause_seconds = self._clock.monotonic(), TRIM_SECONDS
         while not self._asked.is_set():
             with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(TRIM_SECONDS):
+                async with self._clock.timeout(pause_seconds):
                     await self._asked.wait()
-            if self._asked.is_set():
-                return
-            if self._carried.held_bytes:
-                with contextlib.suppress(SpillwayError):  # whoever reads a page meets and reports the same
+                    return
+            pause_seconds = TRIM_SECONDS
+            try:
+                if not self._ready:
+                    await self._quiet(await self._open())
+                    self.waiting = ""
+                elif self._carried.held_bytes:
                     await self._trim()
-            elif self._clock.monotonic() - idle_since > IDLE_SECONDS:
+                elif self._clock.monotonic() - idle_since > IDLE_SECONDS:
+                    await self._close()
+            except SpillwayError:  # whoever reads a page meets and reports the same
                 await self._close()
-                await self._asked.wait()
+                pause_seconds = ROOM_SECONDS * 8
+
+    @property
+    def _ready(self) -> bool:
+        """A page could be read without waiting for what runs just now."""
+        carried = self._carried
+        return carried.remembers and carried.quiet == carried.began and not self._must_wait
 
     async def _trim(self) -> None:
         view = self._carried.open()

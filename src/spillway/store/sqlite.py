@@ -142,6 +142,7 @@ class SqliteStore(PeopleReads):
             raise ValueError("a put needs a position")
         puts = [Put.of(span) for span in write.put]
         rows = sum([len(singly) for singly in (puts, write.resolved, write.resolved_held, write.park, write.hold)])
+        rows += len(write.refreshed) + (0 if write.ask is None else len(write.ask.keys))
         size = sum([put.size_bytes for put in puts])
         return self._submit(lambda transaction: transaction.write(write, puts), 1 + rows + len(write.bury), size)
 
