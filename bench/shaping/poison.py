@@ -182,4 +182,4 @@ def _parked(product: Product) -> dict[int, dict[str, object]]:
 
 
 def _tells_where(detail: str) -> bool:
-    return "ValueError" in detail and "bad row" in detail and "line" in detail
+    return "ValueError: bad row" in detail and "in transform: raise ValueError" in detail
