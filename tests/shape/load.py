@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -195,27 +195,35 @@ def run(
     seed: int,
     seconds: float,
     late: bool = False,
+    kills: int = 0,
+    replica_url: str | None = None,
     say: Callable[[str], None] = print,
     **options: object,
 ) -> Verdict:
-    """``late``: see `backfill.load.run`. ``options`` of the sink."""
+    """``late``: see `backfill.load.run`. ``kills``: so often the process is killed on the way and started again.
+    ``replica_url``: where documents are enriched. ``options`` of the sink."""
     verdict = Verdict(seed)
     name = f"board-{uuid4().hex}"
     destination = {"type": "opensearch", "endpoint_url": search_url, "index_name": name}
+    if replica_url is not None:
+        options["enrichment_from"] = "replica"
     sink = board.documents_sink("documents", destination, initial_backfill=True, **options)
     board.prepare(conninfo, JOBS, SIZE)
     if late:
         commit_late(conninfo)
-    with Index(search_url, name) as index, BoardSite(conninfo, folder, [sink]) as site:
+    with Index(search_url, name) as index, BoardSite(conninfo, folder, [sink], replica_url) as site:
         index.create(board.INDEX)
         try:
             site.begin()
             with BoardLoad(conninfo, seed, mixed=late) as load:
-                ends = time.monotonic() + seconds
-                while time.monotonic() < ends:
-                    load.keep(4 * WRITERS)
-                    site.product.check_alive()
-                    time.sleep(0.02)  # the load goes on meanwhile
+                for life in range(kills + 1):
+                    ends = time.monotonic() + seconds / (kills + 1)
+                    while time.monotonic() < ends:
+                        load.keep(4 * WRITERS)
+                        site.product.check_alive()
+                        time.sleep(0.02)  # the load goes on meanwhile
+                    if life < kills:
+                        site.again()
                 load.finish()
             verdict.transactions = load.committed
             began = time.monotonic()
@@ -233,16 +241,20 @@ def run(
 
 
 class BoardSite(Site):
-    """A process with the enrichment of the job board. ``sections``: more of the file's top level."""
+    """A process with the enrichment of the job board."""
 
     def __init__(
-        self, conninfo: str, folder: Path, sinks: list[dict[str, object]], sections: Mapping[str, object] | None = None
+        self, conninfo: str, folder: Path, sinks: list[dict[str, object]], replica_url: str | None = None
     ) -> None:
-        self._sections = sections or {}
+        self._replica_url = replica_url
         super().__init__(conninfo, folder, sinks)
 
-    def _config(self, sinks):  # type: ignore[no-untyped-def]
-        return {**super()._config(sinks), "functions": [dict(board.FUNCTION)], **self._sections}
+    def _config(self, sinks: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        config = {**super()._config(sinks), "functions": [dict(board.FUNCTION)]}
+        if self._replica_url is not None:
+            (database,) = config["databases"]  # type: ignore[misc]
+            config["databases"] = [{**database, "replica_url": self._replica_url}]
+        return config
 
     def quiet(self, seconds: float = DRAIN_SECONDS) -> None:
         """Everything that is committed by now is in the documents: read, delivered, and no refresh is due."""

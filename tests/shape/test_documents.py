@@ -37,6 +37,20 @@ def test_though_commits_are_seen_late(tmp_path: Path, opensearch: OpenSearch) ->
     assert verdict.good, str(verdict)
 
 
+@pytest.mark.timeout(400)
+def test_though_documents_are_enriched_on_a_replica_that_is_behind(tmp_path: Path, opensearch: OpenSearch) -> None:
+    with Postgres("18") as primary, Standby(primary, settings={"recovery_min_apply_delay": "300ms"}) as standby:
+        conninfo = primary.create_database("app")
+        standby.wait_replayed()
+        verdict = run(conninfo, tmp_path, opensearch.url, seed=SEED, seconds=6, replica_url=standby.dsn("app"))
+    assert verdict.good, str(verdict)
+
+
+def test_though_the_process_is_killed(database: str, tmp_path: Path, opensearch: OpenSearch) -> None:
+    verdict = run(database, tmp_path, opensearch.url, seed=SEED, seconds=10, kills=4)
+    assert verdict.good, str(verdict)
+
+
 def test_what_is_committed_before_and_seen_after(tmp_path: Path, opensearch: OpenSearch) -> None:
     """A company changes, and its commit waits for the standby. Behind it in the WAL, and seen at once, one of its jobs
     changes: its document is made without the company's change, and has the later version."""
