@@ -68,6 +68,7 @@ cdef class Decoder:
     cdef uint64_t _commit_lsn
     cdef uint64_t _end_lsn
     cdef uint64_t _truncates
+    cdef dict _emitted  # by prefix, plans of the logical messages that are wanted: of text, of JSON
     cdef bint _with_totals
     cdef bint _has_all  # changes of the open transaction are in the chunk, from the first on
     cdef uint64_t _first
@@ -104,6 +105,7 @@ cdef class Decoder:
         filters=None,
         Py_ssize_t filter_count=0,
         bint totals=False,
+        prefixes=(),
     ):
         bind_reference()
         self._group_columns = group_columns
@@ -116,6 +118,12 @@ cdef class Decoder:
         self._tables = {}
         self._chunk = 1
         self._with_totals = totals
+        self._emitted = {
+            prefix: tuple([Plan(one, emitted.NO_INFO, (None,) * groups, frozenset(("insert",)), ()) for one in both])
+            for prefix, both in emitted.relations(prefixes).items()
+        }
+        if self._emitted:
+            self._make_room(2)
         self._filters = filters
         self._filter_count = <int> filter_count
         self._said = <uint8_t*> PyMem_Malloc(2 * filter_count + 1)
@@ -337,10 +345,15 @@ cdef class Decoder:
                 raise IndexError
             plan = self._plan(big32(payload + 1))
             needed += plan.overhead_bytes + self._transaction.annotation_bytes
+        elif kind == c"M" and self._emitted:
+            needed += emitted_overhead_bytes + self._transaction.annotation_bytes
         if not self._covered(size, needed, credit, most):
             return KEEP
         if action >= 0:
             self._any_row(plan, action, payload, size)
+            return DONE
+        if kind == c"M":
+            self._message(payload, size, <int64_t> big64(frame + 17))
             return DONE
         return self._other(kind, payload, size, credit, most)
 
@@ -404,9 +417,7 @@ cdef class Decoder:
                 raise IndexError
             self._commit_lsn = big64(payload + 2)
             self._end_lsn = big64(payload + 10)
-            if self._with_totals and self._has_all:
-                self._set_total()
-            self._transaction.end()
+            self._end()
             if self.largest_frame_bytes > self._renew_frame_bytes:
                 self._stop = Renew()
                 return STOP
@@ -423,11 +434,72 @@ cdef class Decoder:
             return STOP
         elif kind == c"T":
             self._truncate(PyBytes_FromStringAndSize(<const char*> payload, <Py_ssize_t> size))
-        elif kind == c"M":
-            self._transaction.logical_message(payload, size)
         elif kind != c"O" and kind != c"Y" and kind != c"A":
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return DONE
+
+    cdef int _end(self) except -1:
+        if self._with_totals and self._has_all:
+            self._set_total()
+        return self._transaction.end()
+
+    cdef int _message(self, const uint8_t* payload, size_t size, int64_t sent) except -1:
+        cdef const uint8_t* start = payload + LOGICAL_MESSAGE_START
+        cdef const uint8_t* end
+        cdef uint64_t lsn
+        cdef tuple plans = None
+        if size < LOGICAL_MESSAGE_START:
+            raise IndexError
+        if self._emitted:
+            end = <const uint8_t*> memchr(start, 0, min(size - LOGICAL_MESSAGE_START, <size_t> LONGEST_PREFIX))
+            if end != NULL:
+                plans = self._emitted.get(PyBytes_FromStringAndSize(<const char*> start, end - start))
+        if plans is None:
+            return self._transaction.logical_message(payload, size)
+        if payload[1] & 1:
+            if not self._transaction.is_open():
+                raise ProtocolError("a message outside of a transaction")
+            self._emit(plans, payload, size, end - payload)
+            return self._transaction.logical_message(payload, size)
+        lsn = big64(payload + 2)
+        self._transaction.begin_message(lsn, sent)
+        self._first = self.count
+        self._has_all = True
+        self._emit(plans, payload, size, end - payload)
+        self._transaction.idx += 1
+        self._end()
+        self._commit_lsn = lsn - 1
+        self._end_lsn = lsn
+        return 0
+
+    cdef int _emit(self, tuple plans, const uint8_t* payload, size_t size, size_t prefix_end) except -1:
+        """A logical message as a row."""
+        cdef Plan plan = plans[0]
+        cdef size_t start = min(prefix_end + 5, size)  # behind its end, and the content's length
+        cdef size_t too_large = size if size > self._max_message_bytes else 0
+        cdef bytes value
+        self._say_yes()
+        self._row[0].data = payload + LOGICAL_MESSAGE_START
+        self._row[0].size = prefix_end - LOGICAL_MESSAGE_START
+        self._row[1].data = NULL
+        self._row[1].size = 0
+        if not too_large:
+            value, is_json = emitted.content_value(
+                PyBytes_FromStringAndSize(<const char*> payload + start, <Py_ssize_t> (size - start))
+            )
+            if is_json:
+                plan = plans[1]
+            self._row[1].data = <const uint8_t*> PyBytes_AS_STRING(value)
+            self._row[1].size = <size_t> PyBytes_GET_SIZE(value)
+            if size * LARGEST_GROWTH > self._max_message_bytes:
+                too_large = size + growth_bytes(self._row, 2)
+                if too_large <= self._max_message_bytes:
+                    too_large = 0
+            if not too_large:
+                too_large = self._whole(plan, INSERTED, self._row, NO_OLD_ROW, False, False)
+        if too_large:
+            return self._key_alone(plan, INSERTED, too_large, False, False)
+        return 0
 
     cdef void _set_total(self) noexcept:
         """In all changes of the transaction that ends."""

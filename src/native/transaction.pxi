@@ -108,6 +108,20 @@ cdef class Transaction:
         self.start(big64(payload + 1), time + POSTGRES_EPOCH_MICROSECONDS)
         return self.start_key(b"%d:" % self.final_lsn)
 
+    cdef int begin_message(self, uint64_t lsn, int64_t sent) except -1:
+        """A message that belongs to none has the place of one; its record ends at ``lsn``, and it was sent at this time
+        since 2000."""
+        if self.is_open() or lsn <= 1:
+            raise ProtocolError("a message that is not transactional inside of a transaction, or nowhere")
+        if sent < -POSTGRES_EPOCH_MICROSECONDS:
+            raise ProtocolError("a message from before 1970")
+        if sent > LAST_MICROSECOND - POSTGRES_EPOCH_MICROSECONDS:
+            raise OverflowError
+        self.xid = 0
+        self.in_page = False
+        self.start(lsn - 1, sent + POSTGRES_EPOCH_MICROSECONDS)
+        return self.start_key(b"%d:" % self.final_lsn)
+
     cdef int begin_page(self, bytes page_id, uint64_t lsn, int64_t microseconds) except -1:
         if self.is_open():
             raise ProtocolError("a page inside of a transaction")

@@ -51,6 +51,7 @@ class Setting:
     max_changes: int = 1000
     filters: tuple[Given, ...] = ()
     totals: bool = False
+    prefixes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,6 +135,7 @@ def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Find
         lambda relation, info: filters_of(setting.filters, relation, info),
         len(setting.filters),
         setting.totals,
+        setting.prefixes,
     )
 
 

@@ -16,6 +16,7 @@ from spillway.change import ACTIONS
 from unit import test_twins_decoder, test_twins_page
 from unit.test_twins_decoder import NAMES
 
+PREFIXES = tuple(f"sequin:transaction_annotations.{name}" for name in ("set", "other"))
 SCALARS = st.sampled_from(
     ["", "a", "a%", "%a", "a_", "%", "a\\%%", '"', "1", "-1", "0", "1.5", "NaN", "Infinity", "t", "f", "true",
      "2024-01-02", "2024-01-02 03:04:05", "0044-03-15 BC", "infinity", "-infinity",
@@ -56,7 +57,7 @@ SLOW = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCh
 def test_the_same_chunks(case: tuple[list[bytes], Setting], filters: tuple[Given, ...], alone: bool) -> None:
     sent, setting = case
     wanted = frozenset() if alone else setting.wanted
-    setting = replace(setting, filters=filters, wanted=wanted, totals=alone)
+    setting = replace(setting, filters=filters, wanted=wanted, totals=alone, prefixes=PREFIXES)
     assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
 
 

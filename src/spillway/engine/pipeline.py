@@ -8,7 +8,7 @@ what is confirmed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -151,6 +151,7 @@ class Pipeline:
             router.filters,
             router.filter_count,
             router.totals,
+            router.prefixes,
         )
 
     def _page_decoder(self, frame_overhead_bytes: int, filters: Sequence[Condition]) -> Decoder:
@@ -190,7 +191,7 @@ class Pipeline:
         self._wants.append(
             Subscription(
                 delivery,
-                sink.source.selects,
+                _wants_table(sink),
                 frozenset(sink.taken_actions),
                 sink.group_columns,
                 grouping=sink.message_grouping or keeps_rows,
@@ -199,6 +200,7 @@ class Pipeline:
                 applies_truncate=sink.on_truncate == "apply",
                 filters=sink.filters,
                 wants_totals=sink.tx,
+                prefix=sink.outbox.prefix if sink.outbox is not None else None,
             )
         )
         if sink.related:
@@ -260,7 +262,7 @@ class Pipeline:
             at = self._at(name)
             shadow = self.sinks[at].model_copy(update={"source": sink.source, "backfill": sink.backfill})
             self.sinks[at] = sink if name == sink.name else shadow
-            self._wants[at] = replace(self._wants[at], wants_table=sink.source.selects)
+            self._wants[at] = replace(self._wants[at], wants_table=_wants_table(sink))
         await self.rewire()
         for at, known in enumerate(self.sinks):  # a shadow may have left meanwhile
             if known.name in concerned:
@@ -396,6 +398,12 @@ class Pipeline:
     def delivery(self, sink: str) -> Delivery | None:
         """Of a sink, or of its companion."""
         return next((d for d in self.flowing if d.name == sink), None)
+
+
+def _wants_table(sink: Sink) -> Callable[[str, str], bool]:
+    """An outbox is all that its sink wants."""
+    outbox = sink.outbox
+    return sink.source.selects if outbox is None else lambda schema, table: (schema, table) == outbox.table
 
 
 def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:

@@ -36,6 +36,7 @@ Promises:
 - An update that has changed the primary key is two records: the delete of the old key (flag OLD), if that is known, and
   right behind it the update (flag MOVED). One that has changed a group's key alone is one record, with that group's
   WAS.
+- A logical message under one of the ``prefixes`` is a row (`emitted`).
 - An unchanged TOAST column is taken from the old row where that was sent, else left out (flag WHOLE is missing);
   it is never null. A delete is always whole: under replica identity default or index it has the key's columns,
   and null in the others.
@@ -54,7 +55,7 @@ Promises:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Final
 
@@ -74,11 +75,14 @@ from spillway.chunk import (
     ChunkBuilder,
 )
 from spillway.errors import Finding
+from spillway.pgoutput.emitted import NO_INFO, OVERHEAD_BYTES, content_value, relations
 from spillway.pgoutput.filters import UNCHANGED, Filters, no_filters, said_of_row, said_of_update
 from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
 from spillway.pgoutput.messages import (
+    LogicalMessage,
     ProtocolError,
     read_commit,
+    read_logical_message,
     read_relation,
     read_truncate,
 )
@@ -112,6 +116,7 @@ _ROWS: Final = {ord("I"): _INSERTED, ord("U"): _UPDATED, ord("D"): _DELETED}
 _row_head = struct.Struct(">xIB").unpack_from
 _oid_at = struct.Struct(">xI").unpack_from
 _ROW_START: Final = 6
+_sent_at = struct.Struct(">17xq").unpack_from  # in the header of XLogData
 _total = struct.Struct("=H")
 _MOST_IN_TOTAL: Final = 0xFFFF
 
@@ -129,7 +134,8 @@ class _TooLargeError(Exception):
 
 class Decoder:
     """``group_columns``: the ``groups`` sets of group columns for a table, by schema and name (of its root); None for a
-    set that is the primary key. ``filters``: those of a relation, of ``filter_count`` that there are in all."""
+    set that is the primary key. ``filters``: those of a relation, of ``filter_count`` that there are in
+    all. ``prefixes``: of logical messages that are wanted."""
 
     def __init__(
         self,
@@ -143,6 +149,7 @@ class Decoder:
         filters: Filters = no_filters,
         filter_count: int = 0,
         totals: bool = False,
+        prefixes: Collection[str] = (),
     ) -> None:
         self.largest_frame_bytes = 0  # the payload of one that was decoded, since the decoder was made
         self.taken_frames = 0  # since the caller last set it to 0
@@ -165,6 +172,10 @@ class Decoder:
         self._builder = ChunkBuilder(groups)
         self._no_texts = (b"",) * (2 + 2 * groups)
         self._matched = bytearray()
+        self._emitted = {
+            prefix: tuple([TablePlan(one, NO_INFO, (None,) * groups, frozenset({"insert"})) for one in both])
+            for prefix, both in relations(prefixes).items()
+        }
         self._with_totals = totals
         self._totals: list[tuple[int, int, int]] = []  # first change of a transaction, the one behind it, the total
         self._first: int | None = 0  # change of the open transaction; None: the chunk does not have them all
@@ -297,11 +308,16 @@ class Decoder:
             (oid,) = _oid_at(payload)
             plan = self._plan(oid)
             needed_bytes += plan.overhead_bytes + self._transaction.annotation_bytes
+        elif kind == _MESSAGE and self._emitted:
+            needed_bytes += OVERHEAD_BYTES + self._transaction.annotation_bytes
         full = self._covered(frame, payload_bytes, needed_bytes, credit_bytes, max_changes)
         if full is not None:
             return full
         if action is not None:
             self._row(plan, action, payload)
+            return None
+        if kind == _MESSAGE:
+            self._message(payload, frame)
             return None
         stop = self._other(kind, payload)
         if stop is None and kind == _COMMIT and self._with_totals:
@@ -331,8 +347,6 @@ class Decoder:
             return relation
         elif kind == _TRUNCATE:
             self._truncate(bytes(payload))
-        elif kind == _MESSAGE:
-            self._transaction.logical_message(payload)
         elif kind not in _IGNORED:
             raise ProtocolError(f"a frame of kind {chr(kind)!r}")
         return None
@@ -340,12 +354,52 @@ class Decoder:
     def _commit(self, payload: bytes) -> Renew | Committed | None:
         commit = read_commit(payload)
         self._commit_lsn, self._end_lsn = commit.commit_lsn, commit.end_lsn
-        if self._with_totals and self._first is not None and self._transaction.idx <= _MOST_IN_TOTAL:
-            self._totals.append((self._first, self._builder.count, self._transaction.idx))
-        self._transaction.end()
+        self._end()
         if self.largest_frame_bytes > self._renew_frame_bytes:
             return Renew()
         return Committed() if 0 < self.break_at_lsn <= self._end_lsn else None
+
+    def _end(self) -> None:
+        if self._with_totals and self._first is not None and self._transaction.idx <= _MOST_IN_TOTAL:
+            self._totals.append((self._first, self._builder.count, self._transaction.idx))
+        self._transaction.end()
+
+    def _message(self, payload: memoryview, frame: memoryview) -> None:
+        message = read_logical_message(payload)
+        plans = self._emitted.get(message.prefix)
+        if plans is None:
+            self._transaction.logical_message(message)
+        elif message.transactional:
+            if not self._transaction.open:
+                raise ProtocolError("a message outside of a transaction")
+            self._emit(plans, payload, message)
+            self._transaction.logical_message(message)
+        else:
+            (sent,) = _sent_at(frame)
+            self._transaction.begin_message(message.lsn, sent)
+            self._first = self._builder.count
+            self._emit(plans, payload, message)
+            self._transaction.idx += 1
+            self._end()
+            self._commit_lsn, self._end_lsn = message.lsn - 1, message.lsn
+
+    def _emit(self, plans: Sequence[TablePlan], payload: memoryview, message: LogicalMessage) -> None:
+        """A logical message as a row."""
+        plan, json_plan = plans
+        row: Row = [message.prefix, None]
+        n = self._transaction.number(b"")
+        if len(payload) > self._max_message_bytes:
+            self._key_alone(plan, _INSERTED, row, len(payload), n, self._all_say_yes)
+            return
+        row[1], is_json = content_value(bytes(message.content))
+        plan = json_plan if is_json else plan
+        try:
+            self._limit(len(payload), row)
+            body, tail, texts = self._render(plan, _INSERTED, row, b"null", False)
+        except _TooLargeError as too_large:
+            self._key_alone(plan, _INSERTED, row, too_large.size_bytes, n, self._all_say_yes)
+        else:
+            self._add(plan.name, _INSERTED, body, tail, texts, n, self._all_say_yes)
 
     def _truncate(self, payload: bytes) -> None:
         for place, oid in enumerate(read_truncate(payload)):

@@ -47,6 +47,7 @@ class LogicalMessage:
     """What ``pg_logical_emit_message`` wrote."""
 
     transactional: bool
+    lsn: int
     prefix: bytes
     content: memoryview
 
@@ -91,14 +92,14 @@ def read_truncate(payload: bytes) -> tuple[int, ...]:
 
 
 def read_logical_message(payload: memoryview) -> LogicalMessage:
-    flags, _lsn = _LOGICAL_MESSAGE.unpack_from(payload)
+    flags, lsn = _LOGICAL_MESSAGE.unpack_from(payload)
     start = _LOGICAL_MESSAGE.size
     # A prefix may have any length: the ones that matter are short, so only so much is looked at.
     prefix, found, _ = bytes(payload[start : start + 256]).partition(b"\0")
     if not found:
-        return LogicalMessage(bool(flags & 1), prefix, payload[:0])
+        return LogicalMessage(bool(flags & 1), lsn, b"", payload[:0])
     content = start + len(prefix) + 1 + _LENGTH.size
-    return LogicalMessage(bool(flags & 1), prefix, payload[content:])
+    return LogicalMessage(bool(flags & 1), lsn, prefix, payload[content:])
 
 
 def _read_string(payload: bytes, start: int) -> tuple[str, int]:

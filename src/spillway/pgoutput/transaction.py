@@ -15,7 +15,7 @@ from zlib import crc32
 import orjson
 
 from spillway.errors import Finding
-from spillway.pgoutput.messages import ProtocolError, read_begin, read_logical_message
+from spillway.pgoutput.messages import POSTGRES_EPOCH_MICROSECONDS, LogicalMessage, ProtocolError, read_begin
 from spillway.pgoutput.plan import DatabaseMeta
 from spillway.pgoutput.scalars import json as embed_json
 from spillway.position import format_lsn
@@ -114,8 +114,17 @@ class Transaction:
             self._database_json,
         )
 
-    def logical_message(self, payload: memoryview) -> None:
-        message = read_logical_message(payload)
+    def begin_message(self, lsn: int, sent_microseconds: int) -> None:
+        """A message that belongs to none has the place of one; its record ends at ``lsn``, and it was sent at this time
+        since 2000."""
+        microseconds = sent_microseconds + POSTGRES_EPOCH_MICROSECONDS
+        if self.open or lsn <= 1:
+            raise ProtocolError("a message that is not transactional inside of a transaction, or nowhere")
+        if microseconds < 0:
+            raise ProtocolError("a message from before 1970")
+        self._start(lsn - 1, microseconds, 0, None)
+
+    def logical_message(self, message: LogicalMessage) -> None:
         if not message.transactional:
             return
         self.idx += 1
