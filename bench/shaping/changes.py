@@ -1,6 +1,6 @@
-"""Random changes in all twelve tables (`shape.load`): plain, with commits that are seen 200 ms late, with documents that
-are enriched on a replica that is 300 ms behind, and with the process killed every few seconds. Each time every document
-of the index is compared with a fresh build at the end."""
+"""Random changes in all twelve tables (`shape.load`): plain, with commits that are seen 200 ms late, with documents
+that are enriched on a replica that is 300 ms behind, and with the process killed every few seconds. Each time every
+document of the index is compared with a fresh build at the end."""
 
 from __future__ import annotations
 
