@@ -27,6 +27,7 @@ def pipeline(engine: Engine) -> Pipeline:
     made.capture, made.deliveries, made._clock = engine.capture, list(engine.deliveries.values()), FastClock()
     made.router = engine.capture._router
     made.health = {name: Health() for name in engine.deliveries}
+    made.companions = {}
     made.backfills = Backfills.__new__(Backfills)
     made.backfills._sinks, made.backfills._owed = {}, {}
     return made
