@@ -24,7 +24,7 @@ from spillway.engine.shaping import is_routed, new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
-from spillway.flow.health import Health
+from spillway.flow.health import BEHIND_SECONDS, Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
@@ -372,6 +372,7 @@ class Pipeline:
         companion = self.companions.get(delivery.name)
         if companion is not None:
             health.owed += companion.findings(self._refused(companion.delivery))
+            health.refreshing = companion.behind(BEHIND_SECONDS)
         health.not_read = self.not_read()
         health.update(delivery, self._clock.monotonic(), self._clock.wall())
         return health
@@ -417,6 +418,7 @@ def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:
         max_retry_count=sink.max_retry_count,
         on_reject=sink.on_reject,
         toast_fails=sink.toast == "fail",
+        partial_images=sink.toast == "reselect",
         routed=is_routed(sink),
         supersedes=all(name is None for name in (sink.filter, sink.routing, sink.transform)),
         limits=Limits(

@@ -11,8 +11,9 @@ down       the sink as a whole does not answer or refuses us; the breaker probes
 retrying   all that is sent fails; the stream is narrowed to probes
 stalled    there is work, nothing forbids it, and nothing has moved for a minute; or the slot is not being read
 parked     some keys wait for their retry, the others flow
-behind     it works off a backlog, or its oldest open message is older than five seconds
-caught_up  everything is delivered
+behind     it works off a backlog, or its oldest open message is older than five seconds, or documents are due to be
+           refreshed for so long
+caught_up  everything is delivered, and every document is right
 idle       everything is delivered, and nothing has come for a minute
 ========== ============================================================================================
 
@@ -49,10 +50,13 @@ class Health:
     since: float = 0.0
     refused: list[Finding] = field(default_factory=list)  # tables that cannot be delivered
     owed: list[Finding] = field(default_factory=list)  # backfills that have failed
+    refreshing: str = ""  # documents that are not right yet, for longer than a moment
     not_read: str = ""  # why the slot is not read, which every sink of it says
 
     def update(self, delivery: Delivery, now: float, wall: float) -> None:
         state, self.reason, self.remedy = judge(delivery, now)
+        if self.refreshing and state in ("idle", "caught_up", "behind"):
+            state, self.reason = "behind", "; ".join(filter(None, [self.reason, self.refreshing]))
         if self.not_read and not (delivery.blocks and state == "full"):
             state = "stalled" if state in ("idle", "caught_up", "behind") else state
             self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")

@@ -41,8 +41,8 @@ from spillway.source.snapshot import Seen
 from spillway.source.wrapped import array, as_subquery
 
 PAGE_KEYS: Final = 500
-KEY_BYTES: Final = 1024  # of one value of a key; a longer one is that change's failure
-PAGE_BYTES: Final = PAGE_KEYS * (KEY_BYTES + 256)  # of one column
+KEY_BYTES: Final = 1024  # of a key; a longer one is the failure of the change that it belongs to
+PAGE_BYTES: Final = PAGE_KEYS * (KEY_BYTES + 512)
 VISIBLE_SECONDS: Final = 30.0
 FIRST_DELAY_SECONDS: Final = 0.005
 MOST_DELAY_SECONDS: Final = 0.2
@@ -205,7 +205,8 @@ def _declaration(related: Related, key: Sequence[_Column], names: Sequence[str])
         f"pg_catalog.concat(CAST({name} AS {column.type})) AS k{i}"
         for i, (name, column) in enumerate(zip(quoted, key, strict=True))
     )
-    shown = ", ".join(f"CASE WHEN pg_catalog.octet_length(k{i}) <= {KEY_BYTES} THEN k{i} END" for i in range(len(key)))
+    length = " + ".join(f"pg_catalog.octet_length(k{i})" for i in range(len(key)))
+    shown = ", ".join(f"CASE WHEN {length} <= {KEY_BYTES} THEN k{i} END" for i in range(len(key)))
     whole = " AND ".join(f"{name} IS NOT NULL" for name in quoted)
     return f"""
 DECLARE parents NO SCROLL CURSOR FOR SELECT {shown}
