@@ -14,6 +14,7 @@ import pytest
 
 from backfill.load import commit_late
 from backfill.site import Site, sqlite_sink
+from backfill.test_replica import with_replica
 from servers.postgres import Postgres, Standby
 
 TABLES = """
@@ -180,6 +181,23 @@ def test_sql_that_does_not_fit_is_said(board: Board) -> None:
     board.wait(lambda: "nothing" not in board.status("jobs")["reason"], "the end of the finding")
 
 
+def test_a_change_for_which_the_sql_fails_waits_alone(board: Board) -> None:
+    related = {"table": "public.skills", "columns": ["job_id"], "sql": "select x + 0 / (x - 7) as id from unnest($1) x"}
+    board.configure(jobs_sink() | {"related": [related]})
+    board.begin()
+    board.wait_right()
+    board.sql("insert into skills select 100 + n, n, 'new' from generate_series(1, 20) n")
+    board.wait(lambda: board.status("jobs")["related"]["parked_keys"] == 1, "the change to be parked")
+    board.wait(lambda: board.documents().items() - board.fresh().items() <= {(7, board.documents()[7])}, "the others")
+    board.wait(lambda: "division by zero" in board.status("jobs")["reason"], "the reason")
+    board.again()
+    assert board.status("jobs")["related"]["parked_keys"] == 1
+    board.sql("update jobs set title = 'by hand' where id = 7")
+    board.wait_right()
+    board.post("jobs~related/backlog/discard", all=True)
+    board.wait(lambda: "division" not in board.status("jobs")["reason"], "the end of the finding")
+
+
 def test_a_transaction_that_stays_open_holds_up_nothing(board: Board) -> None:
     """Not the first refresh after a while without any, either."""
     board.begin()
@@ -272,6 +290,38 @@ def test_commits_that_become_visible_late(tmp_path: Path) -> None:
             thread.join()
         board.wait_right()
         board.wait(lambda: board.due == 0, "everything to be done")
+
+
+@pytest.mark.parametrize("enrichment_from", ["primary", "replica"])
+def test_pages_and_documents_from_a_replica_that_lags(tmp_path: Path, enrichment_from: str) -> None:
+    """What it shows is some 300 ms old, and what the primary shows is not waited for."""
+    with (
+        Postgres("18") as primary,
+        Standby(primary, settings={"recovery_min_apply_delay": "300ms"}) as standby,
+        Board(primary.create_database("app"), tmp_path, [jobs_sink()]) as board,
+    ):
+        board.sql(
+            TABLES,
+            "insert into companies values (1, 'one'), (2, 'two')",
+            "insert into jobs select n, 1, 'job ' || n from generate_series(1, 50) n",
+        )
+        standby.wait_replayed()
+        with_replica(board, standby.dsn("app"), jobs_sink(enrichment_from=enrichment_from))
+        board.begin()
+        threads = [threading.Thread(target=slowly, args=(board, statements)) for statements in LATE]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        board.wait_right()
+        board.wait(lambda: board.due == 0, "everything to be done")
+        assert board.is_right()
+
+
+def slowly(board: Board, statements: Sequence[str]) -> None:
+    for number, statement in enumerate(statements):
+        time.sleep(0.1 * (number % 4))  # against the lag, in all phases of it
+        board.sql(statement)
 
 
 LATE = [
