@@ -18,8 +18,8 @@ is made fast, in this order:
 - columns: gather, join, by_kind, bulk
 
 Rules that keep it safe: a read of a frame is checked against the frame's end before it happens (in `Plan.split`,
-`Plan.split_key`, `after_new`, `split_line`, `unescape`, `Decoder._frame`, `_keepalive`, `_other`, and `begin` and
-`logical_message` of the transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
+`Plan.split_key`, `after_new`, `split_line`, `unescape`, `Decoder._frame`, `_keepalive`, `_other`, `_message`, and
+`begin` and `logical_message` of the transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
 their bounds checks. Values are slices of the frame, or of the scratch buffer of its escapes, and do not outlive it. A row that turns out to be too large leaves
 nothing behind; after an error the decoder is of no use.
 """

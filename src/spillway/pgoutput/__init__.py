@@ -1,8 +1,8 @@
 """pgoutput: bytes of logical replication to chunks of changes rendered as JSON. The contract is in `frames` and
 `decoder`; `Decoder` here is the twin that runs (`spillway.impl`).
 
-Read in this order: relation (what is known of a table), frames, messages, scalars, nested, types, lines,
-plan, transaction, decoder, identity.
+Read in this order: relation (what is known of a table), frames, messages, scalars, nested, types, lines, filters,
+conditions, plan, transaction, emitted, decoder, identity.
 """
 
 from typing import TYPE_CHECKING
