@@ -18,7 +18,7 @@ from dataclasses import replace
 from spillway.chunk import NOT_STORED, Batch, Message
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import Answer, Attempt, each
-from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Process, SinkSpec
+from spillway.flow.inflow import COMPACT_BYTES, STORED_OVERHEAD_BYTES, Process, SinkSpec
 from spillway.flow.readback import READ_BYTES, DoesNotFit
 from spillway.flow.retry import PARKED_ROUNDS
 from spillway.flow.settle import Settling
@@ -26,6 +26,7 @@ from spillway.flow.shaping import Shaping
 from spillway.flow.window import encoded_cost
 from spillway.sinks.base import Result, Sink
 from spillway.store.base import Select, SinkState, Write
+from spillway.store.compact import KEY_BYTES, Compaction
 
 SPILL_AGE_SECONDS = 0.25
 CLOSE_SECONDS = 5.0
@@ -55,6 +56,7 @@ class Delivery(Settling):
         self.paused = False
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
+        self._compacting = False
         self._in_flight = 0  # batches being sent or settled
         self._lane_waits = 0  # retries that wait for a slot
         self._slot_freed = asyncio.Event()
@@ -97,6 +99,9 @@ class Delivery(Settling):
                 self._spill()
             else:
                 wait_seconds = left
+        if not self._compacting and self._compaction_due(now):
+            self._compacting = True
+            tasks.create_task(self._compact())
         if self.paused:
             self.drop_cache()
             return wait_seconds
@@ -254,9 +259,7 @@ class Delivery(Settling):
         """Remove what waits, but for what is in flight. Returns how many messages."""
         total = 0
         while True:
-            while self._puts and self._last_put is not None:  # what is in memory must have its row, to be spared
-                # It may be done while what follows from that has not run yet: this lets it run, an await would not.
-                await asyncio.wait([self._last_put])
+            await self._all_put()
             with self._removing():
                 self.drop_cache()
                 spare = frozenset(self.window.rows())
@@ -266,6 +269,35 @@ class Delivery(Settling):
                 break
         await self.refresh()
         return total
+
+    async def _compact(self) -> None:
+        """One pass (spillway.store.compact). Nothing that is read back stays in memory but what is in flight, which is
+        spared; a page that is being read meanwhile is read again."""
+        try:
+            size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 4)
+            async with self._budget.lent(size_bytes):
+                work = Compaction(max(1, size_bytes // KEY_BYTES), self.spec.partial_images)
+                while not work.done and not self._stopping:
+                    self.compacted += await self._compact_step(work)
+            await self.refresh()
+            self._compacted_to, self._compacted_at = self.counters.messages, self._clock.monotonic()
+            self._judge_limits()
+        finally:
+            self._compacting = False
+            self._wake.set()
+
+    async def _compact_step(self, work: Compaction) -> int:
+        await self._all_put()
+        with self._removing():
+            self.drop_cache()
+            spare = frozenset(self.window.rows())
+            return await asyncio.wrap_future(self._store.compact(self.name, work, spare))
+
+    async def _all_put(self) -> None:
+        """What is in memory must have its row, to be spared."""
+        while self._puts and self._last_put is not None:
+            # It may be done while what follows from that has not run yet: this lets it run, an await would not.
+            await asyncio.wait([self._last_put])
 
     async def refresh(self) -> None:
         """Bring the counters up to date after a change that was made past `Write`."""

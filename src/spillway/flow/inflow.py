@@ -57,6 +57,11 @@ from spillway.store.base import (
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
+COMPACT_LEAST_MESSAGES = 5_000  # fewer are not worth a pass while they come
+COMPACT_PART = 0.1
+COMPACT_SECONDS = 5.0
+COMPACT_QUIET_SECONDS = 1.0
+COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
 
@@ -74,6 +79,7 @@ class SinkSpec:
     max_retry_count: int | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     toast_fails: bool = False
+    partial_images: bool = False  # an update without its TOAST columns stands for the whole row
     routed: bool = False  # where a row's document is, is said message by message
     supersedes: bool = True  # of a state: a later image may stand for earlier ones; not where code decides what is sent
     limits: Limits = field(default_factory=Limits)
@@ -117,6 +123,9 @@ class Inflow:
         self.busy_since = process.clock.monotonic()
         self.last_intake_at = float("-inf")
         self.truncates_ignored = 0
+        self.compacted = 0  # messages that compaction has removed, in this run
+        self._compacted_to = 0  # what the last pass has left
+        self._compacted_at = float("-inf")
         self.reads_taken = 0  # rows of backfills, in this run
         self.reads_resolved = 0
         self.memory_bytes = 0
@@ -464,7 +473,7 @@ class Inflow:
     def blocks(self) -> bool:
         """The backlog is full, and the slot must not be read until there is room."""
         full_disk = self._store.disk_full_since is not None
-        return full_disk or (self.full is not None and self.spec.limits.on_full == "block")
+        return full_disk or (self.full is not None and self.spec.limits.on_full != "pause")
 
     @property
     def page_messages(self) -> int:
@@ -500,11 +509,31 @@ class Inflow:
         if self._store.disk_full_since is not None:
             self.full = "the disk of the state is full: nothing can be written, the slot is not read"
         else:
-            self.full = self.spec.limits.full(
-                self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
-            )
+            free_bytes = self._store.free_bytes()
+            self.full = self.spec.limits.full(self.counters, self.oldest_seconds, free_bytes, was_full=was_full)
+            if self.full is not None and self._compaction_helps and self.spec.limits.fits_disk(free_bytes):
+                self.full = None
         if was_full and self.full is None:
             self._moved()
+
+    # -- compaction ---------------------------------------------------------------------------------------------------
+    @property
+    def _compaction_helps(self) -> bool:
+        """Something came since the last pass began, and not too little."""
+        since = self.counters.messages - self._compacted_to
+        return self.spec.limits.on_full == "compact" and since > COMPACT_PART * self._compacted_to
+
+    def _compaction_due(self, now: float) -> bool:
+        """When the backlog has doubled; every now and then when it has grown; once when nothing comes any more."""
+        if self.spec.limits.on_full != "compact" or self.counters.messages <= self._compacted_to:
+            return False
+        if self.counters.messages >= COMPACT_LEAST_MESSAGES and self.counters.messages >= 2 * self._compacted_to:
+            return True
+        if self.full is not None and self._compaction_helps:
+            return True
+        quiet = now - self.last_intake_at >= COMPACT_QUIET_SECONDS
+        grown = self.counters.messages >= COMPACT_LEAST_MESSAGES and self._compaction_helps
+        return now - self._compacted_at >= COMPACT_SECONDS and (quiet or grown)
 
     def _open_gap(self, reason: str) -> None:
         """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""

@@ -2,8 +2,9 @@
 
 The cap is the smallest of what is configured (messages, bytes, age) and what the disk has left. Below it a warning;
 at it ``on_full``: ``block`` stops the reading of the slot until there is room again (nothing is lost, and it is said
-on every sink of the slot), ``pause`` takes this one sink out and records the gap. A cap that was reached is left only
-when the backlog is a tenth below it, so that the state does not flicker.
+on every sink of the slot), ``pause`` takes this one sink out and records the gap, ``compact`` blocks, too, but not as
+long as compaction helps (spillway.store.compact). A cap that was reached is left only when the backlog is a tenth below
+it, so that the state does not flicker.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Limits:
     max_messages: int | None = None
     max_bytes: int | None = None
     max_age_seconds: float | None = None
-    on_full: Literal["block", "pause"] = "block"
+    on_full: Literal["block", "pause", "compact"] = "block"
 
     def full(self, counters: Counters, oldest_seconds: float, free_bytes: int, *, was_full: bool) -> str | None:
         """Why the backlog is full, or None."""
@@ -40,6 +41,10 @@ class Limits:
         if counters.messages and free_bytes * factor < DISK_RESERVE_BYTES:
             return f"the state disk has {free_bytes} bytes left"
         return None
+
+    def fits_disk(self, free_bytes: int) -> bool:
+        """Nothing that waits is in the way of what must be written."""
+        return free_bytes * ROOM >= DISK_RESERVE_BYTES
 
     def warning(self, counters: Counters) -> str | None:
         if self.warn_messages is not None and counters.messages >= self.warn_messages:

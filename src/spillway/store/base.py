@@ -65,10 +65,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from spillway.chunk import Message, Piece, Span
 from spillway.position import Position
+
+if TYPE_CHECKING:
+    from spillway.store.compact import Compaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -324,6 +327,10 @@ class Store(Protocol):
 
     def retry_now(self, sink: str, select: Select) -> Future[int]:
         """Make parked keys due at once, their attempts kept. Returns how many."""
+
+    def compact(self, sink: str, work: Compaction, spare: frozenset[int]) -> Future[int]:
+        """One step of a pass over the backlog (spillway.store.compact), which is over when ``work.done``. Never removes
+        rows in ``spare``. Nobody else looks at ``work`` before the future resolves. Returns how many were removed."""
 
     def discard(self, sink: str, select: Select, limit: int, spare: frozenset[int]) -> Future[int]:
         """Remove waiting messages for good, at most ``limit`` of them a call (a bounded transaction), never those

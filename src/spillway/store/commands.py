@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import cast
 
-from spillway.store.apply import Transaction, by_span
+from spillway.store.apply import by_span
 from spillway.store.base import Select
+from spillway.store.compact import Compacting
 from spillway.store.queue import Taken
 from spillway.store.rows import CHUNK, SinkRow, as_json, rows_of
 
@@ -47,7 +48,7 @@ DELETE_DEAD_ALL = "DELETE FROM dead WHERE id IN (SELECT id FROM dead WHERE sink 
 _LAST = (1 << 63) - 1
 
 
-class Commands(Transaction):
+class Commands(Compacting):
     """A transaction that can do these, too."""
 
     def retry_key(self, name: str, key: str) -> int:

@@ -41,10 +41,11 @@ from spillway.clock import Clock, SystemClock
 from spillway.errors import SpillwayError, StoreFailed
 from spillway.store.base import Identity, Select, SinkState, Write, Written
 from spillway.store.commands import Commands
+from spillway.store.compact import Compaction
 from spillway.store.file import Reserve, lock, open_writer
 from spillway.store.people import PeopleReads
 from spillway.store.queue import Put
-from spillway.store.rows import SinkRow
+from spillway.store.rows import CHUNK, SinkRow
 
 GROUP_BYTES = 32 << 20
 GROUP_ROWS = 20_000
@@ -176,6 +177,9 @@ class SqliteStore(PeopleReads):
 
     def discard(self, sink: str, select: Select, limit: int, spare: frozenset[int]) -> Future[int]:
         return self._submit(lambda transaction: transaction.discard(sink, select, limit, spare), limit)
+
+    def compact(self, sink: str, work: Compaction, spare: frozenset[int]) -> Future[int]:
+        return self._submit(lambda transaction: transaction.compact(sink, work, spare), CHUNK)
 
     def discard_dead(self, sink: str, select: Select, limit: int) -> Future[int]:
         return self._submit(lambda transaction: transaction.discard_dead(sink, select, limit), limit)
