@@ -53,6 +53,17 @@ _SINK_GAUGES = (
 )
 
 
+# Per sink: metric, key of the status, meaning; of this run.
+_SINK_COUNTERS = (
+    ("spillway_messages_compacted", "compacted", "Messages of which a later image of their row waits, removed"),
+    ("spillway_enrichment_queries", "enrichment_queries", "Queries for the enrichment of the sink's messages"),
+    (
+        "spillway_enrichment_repeated",
+        "enrichment_repeated",
+        "Of these, asked again because a snapshot did not see the change yet",
+    ),
+)
+
 # Per sink and table that is being backfilled: metric, key of the item, meaning.
 _BACKFILL_COUNTERS = (
     ("spillway_backfill_rows", "rows_processed_count", "Rows read by the backfills under way"),
@@ -154,6 +165,11 @@ class _Scrape(Collector):
             for sink in sinks:
                 _add(family, [str(sink["name"])], sink.get(key))
             yield family
+        for metric, key, meaning in _SINK_COUNTERS:
+            counter = CounterMetricFamily(metric, meaning, labels=["sink"])
+            for sink in sinks:
+                _add(counter, [str(sink["name"])], sink.get(key))
+            yield counter
         state = GaugeMetricFamily(
             "spillway_sink_state", "1 for the state the sink is in, 0 for all others", labels=["sink", "state"]
         )
