@@ -2,7 +2,7 @@
 `decoder`; `Decoder` here is the twin that runs (`spillway.impl`).
 
 Read in this order: relation (what is known of a table), frames, messages, scalars, nested, types, lines, filters,
-conditions, plan, transaction, emitted, decoder, identity.
+literals, like, paths, conditions, plan, transaction, emitted, decoder, identity.
 """
 
 from typing import TYPE_CHECKING
