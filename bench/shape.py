@@ -8,6 +8,7 @@ story      the story with documents of twelve tables (`shaping.story`)
 refresh    one change that concerns 100,000 documents (`shaping.refresh`)
 random     random changes in all twelve tables, and every document against a fresh build (`shaping.changes`)
 poison     what a Python transform costs, and what poison in it costs (`shaping.poison`)
+outage     1,000,000 updates over 10,000 keys while the index is away, under compact (`shaping.outage`)
 =========  ============================================================================================================
 
 Each part writes ``results/shape/PART.{json,md}``; ``results/shape.{json,md}`` is made of what is there.
@@ -24,10 +25,10 @@ from pathlib import Path
 
 import stage
 from oracle.product import ProductFailed
-from shaping import changes, poison, refresh, story
+from shaping import changes, outage, poison, refresh, story
 
 PARTS: dict[str, Callable[[argparse.Namespace, stage.Report], None]] = {
-    "story": story.run, "refresh": refresh.run, "random": changes.run, "poison": poison.run,
+    "story": story.run, "refresh": refresh.run, "random": changes.run, "poison": poison.run, "outage": outage.run,
 }  # fmt: skip
 
 
