@@ -35,7 +35,7 @@ from typing import Protocol
 import orjson
 
 from spillway.change import RECORD_START
-from spillway.chunk import LARGE, LSN, TIME, Batch, Message, Route, reshaped
+from spillway.chunk import LARGE, LSN, TIME, Batch, Message, Piece, Route, reshaped
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
@@ -53,8 +53,9 @@ Key = tuple[str, ...]
 Row = Mapping[str, bytes]
 Send = Callable[[Batch], Awaitable[Answer]]
 
-COPIES = 2  # of what is sent, at once: in parts and joined
-LARGEST_PART = 8  # of several rows each may be an eighth of all: what is in the making costs `FETCH_FACTOR` times that
+COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
+LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
+JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
 LONG_SECONDS = 3600.0  # no commit is kept from sight for so long
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
@@ -107,12 +108,21 @@ class Steps:
 class _Credit:
     """For the first ``count`` messages: so many bytes of rows, none of them larger than ``row_bytes``."""
 
+    share: Share
+    held_bytes: int
     count: int
     rows_bytes: int
     row_bytes: int
 
     def use(self, size_bytes: int) -> None:
         self.rows_bytes = max(0, self.rows_bytes - size_bytes)
+
+    def keep(self, size_bytes: int) -> None:
+        """So much is needed from now on."""
+        surplus = self.held_bytes - size_bytes
+        if surplus > 0:
+            self.held_bytes -= surplus
+            self.share.give(surplus)
 
 
 @dataclass(slots=True)
@@ -204,7 +214,7 @@ class Shaping:
         send: Send,
     ) -> Sequence[int]:
         """The first of what is left, as much as there is credit for. Returns what is left then."""
-        async with self._credit(messages, left, known) as credit:
+        async with self._lent(messages, left, known) as credit:
             taken = left[: credit.count]
             part = await self._shape({place: messages[place] for place in taken}, credit)
             self._note_sizes(part, messages, known)
@@ -219,7 +229,7 @@ class Shaping:
             if outgoing:
                 places = [one.place for one in outgoing]
                 batch = _batch(outgoing, as_they_are=self._steps.only_rereads)
-                outgoing.clear()  # the batch has the bodies
+                credit.keep(self._share_of(batch))
                 down = _spread(await send(batch), places, batch, results)
         if down is not None:
             for place in rest:
@@ -239,30 +249,37 @@ class Shaping:
     # -- credit -------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _credit(
+    async def _lent(
         self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int]
     ) -> AsyncIterator[_Credit]:
-        """Credit for as many of these as there is, at least for the first."""
+        """Credit for all of these, which is waited for, or for as many as there can ever be; at least for the first."""
         guess = int(self._row_bytes)
-        available = self.share.available_bytes()
-        rows = largest = granted = count = own = 0
+        most = self.share.most_bytes
+        rows = largest = count = own = 0
+        granted = None
         for place in left[:MOST_IN_PART]:
             size = known.get(place, guess) if self._fetches(messages[place]) else 0
             own += self._cost([messages[place]], 0, 0)
-            most = max(largest, size, (rows + size) // LARGEST_PART)
-            cost = own + int(self._copies * (rows + size)) + FETCH_FACTOR * most
-            if count and cost > available:
+            cost = own + self._rows_cost(rows + size, max(largest, size), count + 1)
+            if granted is not None and cost > most:
                 break
             rows, largest, granted, count = rows + size, max(largest, size), cost, count + 1
-        granted = min(granted, self.share.most_bytes)
-        if count > 1:
-            largest = max(largest, rows // LARGEST_PART)
-        if not self.share.try_take(granted):
-            await self.share.take(granted)
+        held_bytes = min(granted or 0, most)
+        if not self.share.try_take(held_bytes):
+            await self.share.take(held_bytes)
+        credit = _Credit(self.share, held_bytes, count, *_spread_of(rows, largest, count))
         try:
-            yield _Credit(count, rows, largest)
+            yield credit
         finally:
-            self.share.give(granted)
+            self.share.give(credit.held_bytes)
+
+    def _rows_cost(self, rows_bytes: int, largest_bytes: int, count: int) -> int:
+        rows_bytes, largest_bytes = _spread_of(rows_bytes, largest_bytes, count)
+        return int(self._copies * rows_bytes) + FETCH_FACTOR * largest_bytes
+
+    def _share_of(self, batch: Batch) -> int:
+        """What a batch needs while it is sent."""
+        return batch.body_bytes + MESSAGE_BYTES * len(batch)
 
     @property
     def _copies(self) -> float:
@@ -279,7 +296,7 @@ class Shaping:
     def _saw(self, rows: int, size_bytes: int) -> None:
         """The next guess follows what rows were seen: up at once, down slowly."""
         if rows:
-            mean = 1.25 * size_bytes / rows
+            mean = size_bytes / rows
             self._row_bytes = max(mean, 0.75 * self._row_bytes + 0.25 * mean)
 
     # -- the steps ----------------------------------------------------------------------------------------------------
@@ -465,11 +482,34 @@ def _merged(record: bytes, row: Row) -> bytes:
     return record[:-1] + (b"," if own else b"") + _object(new)[1:]
 
 
-def _batch(outgoing: Sequence[_Outgoing], *, as_they_are: bool) -> Batch:
+def _batch(outgoing: list[_Outgoing], *, as_they_are: bool) -> Batch:
+    """Lets go of the bodies as it goes."""
     if as_they_are:
         return Batch.of([one.message for one in outgoing])
-    routes = [one.route for one in outgoing]
-    return reshaped([one.message for one in outgoing], [one.body for one in outgoing], routes if any(routes) else None)
+    pieces: list[Piece] = []
+    some: list[_Outgoing] = []
+    size = 0
+    outgoing.reverse()
+    while outgoing:
+        some.append(outgoing.pop())
+        size += len(some[-1].body)
+        if size >= JOINED_BYTES or not outgoing:
+            routes = [one.route for one in some]
+            shaped = reshaped(
+                [one.message for one in some], [one.body for one in some], routes if any(routes) else None
+            )
+            pieces += shaped.pieces
+            some, size = [], 0
+    return Batch(pieces)
+
+
+def _spread_of(rows_bytes: int, largest_bytes: int, count: int) -> tuple[int, int]:
+    """For so many rows of which the bytes are guessed: what they may have in all, since a mean of few says little, and
+    what one of them may have."""
+    if count > 1:
+        rows_bytes = int(rows_bytes * (1.05 + count**-0.5))
+        largest_bytes = max(largest_bytes, rows_bytes // LARGEST_PART)
+    return rows_bytes, largest_bytes
 
 
 def _spread(answer: Answer, places: Sequence[int], batch: Batch, results: list[Result]) -> Result | None:
