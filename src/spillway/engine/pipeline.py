@@ -169,9 +169,13 @@ class Pipeline:
             1 if filters else 0,
         )
 
-    def _new_rereader(self, query: Connection) -> Rereader:
+    def _new_rereader(self, query: Connection, filters: Sequence[Condition]) -> Rereader:
         most = self._max_message_bytes
-        return Rereader(query, lambda: Decoder(self._meta, lambda _schema, _table: (), 0, most, 0, most, self._warn))
+        of_pages = filters_of_pages(filters)
+        return Rereader(
+            query,
+            lambda: Decoder(self._meta, lambda *_: (), 0, most, 0, most, self._warn, of_pages, 1 if filters else 0),
+        )
 
     def _add(self, sink: Sink, told_as: Sink | None = None) -> Delivery:
         """``told_as``: the sink that the messages name, where it is another."""
@@ -346,7 +350,8 @@ class Pipeline:
         """Send dead letters again: events as they were, marked ``replayed``; of a state the row as it is now."""
         if delivery.is_state:
             async with querying(self.database.conninfo(), self._slot) as query:
-                reread = self._new_rereader(query)
+                filters = next((want.filters for want in self._wants if want.delivery is delivery), ())
+                reread = self._new_rereader(query, filters)
                 rows = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
             # Not the letter's keying: the sink may have kept no rows when it was buried.
             fresh = [Message(Span(chunk_of([row]), delivery.row_keying), 0) for row in rows]

@@ -1,9 +1,10 @@
 """Rows read anew, as the stream would have sent them.
 
 A dead letter of a sink that keeps state is not sent again as it was: a later change may have been applied since. The
-row is read by its primary key instead; a row that is gone becomes a delete. What is read goes through the decoder as
-an Insert or Delete frame made of PostgreSQL's own text values, so that it is byte for byte what the stream would have
-carried. Its position is the server's WAL position after the read: above everything the read saw.
+row is read by its primary key instead; a row that is gone, or that the sink's filter leaves out, becomes a delete. What
+is read goes through the decoder as an Insert or Delete frame made of PostgreSQL's own text values, so that it is byte
+for byte what the stream would have carried. Its position is the server's WAL position after the read: above everything
+the read saw.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import psycopg
 from psycopg import sql
 
 from spillway.change import ACTIONS, Change
+from spillway.chunk import NO, Chunk
 from spillway.errors import SpillwayError
 from spillway.pgoutput import Decoder
 from spillway.pgoutput.relation import Relation
@@ -35,7 +37,8 @@ _XLOG_HEADER = b"w" + bytes(24)  # XLogData; its positions and time are not look
 
 
 class Rereader:
-    """Reads rows of one database anew. ``new_decoder``: as the stream's, without sets of group columns."""
+    """Reads rows of one database anew. ``new_decoder``: as the stream's, without sets of group columns, and with no
+    filters but those of the sink."""
 
     def __init__(self, query: Connection, new_decoder: Callable[[], Decoder]) -> None:
         self._query = query
@@ -63,10 +66,16 @@ class Rereader:
             raise query_refusal(error) from error
         assert lsn_row is not None
         begin = begin_frame(parse_lsn(lsn_row[0]), int(lsn_row[1]))
-        values = row_frame(relation, row, dict(zip((k.name for k in keys), pks, strict=True)))
-        stop = self._decoder.fill(Frames(begin, values), sys.maxsize, 2)
+        named = dict(zip((k.name for k in keys), pks, strict=True))
+        chunk = self._decoded(begin, row_frame(relation, row, named))
+        if row is not None and NO in chunk.matched:
+            chunk = self._decoded(begin, row_frame(relation, None, named))
+        return replace(chunk.change(0), n=0)
+
+    def _decoded(self, *payloads: bytes) -> Chunk:
+        stop = self._decoder.fill(Frames(*payloads), sys.maxsize, 2)
         assert stop is None
-        return replace(self._decoder.take().change(0), n=0)
+        return self._decoder.take()
 
     async def _relation(self, schema: str, table: str) -> Relation:
         known = self._relations.get((schema, table))
