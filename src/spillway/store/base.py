@@ -286,7 +286,7 @@ class Store(Protocol):
         are alone in their spans. ``read_up_to``: the row up to which the caller has read the queue."""
 
     def bytes_due(self, sink: str, read_up_to: int, regardless: bool = False) -> int | None:
-        """The bytes of the first of `due`; None: it would be empty. For taking credit before reading."""
+        """With so many bytes `due` brings something; None: there is nothing. For taking credit before reading."""
 
     def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
         """The newest whole image or delete in a key's lane, if it fits and no message with two keys is there; None

@@ -257,18 +257,22 @@ class Reads:
         number = self._id(sink)
         with self._stream() as db, snapshot(db):
             self.reads += 3
+            heads = self._due(db, number, max_keys, read_up_to, regardless)
+            if heads and heads[0].bytes > max_bytes:  # `bytes_due` may have told of another
+                heads = self._due(db, number, 1, read_up_to, regardless)
             chosen: dict[int, _Head] = {}
-            for head in self._due(db, number, max_keys, read_up_to, regardless):
+            for head in heads:
                 max_bytes -= head.bytes
                 if max_bytes < 0:
                     break
                 chosen[head.row] = head
             rows = db.execute(SELECT_MESSAGES, (number, as_json(chosen))).fetchall()
-        heads = [chosen[row[0]] for row in rows]
-        return [LaneHead(read_message(row), head.attempts, head.reason) for row, head in zip(rows, heads, strict=True)]
+        said = [chosen[row[0]] for row in rows]
+        return [LaneHead(read_message(row), head.attempts, head.reason) for row, head in zip(rows, said, strict=True)]
 
     def _due(self, db: sqlite3.Connection, number: int, limit: int, read_up_to: int, regardless: bool) -> list[_Head]:
-        """The longest due first."""
+        """The longest due first; of those that wait for the queue to be read, which are found by where they wait, the
+        first of so many."""
         statement = SELECT_REGARDLESS if regardless else SELECT_DUE
         given = (number, _read_up_to(db, number, read_up_to), self._clock.monotonic(), limit)
         found = rows_of(db.execute(statement, given))
