@@ -43,7 +43,7 @@ class Load(threading.Thread):
         self._conninfo, self._keys = conninfo, keys
 
     def run(self) -> None:
-        query = "update t set n = n + 1 from unnest(%s::int[]) as some (id) where t.id = some.id"
+        query = "update t set n = n + 1 from unnest(%s::int[]) as chosen (id) where t.id = chosen.id"
         shuffled = random.Random(1)
         try:
             with psycopg.connect(self._conninfo, autocommit=True) as connection:
