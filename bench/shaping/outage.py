@@ -141,7 +141,8 @@ def _watch(product: Product, load: Load, goal: int) -> int:
 
 def _read(product: Product) -> bool:
     (database,) = product.status()["databases"]
-    return int(database["slot_lag_bytes"]) < 1 << 16
+    lag_bytes = database["slot_lag_bytes"]
+    return lag_bytes is not None and int(lag_bytes) < 1 << 16
 
 
 def _waiting(product: Product) -> int:
