@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from backfill.load import commit_late
-from backfill.site import Site, sqlite_sink
+from backfill.site import Refused, Site, sqlite_sink
 from backfill.test_replica import with_replica
 from servers.postgres import Postgres, Standby
 
@@ -196,6 +196,21 @@ def test_a_change_for_which_the_sql_fails_waits_alone(board: Board) -> None:
     board.wait_right()
     board.post("jobs~related/backlog/discard", all=True)
     board.wait(lambda: "division" not in board.status("jobs")["reason"], "the end of the finding")
+
+
+def test_a_table_without_a_primary_key_needs_columns(board: Board) -> None:
+    board.sql("alter table skills drop constraint skills_pkey")
+    board.configure(
+        jobs_sink() | {"related": [RELATED[0], {"table": "public.skills", "sql": "select unnest($1) as id"}]}
+    )
+    board.begin()
+    board.wait_right()
+    board.sql("insert into skills values (100, 1, 'new')")
+    board.wait(lambda: "primary key" in board.status("jobs")["reason"], "the finding")
+    board.sql("update companies set name = 'renamed' where id = 3")
+    board.wait(lambda: board.documents()[2] == board.fresh()[2], "the documents of company 3")
+    with pytest.raises(Refused, match="name its sink: jobs"):
+        board.start("jobs~related", tables=["public.jobs"])
 
 
 def test_a_transaction_that_stays_open_holds_up_nothing(board: Board) -> None:

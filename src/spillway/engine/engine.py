@@ -23,7 +23,7 @@ from spillway.engine.listing import Page, dead_page, waiting_page
 from spillway.engine.ordered import requests
 from spillway.engine.pipeline import Pipeline
 from spillway.engine.reindexes import Reindexes
-from spillway.engine.related import Companion
+from spillway.engine.related import COMPANION, Companion
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import new_budget
 from spillway.errors import SpillwayError
@@ -262,6 +262,14 @@ class Engine:
         names = ", ".join(d.name for p in self.pipelines for d in p.deliveries)
         raise SpillwayError("unknown_sink", f"there is no sink {sink!r}", f"there are: {names}")
 
+    def _pipeline_of(self, sink: str) -> Pipeline:
+        """Of a sink that people have configured, or its shadow; a companion has no rows of its own."""
+        pipeline, delivery = self._of(sink)
+        if delivery not in pipeline.deliveries:
+            named = sink.removesuffix(COMPANION)
+            raise SpillwayError("unknown_sink", f"{sink} has no rows of its own", f"name its sink: {named}")
+        return pipeline
+
     async def pause(self, sink: str) -> None:
         await self._of(sink)[1].pause()
 
@@ -281,7 +289,7 @@ class Engine:
 
     async def start_backfill(self, sink: str, order: BackfillOrder) -> list[dict[str, object]]:
         """One for each table of the order; with ``gap`` for those that missed changes."""
-        pipeline, delivery = self._of(sink)
+        pipeline = self._pipeline_of(sink)
         if order.gap:
             started = await pipeline.backfills.refill(sink)
         else:
@@ -290,12 +298,12 @@ class Engine:
             wanted = await requests(pipeline.database, configured, order, tables)
             started = await pipeline.backfills.start_all(sink, wanted)
         ids = {state.id for state in started}
-        return [item for item in await pipeline.backfills.all(delivery.name) if item["id"] in ids]
+        return [item for item in await pipeline.backfills.all(sink) if item["id"] in ids]
 
     async def change_backfill(
         self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
     ) -> dict[str, object]:
-        return await self._of(sink)[0].backfills.change(sink, id_or_table, verb)
+        return await self._pipeline_of(sink).backfills.change(sink, id_or_table, verb)
 
     # -- re-indexes --------------------------------------------------------------------------------------------------
     async def reindexes(self) -> list[dict[str, object]]:
@@ -303,7 +311,7 @@ class Engine:
         return await self._reindexes.items()
 
     async def reindex(self, sink: str, order: ReindexOrder) -> dict[str, object]:
-        return await self._reindexes.start(self._of(sink)[0], sink, order)
+        return await self._reindexes.start(self._pipeline_of(sink), sink, order)
 
     async def change_reindex(self, sink: str, verb: Literal["cancel", "drop_old"]) -> dict[str, object]:
         self._of(sink)

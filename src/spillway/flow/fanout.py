@@ -59,6 +59,7 @@ class FanOut:
         """``ask`` returns when it is durable."""
         self._related = related
         self._groups = group_columns(related)
+        self._by_primary_key = {(one.table.schema, one.table.table) for one in related if one.columns is None}
         self._parents = parents
         self._spare = spare
         self._ask = ask
@@ -68,7 +69,10 @@ class FanOut:
         """Connections are made as they are needed."""
 
     async def send(self, batch: Batch) -> Result:
-        wanted, emptied, seen = self._read(batch)
+        try:
+            wanted, emptied, seen = self._read(batch)
+        except QuestionFailed as error:
+            return reject(error.code, str(error))
         for table in emptied:
             await self._ask(AskedRefreshes(table, [EVERYTHING]))
         if wanted:
@@ -106,6 +110,12 @@ class FanOut:
                             emptied[entry.refreshes.schema, entry.refreshes.table] = None
                     continue
                 keys = chunk.key_texts(index)
+                if not keys[0] and table in self._by_primary_key:
+                    raise QuestionFailed(
+                        "related_no_key",
+                        f"a change of related table {'.'.join(table)} does not tell its primary key",
+                        "add one that its replica identity has, or name columns",
+                    )
                 for at in {0, group}:
                     texts.setdefault((table, at), {}).update(dict.fromkeys(filter(None, keys[at : at + 2])))
         wanted: list[tuple[Related, list[Values]]] = []
