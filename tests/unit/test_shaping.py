@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import orjson
 import pytest
+from store_support import StillClock
 
 from spillway.change import ACTIONS, make_key
-from spillway.chunk import WHOLE, Batch, ChunkBuilder, Keying, Span
+from spillway.chunk import WHOLE, Batch, ChunkBuilder, Keying, Message, Span
 from spillway.errors import SourceUnavailable
 from spillway.flow.attempt import BLOCKED, Answer
 from spillway.flow.budget import SHAPING_EIGHTHS, Budget
@@ -21,7 +22,6 @@ from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import BatchFailed, Fetched
 from spillway.source.reselect import Rows
 from spillway.source.snapshot import Seen
-from store_support import StillClock
 
 SUFFIX = b',"enrichment":null,"consumer":{"name":"s"}}}'
 LIMIT_BYTES = 64 << 20
@@ -79,7 +79,7 @@ class Source:
                 fits = len(self.rows[key]) <= row_bytes
                 total += len(self.rows[key]) if fits else 0
                 if fits and total <= credit_bytes:
-                    rows[place] = {"id": b"", "doc": self.rows[key]}
+                    rows[place] = {"id": orjson.dumps(key), "doc": self.rows[key]}
                 else:
                     sizes[place] = len(self.rows[key])
         several = {place for place, key in enumerate(texts) if key in self.several}
@@ -161,8 +161,12 @@ def test_enrichment_is_one_query_and_stands_in_the_metadata() -> None:
     assert shape(a_batch("1", "2", "3", keying=Keying.EVENTS), steps, sent) is OK
     assert [asked for asked, _ in source.asked] == [["1", "2", "3"]]
     assert source.seen == [Seen(frozenset({700, 701, 702}), 103)]
-    messages = [orjson.loads(body.replace(b'"id":,', b"")) for body in sent.bodies]
-    assert [message["metadata"]["enrichment"] for message in messages] == [{"doc": "one"}, {"doc": "two"}, None]
+    messages = [orjson.loads(body) for body in sent.bodies]
+    assert [message["metadata"]["enrichment"] for message in messages] == [
+        {"id": "1", "doc": "one"},
+        {"id": "2", "doc": "two"},
+        None,
+    ]
     assert [message["record"]["id"] for message in messages] == ["1", "2", "3"]
     assert messages[0]["metadata"]["consumer"] == {"name": "s"}
 
@@ -349,3 +353,42 @@ def test_a_key_that_cannot_be_asked_for_is_that_messages_error() -> None:
     assert not isinstance(answer, Result)
     assert [result.reason for result in answer] == ["", "reselect_failed", ""]
     assert len(sent.bodies) == 2
+
+
+def test_in_order_what_the_sink_refuses_in_one_part_blocks_the_next() -> None:
+    big = b'"' + b"x" * (3 << 20) + b'"'
+    sent: list[list[str | None]] = []
+
+    async def refuses_the_first(batch: Batch) -> Answer:
+        sent.append([message.change.key for message in batch])
+        return [reject("no")] + [OK] * (len(batch) - 1) if len(sent) == 1 else OK
+
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=Source({"1": big, "2": big}))
+    shaping, _ = a_shaping(steps, in_order=True, limit_bytes=96 << 20)
+    answer = asyncio.run(shaping(a_batch("1", "2", "1", keying=Keying.EVENTS), refuses_the_first))
+    assert not isinstance(answer, Result)
+    assert len(sent) > 1
+    assert answer[0].reason == "no"
+    assert answer[2] is BLOCKED
+
+
+@pytest.mark.parametrize("value", [b'"\\ud800"', b"[" * 2000 + b"]" * 2000, b"12345678901234567890123.10"])
+def test_no_value_of_a_row_is_read_or_changed(value: bytes) -> None:
+    """json may hold what no parser takes."""
+    record = b'{"id":"1","j":' + value + b"}"
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, enrich=Source({"1": b'"one"'}), reread=Reread({"1": record}))
+    sent = Sent()
+    assert shape(a_batch("1", "2", not_whole=("1",)), steps, sent) is OK
+    assert sent.bodies == [b'{"id":"1","j":' + value + b',"doc":"one"}', b'{"id":"2"}']
+
+
+def test_what_an_envelope_cannot_take_costs_its_message() -> None:
+    def picky(message: Message, whole: bytes) -> bytes:
+        if message.change.pks == ("2",):
+            raise KeyError("x")
+        return whole
+
+    sent = Sent()
+    answer = shape(a_batch("1", "2", "3"), Steps(SUFFIX, keeps_rows=False, as_record=False, envelope=picky), sent)
+    assert not isinstance(answer, Result)
+    assert [result.reason for result in answer] == ["", "shaping_failed", ""]

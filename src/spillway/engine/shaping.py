@@ -24,6 +24,7 @@ from spillway.functions.spec import (
     PythonFunction,
 )
 from spillway.functions.timestamps import as_numbers
+from spillway.functions.transaction import tx
 from spillway.pgoutput import DatabaseMeta
 from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.routing import checked
@@ -123,6 +124,7 @@ def new_shaping(
         functions=new_functions(config, sink, share.most_bytes // RESULT_PART),
         checked=partial(checked, sink.destination.type),
         envelope=None if sink.format == "sequin" else envelope(sink.format, meta_of(database), process.clock),
+        metadata=_tx if sink.tx else None,
         timestamps=None if sink.timestamp_format == "iso8601" else _timestamps(database),
     )
     return Shaping(
@@ -132,6 +134,10 @@ def new_shaping(
 
 def meta_of(database: Database) -> DatabaseMeta:
     return DatabaseMeta(database.id, database.name, database.annotations, database.database, database.hostname)
+
+
+def _tx(message: Message) -> bytes:
+    return tx(message, message.span.chunk.total(message.span.indices[message.place]))
 
 
 def _timestamps(database: Database) -> Callable[[Message], Awaitable[Message]]:

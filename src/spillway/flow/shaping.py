@@ -41,7 +41,7 @@ from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
 from spillway.functions.base import Failure, Functions, Outcome, Output
-from spillway.functions.members import end_of_value
+from spillway.functions.members import end_of_value, joined, members
 from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Fetched
 from spillway.source.reselect import Rows
@@ -231,6 +231,8 @@ class Shaping:
                 batch = _batch(outgoing, as_they_are=self._steps.only_rereads)
                 credit.keep(self._share_of(batch))
                 down = _spread(await send(batch), places, batch, results)
+                if self._in_order:  # what follows in other parts waits, too
+                    blocked.update(key for p in places if results[p].outcome != "ok" for key in messages[p].keys)
         if down is not None:
             for place in rest:
                 results[place] = down
@@ -309,9 +311,7 @@ class Shaping:
             for table, places in _by_table(part, lacking).items():
                 await self._reread(part, steps.reread, table, places, credit)
         if steps.timestamps is not None:
-            for place, message in list(part.messages.items()):
-                if message.action != "truncate":
-                    part.messages[place] = await steps.timestamps(message)
+            await self._convert(part, steps.timestamps)
         if steps.enrich is not None:
             asking = [
                 place
@@ -321,6 +321,17 @@ class Shaping:
             for table, places in _by_table(part, asking).items():
                 await self._enrich(part, steps.enrich, table, places, credit)
         return part
+
+    async def _convert(self, part: _Part, convert: Callable[[Message], Awaitable[Message]]) -> None:
+        for place, message in list(part.messages.items()):
+            if message.action == "truncate":
+                continue
+            try:
+                part.messages[place] = await convert(message)
+            except SpillwayError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a message holds costs that message alone
+                part.decide(place, _defect(error))
 
     async def _reread(self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit) -> None:
         keys, seen = self._asked(part, places)
@@ -389,8 +400,13 @@ class Shaping:
             except ValueError as error:
                 part.decide(place, reject("routing_failed", str(error)))
                 continue
-            for one, route in zip(outcome, routes, strict=True):
-                outgoing.append(_Outgoing(place, part.messages[place], self._body(part, place, one), route))
+            message = part.messages[place]
+            try:
+                bodies = [self._body(part, place, one) for one in outcome]
+            except Exception as error:  # noqa: BLE001 - whatever a message holds costs that message alone
+                part.decide(place, _defect(error))
+                continue
+            outgoing += [_Outgoing(place, message, *one) for one in zip(bodies, routes, strict=True)]
             part.rows.pop(place, None)
         return outgoing
 
@@ -471,15 +487,14 @@ def _object(row: Row) -> bytes:
 
 
 def _merged(record: bytes, row: Row) -> bytes:
-    """The record's columns and those of the enrichment, which wins."""
-    own = orjson.loads(record)
-    new = {name: value for name, value in row.items() if name not in own}
-    other = {name: orjson.Fragment(row[name]) for name in row if name in own}
-    if any(orjson.dumps(own[name]) != row[name] for name in other):
-        record = orjson.dumps({**own, **other})
-    if not new:
-        return record
-    return record[:-1] + (b"," if own else b"") + _object(new)[1:]
+    """The record's columns and those of the enrichment, which wins. Not a byte of a value changes."""
+    more = {orjson.dumps(name): value for name, value in row.items()}
+    merged = [(name, more.pop(name, value)) for name, value in members(record)]
+    return joined([*merged, *more.items()])
+
+
+def _defect(error: Exception) -> Result:
+    return reject("shaping_failed", f"{type(error).__name__}: {error}")
 
 
 def _batch(outgoing: list[_Outgoing], *, as_they_are: bool) -> Batch:

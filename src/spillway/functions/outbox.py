@@ -49,7 +49,10 @@ class OutboxFunctions:
         """Nothing is open."""
 
     def _event(self, raw: bytes) -> Outcome:
-        message = orjson.loads(raw)
+        try:
+            message = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:  # half of a surrogate pair, or too deep: PostgreSQL's json may hold it
+            return Failure("outbox_failed", f"the row cannot be read: {error}")
         if message["action"] not in ("insert", "read"):
             return ()
         columns = message["record"]

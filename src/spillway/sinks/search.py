@@ -39,7 +39,7 @@ import orjson
 
 from spillway import impl
 from spillway.change import ACTIONS
-from spillway.chunk import ACTION, FLAGS, HASH, MOVED, OLD, WHOLE, WORD_BYTES, Batch, Chunk
+from spillway.chunk import ACTION, FLAGS, GONE, HASH, MOVED, OLD, WHOLE, WORD_BYTES, Batch, Chunk
 from spillway.clock import Clock, SystemClock
 from spillway.errors import Finding, SpillwayError
 from spillway.sinks.base import OK, Result, Semantics, SinkContext, reject, sink_down
@@ -391,7 +391,7 @@ def _all_fit(chunk: Chunk, indices: Sequence[int]) -> bool:
     else:
         actions, flags = (bytes([chunk.meta[index * stride + at] for index in indices]) for at in (ACTION, FLAGS))
         hashes = [chunk.words[index * words + HASH] for index in indices]
-    whole = flags.count(WHOLE) + flags.count(WHOLE | OLD) + flags.count(WHOLE | MOVED)
+    whole = flags.count(WHOLE) + flags.count(WHOLE | OLD) + flags.count(WHOLE | OLD | GONE) + flags.count(WHOLE | MOVED)
     return whole == len(indices) and _TRUNCATE not in actions and 0 not in hashes
 
 

@@ -88,18 +88,19 @@ class Reading:
             self._session.largest_row_bytes = max(self._session.largest_row_bytes, needed_bytes)
             if needed_bytes > _LARGE_BYTES:
                 needed_bytes = max(needed_bytes, self._needed(values))
-            if self._fits(needed_bytes):
+            if self._fits(needed_bytes, len(places)):
                 row = self._rendered(values)
                 needed_bytes = max(needed_bytes, row_bytes(row.values()))
-                if self._fits(needed_bytes):
-                    self._left_bytes -= needed_bytes
-                    fetched.kept_bytes += needed_bytes
+                if self._fits(needed_bytes, len(places)):
+                    self._left_bytes -= needed_bytes * len(places)
+                    fetched.kept_bytes += needed_bytes * len(places)
                     fetched.rows.update(dict.fromkeys(places, row))
                     return
         fetched.sizes.update(dict.fromkeys(places, needed_bytes))
 
-    def _fits(self, needed_bytes: int) -> bool:
-        return needed_bytes <= min(self._row_bytes, self._left_bytes)
+    def _fits(self, needed_bytes: int, places: int) -> bool:
+        """What is made of a row is made for each of those who asked for it."""
+        return needed_bytes <= self._row_bytes and needed_bytes * places <= self._left_bytes
 
     def _begin(self, head: str) -> None:
         snapshot, recovery, *types = head.split(" ")
