@@ -313,6 +313,12 @@ class Sink(Section):
             groups[self.outbox.table] = (self.outbox.key,)
         return groups
 
+    def selects(self, schema: str, table: str) -> bool:
+        """Of an outbox its table alone, or none."""
+        if self.outbox is not None:
+            return self.outbox.table == (schema, table)
+        return self.source.selects(schema, table)
+
     @property
     def taken_actions(self) -> tuple[Action, ...]:
         """Of an outbox only inserts are events."""

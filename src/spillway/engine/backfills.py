@@ -181,7 +181,7 @@ class Backfills:
         found: list[Finding] = []
         for state in self._owed.values():
             request, table = state.request, _name(state)
-            if state.sink != sink or not configured.source.selects(request.schema, request.table):
+            if state.sink != sink or not configured.selects(request.schema, request.table):
                 continue
             if request.origin == "gap":
                 if gap is None or request.gap != _token(gap):
@@ -252,7 +252,7 @@ class Backfills:
     # -- what people ask for ----------------------------------------------------------------------------------------
     async def tables(self, sink: str) -> list[Table]:
         """The published tables that the sink takes."""
-        selects = self._sinks[sink][0].source.selects
+        selects = self._sinks[sink][0].selects
         return [table for table in _names(await self._published()) if selects(*table)]
 
     async def start(self, sink: str, request: Request) -> BackfillState:
@@ -275,7 +275,7 @@ class Backfills:
     def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
         """Whether a backfill may begin. Raises SpillwayError."""
         configured, name = self._sinks[sink][0], ".".join(table)
-        if not configured.source.selects(*table):
+        if not configured.selects(*table):
             raise SpillwayError(
                 "table_not_taken", f"sink {sink} does not take {name}", "add it to the sink's source, or name another"
             )
@@ -331,7 +331,7 @@ class Backfills:
         _ended_gap(sink, delivery.gap)
         published = await self._published()
         gap = _ended_gap(sink, delivery.gap)
-        taken = [table for table in _names(published) if configured.source.selects(*table)]
+        taken = [table for table in _names(published) if configured.selects(*table)]
         shared = _shares(configured, [*self._configured, *(known for known, _ in self._sinks.values())])
         sweep = delivery.readable is not None and "delete" in configured.actions and not shared
         if gap.tables == () and not sweep:
@@ -483,7 +483,7 @@ def _initial_requests(sink: Sink, tables: Sequence[Table]) -> dict[Table, Reques
     for entry in sink.initial_backfill:
         for table in tables:
             named = entry.table is None or (entry.table.schema, entry.table.table) == table
-            if named and sink.source.selects(*table):
+            if named and sink.selects(*table):
                 wanted[table] = Request(
                     *table,
                     "initial",

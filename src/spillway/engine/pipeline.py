@@ -8,7 +8,7 @@ what is confirmed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -195,7 +195,7 @@ class Pipeline:
         self._wants.append(
             Subscription(
                 delivery,
-                _wants_table(sink),
+                sink.selects,
                 frozenset(sink.taken_actions),
                 sink.group_columns,
                 grouping=sink.message_grouping or keeps_rows,
@@ -266,7 +266,7 @@ class Pipeline:
             at = self._at(name)
             shadow = self.sinks[at].model_copy(update={"source": sink.source, "backfill": sink.backfill})
             self.sinks[at] = sink if name == sink.name else shadow
-            self._wants[at] = replace(self._wants[at], wants_table=_wants_table(sink))
+            self._wants[at] = replace(self._wants[at], wants_table=sink.selects)
         await self.rewire()
         for at, known in enumerate(self.sinks):  # a shadow may have left meanwhile
             if known.name in concerned:
@@ -404,12 +404,6 @@ class Pipeline:
     def delivery(self, sink: str) -> Delivery | None:
         """Of a sink, or of its companion."""
         return next((d for d in self.flowing if d.name == sink), None)
-
-
-def _wants_table(sink: Sink) -> Callable[[str, str], bool]:
-    """An outbox is all that its sink wants."""
-    outbox = sink.outbox
-    return sink.source.selects if outbox is None else lambda schema, table: (schema, table) == outbox.table
 
 
 def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:

@@ -37,7 +37,7 @@ import orjson
 from spillway.change import RECORD_START
 from spillway.chunk import LARGE, LSN, TIME, Batch, Message, Piece, Route, reshaped
 from spillway.clock import Clock
-from spillway.errors import SpillwayError
+from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
 from spillway.functions.base import Failure, Functions, Outcome, Output
@@ -56,6 +56,7 @@ Send = Callable[[Batch], Awaitable[Answer]]
 COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
 LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
 JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
+BLAME_SECONDS = 600.0  # a source that answered so recently is not down because it does not for one key alone
 LONG_SECONDS = 3600.0  # no commit is kept from sight for so long
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
@@ -168,6 +169,7 @@ class Shaping:
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
         self._row_bytes = float(FIRST_GUESS_BYTES)
+        self._answered_at = float("-inf")  # when the source last did, by the monotonic clock
         self._growth = 1.0  # bytes of what functions make of a message, for each of its own
         self.queries = 0
         self.repeated = 0  # of these, because a snapshot did not see the change yet
@@ -337,10 +339,11 @@ class Shaping:
         keys, seen = self._asked(part, places)
         try:
             rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
-        except BatchFailed as error:
-            for some in _halves(part, places, error):
+        except (BatchFailed, SourceUnavailable) as error:
+            for some in self._halves(part, places, error):
                 await self._reread(part, reread, table, some, credit)
             return
+        self._answered_at = self._clock.monotonic()
         self._saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
         credit.use(rows.kept_bytes)
         for at, record in rows.records.items():
@@ -353,10 +356,11 @@ class Shaping:
         keys, seen = self._asked(part, places)
         try:
             fetched = await enrich.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
-        except BatchFailed as error:
-            for some in _halves(part, places, error):
+        except (BatchFailed, SourceUnavailable) as error:
+            for some in self._halves(part, places, error):
                 await self._enrich(part, enrich, table, some, credit)
             return
+        self._answered_at = self._clock.monotonic()
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
         self._saw(len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values()))
@@ -367,6 +371,21 @@ class Shaping:
             what = "the enrichment has more than one row for the key of this message"
             part.decide(places[at], reject("enrichment_rows", what))
         part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
+
+    def _halves(
+        self, part: _Part, places: Sequence[int], error: BatchFailed | SourceUnavailable
+    ) -> list[Sequence[int]]:
+        """What to ask for again, so that who is at fault is found; alone he is rejected. A source that takes too long
+        is down, and smaller batches come (spillway.flow.retry); but not for one message alone."""
+        if isinstance(error, SourceUnavailable):
+            recently = self._clock.monotonic() - self._answered_at < BLAME_SECONDS
+            if not error.code.endswith("_timeout") or len(places) > 1 or not recently:
+                raise error
+        if len(places) == 1:
+            part.decide(places[0], reject(error.code, str(error)))
+            return []
+        half = len(places) // 2
+        return [places[:half], places[half:]]
 
     def _asked(self, part: _Part, places: Sequence[int]) -> tuple[list[Key], Seen]:
         """Their keys, and what a snapshot must see before its rows may be used for them. What was committed long ago is
@@ -461,15 +480,6 @@ def _block(messages: Sequence[Message], places: Iterable[int], results: dict[int
             results[place] = BLOCKED
         if results.get(place, OK).outcome != "ok":
             blocked.update(messages[place].keys)
-
-
-def _halves(part: _Part, places: Sequence[int], error: BatchFailed) -> list[Sequence[int]]:
-    """What to ask for again, so that who is at fault is found; alone he is rejected."""
-    if len(places) == 1:
-        part.decide(places[0], reject(error.code, str(error)))
-        return []
-    half = len(places) // 2
-    return [places[:half], places[half:]]
 
 
 def _by_table(part: _Part, places: Sequence[int]) -> dict[Table, list[int]]:

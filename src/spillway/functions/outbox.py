@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 
 import orjson
 
+from spillway.change import RECORD_START
 from spillway.functions.base import Failure, Outcome, Output
+from spillway.functions.members import end_of_value, members
 
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 
@@ -49,20 +51,17 @@ class OutboxFunctions:
         """Nothing is open."""
 
     def _event(self, raw: bytes) -> Outcome:
-        try:
-            message = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:  # half of a surrogate pair, or too deep: PostgreSQL's json may hold it
-            return Failure("outbox_failed", f"the row cannot be read: {error}")
-        if message["action"] not in ("insert", "read"):
+        end = end_of_value(raw, RECORD_START)
+        if not raw.startswith(_EVENTS, end):
             return ()
-        columns = message["record"]
+        columns = _columns(raw[RECORD_START:end])
         if self._emitted:
             content = columns["content"]
-            columns = content if isinstance(content, dict) else {}
-            payload = content if self._payload is None else columns.get(self._payload)
+            columns = _columns(content) if content.startswith(b"{") else {}
+            payload = content if self._payload is None else columns.get(self._payload, _NULL)
         else:
-            payload = columns.get(self._payload)
-        if payload is None:
+            payload = columns.get(self._payload or "", _NULL)
+        if payload == _NULL:
             return Failure("outbox_failed", f"the payload {self._payload or 'content'} is null or not there")
         try:
             route: dict[str, object] = {key: _filled(text, columns) for key, text in self._routing.items()}
@@ -73,21 +72,31 @@ class OutboxFunctions:
         return (Output(_body(payload), route or None),)
 
 
-def _body(payload: object) -> bytes:
-    if isinstance(payload, str):
-        try:
-            orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            return orjson.dumps(payload)
-        return b" ".join(payload.encode().splitlines())  # one line: between its tokens a newline is a space
-    return orjson.dumps(payload)
+_NULL = b"null"
+_EVENTS = (b',"changes":null,"action":"insert"', b',"changes":null,"action":"read"')
 
 
-def _filled(text: str, columns: Mapping[str, object]) -> str:
+def _columns(record: bytes) -> dict[str, bytes]:
+    """Values as they stand: json may hold what no parser takes, or more digits than one keeps."""
+    return {orjson.loads(name): value for name, value in members(record)}
+
+
+def _body(payload: bytes) -> bytes:
+    if not payload.startswith(b'"'):
+        return payload
+    text = orjson.loads(payload).encode()
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return payload
+    return b" ".join(text.splitlines())  # one line: between its tokens a newline is a space
+
+
+def _filled(text: str, columns: Mapping[str, bytes]) -> str:
     def value(match: re.Match[str]) -> str:
-        found = columns.get(match[1])
-        if found is None:
+        found = columns.get(match[1], _NULL)
+        if found == _NULL:
             raise KeyError(match[1])
-        return found if isinstance(found, str) else orjson.dumps(found).decode()
+        return str(orjson.loads(found)) if found.startswith(b'"') else found.decode()
 
     return _COLUMN.sub(value, text)
