@@ -1,8 +1,8 @@
 """An outage under ``backlog.on_full: compact``: 1,000,000 updates over 10,000 keys, while the index is away.
 
 Rows are updated in transactions of `IN_ONE`, as fast as the server takes them, each key as often as the others; halfway
-the process is killed with SIGKILL and started again. What waits is looked at all the time. When everything has been read the node comes back, and at the end index and table
-are compared row by row.
+the process is killed with SIGKILL and started again. What waits is looked at all the time. When everything has been
+read the node comes back, and at the end index and table are compared row by row.
 """
 
 from __future__ import annotations
