@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from store_support import SINK, SLOT, at, fast_folder, opened, park, plain, put, span
 
-from spillway.store import apply, backfills, commands, lanes, people, queue, reads, refreshes, sqlite
+from spillway.store import apply, backfills, commands, compact, lanes, people, queue, reads, refreshes, sqlite
 from spillway.store.base import Write
 from spillway.store.file import open_writer
 
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[-1]}.{name}": text
-    for module in (queue, lanes, apply, backfills, refreshes, commands, reads, people, sqlite)
+    for module in (queue, lanes, apply, backfills, refreshes, commands, compact, reads, people, sqlite)
     for name, text in vars(module).items()
     if name.isupper() and isinstance(text, str) and text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")
 }
@@ -38,7 +38,7 @@ def test_every_statement_goes_by_an_index(name: str) -> None:
 
 COPIES = {
     "span": "id + copy * 1000000, sink, keying, key_groups, messages, bytes, messages_left, bytes_left, first_lsn,"
-    " commit_time, stored, tables, truncates, done",
+    " commit_time, stored, tables, truncates, done, kept",
     "span_data": "id + copy * 1000000, keys, meta, data",
     "message": "id + copy * 100000000000, sink, lsn, idx, sub, keying, key_groups, tables, key1 || '/' || copy, key2,"
     " commit_time, stored, size, keys, meta, data",

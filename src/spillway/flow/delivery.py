@@ -52,11 +52,18 @@ class Delivery(Settling):
     ) -> None:
         super().__init__(spec, sink, state, process, moved)
         self.shaping = shaping
-        self._attempt = Attempt(spec.name, sink, process.clock, spec.timeout_seconds, spec.toast_fails, shaping)
+        self._attempt = Attempt(
+            spec.name,
+            sink,
+            process.clock,
+            spec.timeout_seconds,
+            spec.toast_fails,
+            shaping,
+            self.batch_size.answered,
+        )
         self.paused = False
         self.reads_before_first_request: int | None = None  # of the store, by all sinks (I5)
         self._retrying = False
-        self._compacting = False
         self._in_flight = 0  # batches being sent or settled
         self._lane_waits = 0  # retries that wait for a slot
         self._slot_freed = asyncio.Event()
@@ -99,7 +106,7 @@ class Delivery(Settling):
                 self._spill()
             else:
                 wait_seconds = left
-        if not self._compacting and self._compaction_due(now):
+        if self._compaction_due(now):
             self._compacting = True
             tasks.create_task(self._compact())
         if self.paused:
@@ -259,7 +266,9 @@ class Delivery(Settling):
         """Remove what waits, but for what is in flight. Returns how many messages."""
         total = 0
         while True:
-            await self._all_put()
+            while self._puts and self._last_put is not None:  # what is in memory must have its row, to be spared
+                # It may be done while what follows from that has not run yet: this lets it run, an await would not.
+                await asyncio.wait([self._last_put])
             with self._removing():
                 self.drop_cache()
                 spare = frozenset(self.window.rows())
@@ -271,33 +280,25 @@ class Delivery(Settling):
         return total
 
     async def _compact(self) -> None:
-        """One pass (spillway.store.compact). Nothing that is read back stays in memory but what is in flight, which is
-        spared; a page that is being read meanwhile is read again."""
+        """One pass (spillway.store.compact). What is in flight is spared: were it rejected, its key would have lost its
+        back-off. Nothing else depends on that: what is resolved, parked or held after its row has gone is passed over,
+        and the newer image waits until its key is free."""
+        began, looked_at, removed = self._clock.monotonic(), self.counters.messages, 0
+        self._uncompacted = False  # what is put from here on is for the next
         try:
             size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 4)
             async with self._budget.lent(size_bytes):
                 work = Compaction(max(1, size_bytes // KEY_BYTES), self.spec.partial_images)
                 while not work.done and not self._stopping:
-                    self.compacted += await self._compact_step(work)
+                    spare = frozenset(self.window.flying_rows())
+                    count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
+                    removed += count
+                    self.compacted += count
+                    self._metrics.compacted(self.name, count)
+            self.reads_resolved += work.reads
             await self.refresh()
-            self._compacted_to, self._compacted_at = self.counters.messages, self._clock.monotonic()
-            self._judge_limits()
         finally:
-            self._compacting = False
-            self._wake.set()
-
-    async def _compact_step(self, work: Compaction) -> int:
-        await self._all_put()
-        with self._removing():
-            self.drop_cache()
-            spare = frozenset(self.window.rows())
-            return await asyncio.wrap_future(self._store.compact(self.name, work, spare))
-
-    async def _all_put(self) -> None:
-        """What is in memory must have its row, to be spared."""
-        while self._puts and self._last_put is not None:
-            # It may be done while what follows from that has not run yet: this lets it run, an await would not.
-            await asyncio.wait([self._last_put])
+            self._pass_ended(began, looked_at - removed)
 
     async def refresh(self) -> None:
         """Bring the counters up to date after a change that was made past `Write`."""
@@ -337,11 +338,8 @@ class Delivery(Settling):
     async def _ask(self, batch: Batch) -> Answer:
         if self.reads_before_first_request is None:
             self.reads_before_first_request = self._store.reads
-        asked_at = self._clock.monotonic()
         answer = await self._attempt(batch)
-        if not isinstance(answer, Result) or answer.outcome == "ok":
-            self.batch_size.answered(len(batch), self._clock.monotonic() - asked_at)
-        elif answer.outcome == "sink_down" and answer.reason in BATCH_TOO_LARGE:
+        if isinstance(answer, Result) and answer.outcome == "sink_down" and answer.reason in BATCH_TOO_LARGE:
             self.batch_size.refused(len(batch))
         return answer
 

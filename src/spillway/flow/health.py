@@ -77,7 +77,7 @@ def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
         return "paused", "paused by command or configuration", f"spillway sinks resume {name}"
     if delivery.gap is not None:
         return _gap(delivery)
-    if delivery.full is not None:
+    if delivery.full is not None and not delivery.may_be_compacted:
         block = delivery.blocks
         return (
             "full",

@@ -57,10 +57,9 @@ from spillway.store.base import (
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
-COMPACT_LEAST_MESSAGES = 5_000  # fewer are not worth a pass while they come
-COMPACT_PART = 0.1
-COMPACT_SECONDS = 5.0
-COMPACT_QUIET_SECONDS = 1.0
+COMPACT_LEAST_MESSAGES = 20_000  # fewer newcomers are not worth a pass while they come
+COMPACT_SECONDS = 1.0  # at least so long after a pass, and after what came last
+COMPACT_REST = 10  # and so many times as long as the last pass took
 COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
@@ -124,8 +123,10 @@ class Inflow:
         self.last_intake_at = float("-inf")
         self.truncates_ignored = 0
         self.compacted = 0  # messages that compaction has removed, in this run
-        self._compacted_to = 0  # what the last pass has left
-        self._compacted_at = float("-inf")
+        self._compacting = False
+        self._uncompacted = False  # something was put since the last pass began
+        self._compacted_to = state.counters.messages  # what was left of what the last pass looked at
+        self._compact_after = float("-inf")  # no pass before this, but at the cap and when the backlog has doubled
         self.reads_taken = 0  # rows of backfills, in this run
         self.reads_resolved = 0
         self.memory_bytes = 0
@@ -389,6 +390,7 @@ class Inflow:
                 self.counters = written.result().counters
                 if write.put:
                     self._puts_done += 1
+                    self._uncompacted = True
                     self._judge_limits()
             self._wake.set()
 
@@ -509,31 +511,38 @@ class Inflow:
         if self._store.disk_full_since is not None:
             self.full = "the disk of the state is full: nothing can be written, the slot is not read"
         else:
-            free_bytes = self._store.free_bytes()
-            self.full = self.spec.limits.full(self.counters, self.oldest_seconds, free_bytes, was_full=was_full)
-            if self.full is not None and self._compaction_helps and self.spec.limits.fits_disk(free_bytes):
-                self.full = None
+            self.full = self.spec.limits.full(
+                self.counters, self.oldest_seconds, self._store.free_bytes(), was_full=was_full
+            )
         if was_full and self.full is None:
             self._moved()
 
-    # -- compaction ---------------------------------------------------------------------------------------------------
+    # -- compaction -------------------------------------------------------------------------------------------------
     @property
-    def _compaction_helps(self) -> bool:
-        """Something came since the last pass began, and not too little."""
-        since = self.counters.messages - self._compacted_to
-        return self.spec.limits.on_full == "compact" and since > COMPACT_PART * self._compacted_to
+    def may_be_compacted(self) -> bool:
+        """Something waits that no pass has looked at. While that is so a backlog at its cap is not known to be full:
+        the slot is not read, but only until the pass has ended."""
+        on_disk = self._store.disk_full_since is None
+        unknown = self._uncompacted or self._compacting
+        return self.spec.limits.on_full == "compact" and unknown and on_disk and self.counters.messages > 0
 
     def _compaction_due(self, now: float) -> bool:
-        """When the backlog has doubled; every now and then when it has grown; once when nothing comes any more."""
-        if self.spec.limits.on_full != "compact" or self.counters.messages <= self._compacted_to:
+        """At the cap; when the backlog has doubled, so that it stays in proportion to its keys; and now and then, at
+        last when nothing comes any more. After a start only what comes from then on counts: it looks at nothing."""
+        if self._compacting or not self.may_be_compacted:
             return False
-        if self.counters.messages >= COMPACT_LEAST_MESSAGES and self.counters.messages >= 2 * self._compacted_to:
+        if self.full is not None or self.counters.messages >= 2 * self._compacted_to + COMPACT_LEAST_MESSAGES:
             return True
-        if self.full is not None and self._compaction_helps:
-            return True
-        quiet = now - self.last_intake_at >= COMPACT_QUIET_SECONDS
-        grown = self.counters.messages >= COMPACT_LEAST_MESSAGES and self._compaction_helps
-        return now - self._compacted_at >= COMPACT_SECONDS and (quiet or grown)
+        quiet = now - self.last_intake_at >= COMPACT_SECONDS
+        return now >= self._compact_after and (quiet or self.counters.messages >= COMPACT_LEAST_MESSAGES)
+
+    def _pass_ended(self, began: float, left: int) -> None:
+        now = self._clock.monotonic()
+        self._compacted_to = min(left, self.counters.messages)
+        self._compact_after = now + max(COMPACT_SECONDS, COMPACT_REST * (now - began))
+        self._compacting = False
+        self._judge_limits()
+        self._wake.set()
 
     def _open_gap(self, reason: str) -> None:
         """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""

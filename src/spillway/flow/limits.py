@@ -2,9 +2,9 @@
 
 The cap is the smallest of what is configured (messages, bytes, age) and what the disk has left. Below it a warning;
 at it ``on_full``: ``block`` stops the reading of the slot until there is room again (nothing is lost, and it is said
-on every sink of the slot), ``pause`` takes this one sink out and records the gap, ``compact`` blocks, too, but not as
-long as compaction helps (spillway.store.compact). A cap that was reached is left only when the backlog is a tenth below
-it, so that the state does not flicker.
+on every sink of the slot), ``pause`` takes this one sink out and records the gap, ``compact`` blocks, too, but first
+only until a pass of compaction has ended (spillway.store.compact). A cap that was reached is left only when the backlog
+is a tenth below it: the state does not flicker, and a pass at the cap is worth its while.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ class Limits:
         if counters.messages and free_bytes * factor < DISK_RESERVE_BYTES:
             return f"the state disk has {free_bytes} bytes left"
         return None
-
-    def fits_disk(self, free_bytes: int) -> bool:
-        """Nothing that waits is in the way of what must be written."""
-        return free_bytes * ROOM >= DISK_RESERVE_BYTES
 
     def warning(self, counters: Counters) -> str | None:
         if self.warn_messages is not None and counters.messages >= self.warn_messages:

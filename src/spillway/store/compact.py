@@ -3,32 +3,47 @@
 A message is *superseded* when a later one of its key waits that is the whole row or its delete (`spillway.store.base`:
 it goes to the same document, which is what the configuration sees to). One pass goes over the queue from its end to
 its beginning, and remembers of each key the row of the newest image; what is earlier is removed. Then it goes over the
-lanes: what a later image in the queue supersedes is removed, and of a lane all that stands before its newest image.
+lanes: what a later image in the queue supersedes is removed, and of a lane all that stands before its newest image. The
+newest image stays where it is, so nothing overtakes anything.
 
-**In steps.** A step looks at `SPANS_AT_ONCE` spans, or `CHUNK` lanes, in one transaction. Between steps the flow goes
-on: what was put meanwhile is newer than all that is still to be looked at, so what is remembered stays true. A step
-that is done again (the disk was full) does no more than once: a row never supersedes itself. Rows in ``spare`` are in
-memory, perhaps in flight: they supersede, and are not removed.
+**In steps.** A step looks at about `STEP_MESSAGES` messages, or `CHUNK` lanes, in one transaction. Between steps the
+flow goes on: what was put meanwhile is newer than all that is still to be looked at, and what was resolved meanwhile
+was so after all that is earlier of its key; so what is remembered stays true. A step that is done again (the disk was
+full) finds what the first try remembered, and a row never supersedes itself. Rows in ``spare`` are in flight: they
+supersede, and are not removed.
 
 **Never past a barrier.** A TRUNCATE and an event that moves a row from one key to another stand for more than one row:
-what is newer than they are supersedes nothing that is older.
+what is newer than they are supersedes nothing that is older. In lanes that have such an event, or a dead letter that
+was revived (its row number says nothing of its age), nothing is superseded.
 
 **Bounded.** At most ``most_keys`` keys are remembered. If there are more, the pass begins again with the keys in two
 parts, by their hashes, one part after the other; and so on.
 
-**Space.** A span of which all is gone is removed. Of one that has lost more than half of its bytes the bodies of what
-is gone are cut out; its records keep their places, 80 bytes each, because rows are numbered by them.
+**Space.** A span of which all is gone is removed. One that has lost more than half of its bytes or messages is written
+anew with what is left; its column ``kept`` says which numbers that has. So each message is written again once or twice
+at most, on average.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, cast
 
 from spillway.change import ACTIONS
-from spillway.chunk import ACTION, ENDS, FLAGS, HASH, LOW, PLACE_BITS, TOO_LARGE, WHOLE, WORDS, Keying, Span
+from spillway.chunk import (
+    ACTION,
+    FLAGS,
+    HASH,
+    LOW,
+    PLACE_BITS,
+    TOO_LARGE,
+    WHOLE,
+    Keying,
+    Span,
+)
+from spillway.impl import gather
 from spillway.store.apply import Transaction, by_span
 from spillway.store.queue import Taken, find_spans
 from spillway.store.rows import (
@@ -38,37 +53,38 @@ from spillway.store.rows import (
     SpanRow,
     as_json,
     mark,
-    ones,
     read_blobs,
     rows_of,
     runs,
     span_rows,
 )
 
-SPANS_AT_ONCE: Final = 32
+SPANS_AT_ONCE: Final = 64
+STEP_MESSAGES: Final = 20_000
 LAST: Final = (1 << 63) - 1
-KEY_BYTES: Final = 160  # of memory, for each key that is remembered
+KEY_BYTES: Final = 200  # of memory, for each key that is remembered
+RECORD_BYTES: Final = 100  # of a message in a span, beside its body
+PARKED_AT_ONCE: Final = 20_000  # keys whose lanes are looked at in one step
 
-_DELETE: Final = ACTIONS.index("delete")
-_TRUNCATE: Final = ACTIONS.index("truncate")
+_DELETE, _TRUNCATE, _READ = ACTIONS.index("delete"), ACTIONS.index("truncate"), ACTIONS.index("read")
 _IMAGE = f"instr('13579BDF', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"
 
 SELECT_BEFORE = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id < ?2 ORDER BY id DESC LIMIT ?3)"""
-# Of these keys what stands in their lanes below a row, where no message with two keys stands in them.
+# Of these keys what stands in their lanes below a row, where no message stands in them that may wait for earlier ones.
 SELECT_BELOW = """
     SELECT json_group_array(l.id) FROM json_each(?2) j CROSS JOIN lane l
         ON l.sink = ?1 AND l.key = CAST(json_extract(j.value, '$[0]') AS TEXT)
         AND l.id < json_extract(j.value, '$[1]')
-    WHERE NOT EXISTS (SELECT 1 FROM lane o WHERE o.sink = ?1 AND o.key = l.key AND o.other IS NOT NULL)"""
-# The newest images of the next lanes that have more than one message.
+    WHERE NOT EXISTS (SELECT 1 FROM lane o WHERE o.sink = ?1 AND o.key = l.key AND o.waits)"""
+# The newest images of the next lanes.
 SELECT_IMAGES = f"""
     SELECT json_group_array(json_array(key, newest)) FROM (
         SELECT l.key AS key, max(l.id) FILTER (WHERE {_IMAGE}) AS newest FROM lane l CROSS JOIN message w ON w.id = l.id
         WHERE l.sink = ?1 AND l.key > ?2 GROUP BY l.key ORDER BY l.key LIMIT ?3)"""
-UPDATE_DATA = "UPDATE span_data SET meta = ?, data = ? WHERE id = ?"
-UPDATE_BYTES = "UPDATE span SET bytes = bytes_left WHERE id = ?"
+UPDATE_DATA = "UPDATE span_data SET keys = ?, meta = ?, data = ? WHERE id = ?"
+UPDATE_KEPT = "UPDATE span SET messages = messages_left, bytes = bytes_left, done = '0', kept = ? WHERE id = ?"
 
 
 @dataclass(slots=True)
@@ -81,17 +97,24 @@ class Compaction:
     part: int = 0
     below: int = LAST  # spans below this are still to be looked at; 0: all have been
     lane: str | None = None  # behind this key lanes are still to be looked at; None: not there yet
+    to_compare: list[tuple[bytes, int]] | None = None  # of ``newest`` what was not held against the lanes yet
     done: bool = False
-    removed: int = 0
+    reads: int = 0  # rows of backfills that were removed
     newest: dict[bytes, int] = field(default_factory=dict)  # by key: the row of its newest image
 
-    def _again(self) -> None:
+    def begin_again(self) -> None:
         self.parts *= 2
         self._from_the_end(0)
 
+    def next_part(self) -> None:
+        if self.part + 1 < self.parts:
+            self._from_the_end(self.part + 1)
+        else:
+            self.done = True
+
     def _from_the_end(self, part: int) -> None:
         self.part = part
-        self.below, self.lane = LAST, None
+        self.below, self.lane, self.to_compare = LAST, None, None
         self.newest.clear()
 
 
@@ -100,54 +123,57 @@ class Compacting(Transaction):
 
     def compact(self, name: str, work: Compaction, spare: frozenset[int]) -> int:
         """One step. Returns how many messages it has removed; ``work.done`` says whether it was the last."""
-        sink = self._sink(name)
         if work.below:
-            removed = self._compact_spans(sink, work, by_span(spare))
-        else:
-            removed = self._compact_lanes(sink, work, spare)
-        work.removed += removed
-        return removed
+            return self._compact_spans(name, work, by_span(spare))
+        return self._compact_lanes(self._sink(name), work, spare)
 
-    def _compact_spans(self, sink: SinkRow, work: Compaction, spare: dict[int, int]) -> int:
-        found = span_rows(self._db.execute(SELECT_BEFORE, (sink.id, work.below, SPANS_AT_ONCE)))
-        blobs = read_blobs(self._db, ("keys", "meta"), [row.id for row in found])
+    def _compact_spans(self, name: str, work: Compaction, spare: dict[int, int]) -> int:
+        sink = self._committed[name].id
+        found = span_rows(self._db.execute(SELECT_BEFORE, (sink, work.below, SPANS_AT_ONCE)))
+        looked_at = 0
         taken: list[Taken] = []
-        for row, one in zip(found, blobs, strict=True):
-            if one is not None:
-                span = row.span(one[0], one[1], b"")
-                mark(span, row.done)
-                bits = _superseded(span, row.id, work) & ~spare.get(row.id, 0)
+        for row in found:
+            if looked_at and looked_at + row.messages > STEP_MESSAGES:
+                break
+            looked_at += row.messages
+            work.below = row.id
+            (blobs,) = read_blobs(self._db, ("keys", "meta"), [row.id])
+            if blobs is not None:
+                bits = _superseded(row, blobs, work, spare.get(row.id, 0))
                 if bits:
                     taken.append(Taken(row, row.done, bits))
             if len(work.newest) > work.most_keys:
-                work._again()
-                return self._take(sink, taken)
-        work.below = found[-1].id if len(found) == SPANS_AT_ONCE else 0
-        return self._take(sink, taken)
+                work.begin_again()
+                break
+        else:
+            if len(found) < SPANS_AT_ONCE:
+                work.below = 0
+        return self._take_out(self._sink(name), taken) if taken else 0
 
-    def _take(self, sink: SinkRow, taken: list[Taken]) -> int:
-        if not taken:
-            return 0
+    def _take_out(self, sink: SinkRow, taken: list[Taken]) -> int:
         removed = self._queue.take(sink, taken)
         for row in find_spans(self._db, sink.id, [one.row.id for one in taken]):
-            if 2 * row.bytes_left < row.body_bytes:
-                _cut_out(self._db, row)
+            stored = row.body_bytes + RECORD_BYTES * row.messages
+            if 2 * (row.bytes_left + RECORD_BYTES * row.messages_left) < stored:
+                _write_anew(self._db, row)
         return removed
 
     def _compact_lanes(self, sink: SinkRow, work: Compaction, spare: frozenset[int]) -> int:
         now = self._clock.monotonic()
         if not sink.counters.parked_keys:
-            self._next_part(work)
+            work.next_part()
             return 0
-        if work.lane is None:
-            work.lane = ""
-            return self._remove_below(sink, list(work.newest.items()), spare, now)
-        given = (sink.id, work.lane, CHUNK)
+        if work.to_compare is None:
+            work.to_compare = list(work.newest.items())
+        if work.to_compare:
+            some, work.to_compare = work.to_compare[:PARKED_AT_ONCE], work.to_compare[PARKED_AT_ONCE:]
+            return self._remove_below(sink, some, spare, now)
+        given = (sink.id, work.lane or "", CHUNK)
         images = cast("list[tuple[str, int | None]]", rows_of(self._db.execute(SELECT_IMAGES, given)))
         newest = [(key.encode(), row) for key, row in images if row is not None]
         removed = self._remove_below(sink, newest, spare, now)
         if len(images) < CHUNK:
-            self._next_part(work)
+            work.next_part()
         else:
             work.lane = images[-1][0]
         return removed
@@ -160,67 +186,65 @@ class Compacting(Transaction):
             removed += self._lanes.remove(sink, [row for row in rows if row not in spare], now)
         return removed
 
-    def _next_part(self, work: Compaction) -> None:
-        if work.part + 1 < work.parts:
-            work._from_the_end(work.part + 1)
-        else:
-            work.done = True
 
-
-def _superseded(span: Span, number: int, work: Compaction) -> int:
-    """The places of a span, as bits, that a later image supersedes; remembers its own images."""
-    chunk, base = span.chunk, number << PLACE_BITS
+def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) -> int:
+    """The numbers of a span, as bits, that a later image supersedes; remembers its own images."""
+    keys_blob, meta = blobs
+    span = row.span(keys_blob, meta, b"")
+    mark(span, row.places(row.done))
+    chunk = span.chunk
+    actions, flags = chunk.byte_column(ACTION), chunk.byte_column(FLAGS)
+    newest = work.newest
+    if _TRUNCATE in actions:
+        newest.clear()
+        return 0
     width = 2 + 2 * chunk.groups
     at = Keying.hash_word(span.keying) - HASH
-    texts = chunk.keys.split(b"\0")
+    texts = keys_blob.split(b"\0")
     keys, others = texts[at::width], texts[at + 1 :: width]
-    actions, flags = chunk.byte_column(ACTION), chunk.byte_column(FLAGS)
-    if _TRUNCATE in actions:
-        work.newest.clear()
-        return 0
-    hashes = [word & LOW for word in chunk.column(Keying.hash_word(span.keying))] if work.parts > 1 else None
+    moves = span.keying >= Keying.EVENTS and any(others)
+    base, numbers = row.id << PLACE_BITS, span.numbers or range(span.size)
     bits = 0
-    gone = span.resolved
-    newest = work.newest
-    for place in range(span.size - 1, -1, -1):
+    for place in _to_look_at(span, others if moves else None, work):
         key = keys[place]
-        if not key or gone[place]:
+        if not key:
             continue
-        if others[place] and span.keying >= Keying.EVENTS:  # whichever part they are in
+        if moves and others[place]:
             newest.pop(key, None)
             newest.pop(others[place], None)
             continue
-        if hashes is not None and hashes[place] % work.parts != work.part:
-            continue
-        known = newest.get(key, -1)
-        if known > base | place:
-            bits |= 1 << place
+        number = numbers[place]
+        if newest.get(key, -1) > base | number:
+            if not spare >> number & 1:
+                bits |= 1 << number
+                work.reads += actions[place] == _READ
         elif actions[place] == _DELETE or (
             not flags[place] & TOO_LARGE and (work.partial_images or flags[place] & WHOLE)
         ):
-            newest[key] = base | place
+            newest[key] = base | number
     return bits
 
 
-def _cut_out(db: sqlite3.Connection, row: SpanRow) -> None:
-    """The bodies of what is gone."""
-    ((meta, data),) = cast("list[list[bytes]]", read_blobs(db, ("meta", "data"), [row.id]))
-    changed = bytearray(meta)
-    left = ones(0, row.messages) & ~row.done
-    stride = WORDS + 2 * row.groups
-    with memoryview(changed) as view, view.cast("Q") as words:
-        before = words[ENDS::stride].tolist()
-        ends = [word & LOW for word in before]
-        kept: list[bytes] = []
-        new: list[int] = []
-        total = 0
-        for start, stop in runs(left):
-            new += [total] * (start - len(new))
-            first = ends[start - 1] if start else 0
-            new += [total + end - first for end in ends[start:stop]]
-            kept.append(data[first : ends[stop - 1]])
-            total += len(kept[-1])
-        new += [total] * (row.messages - len(new))
-        words[ENDS::stride] = array("Q", [word & ~LOW | end for word, end in zip(before, new, strict=True)])
-    db.execute(UPDATE_DATA, (bytes(changed), b"".join(kept), row.id))
-    db.execute(UPDATE_BYTES, (row.id,))
+def _to_look_at(span: Span, others: list[bytes] | None, work: Compaction) -> Iterable[int]:
+    """The places of what is left and belongs to this part, the last first. What moves a row belongs to all parts."""
+    places: Iterable[int] = range(span.size - 1, -1, -1)
+    if span.left < span.size:
+        gone = span.resolved
+        places = [place for place in places if not gone[place]]
+    if work.parts > 1:
+        words = span.column(Keying.hash_word(span.keying), 0, span.size)
+        parts, part = work.parts, work.part
+        places = [p for p in places if (words[p] & LOW) % parts == part or (others is not None and others[p])]
+    return places
+
+
+def _write_anew(db: sqlite3.Connection, row: SpanRow) -> None:
+    """A span with what is left of it."""
+    ((keys, meta, data),) = cast("list[list[bytes]]", read_blobs(db, ("keys", "meta", "data"), [row.id]))
+    span = row.span(keys, meta, data)
+    gone = row.places(row.done)
+    left = [place for start, stop in runs(row.places(row.kept) & ~gone) for place in range(start, stop)]
+    hash_word = HASH if row.groups == 0 else Keying.hash_word(Keying.GROUPED)
+    chunk = gather(span.chunk, left, hash_word)
+    db.execute(UPDATE_DATA, (chunk.keys, chunk.meta, chunk.data, row.id))
+    db.execute(UPDATE_KEPT, (f"{row.kept & ~row.done:x}", row.id))

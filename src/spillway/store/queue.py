@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,6 +30,7 @@ from spillway.store.rows import (
     SpanRow,
     as_json,
     insert,
+    lowest,
     ones,
     places_of,
     private_row,
@@ -44,7 +45,7 @@ from spillway.store.rows import (
 
 INSERT_SPAN = (
     "span (id, sink, keying, key_groups, messages, bytes, messages_left, bytes_left, first_lsn, commit_time, stored,"
-    " tables, truncates, done)"
+    " tables, truncates, done, kept)"
 )
 INSERT_DATA = "span_data (id, keys, meta, data)"
 _QUALIFIED = ", ".join(f"q.{name}" for name in SPAN_COLUMNS.split(", "))
@@ -103,7 +104,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Numbers of a span that are in the queue, and wanted."""
+    """Numbers of a span that are in the queue, and wanted; bits by number."""
 
     row: SpanRow
     done: int
@@ -128,7 +129,7 @@ class Queue:
             counts = (chunk.count, size, chunk.count, size, chunk.word(0, LSN), commit_time, stored)
             truncates = TRUNCATE in chunk.byte_column(ACTION)
             spans.append(
-                (number, sink.id, keying, chunk.groups, *counts, write_tables(chunk.tables), int(truncates), "0")
+                (number, sink.id, keying, chunk.groups, *counts, write_tables(chunk.tables), int(truncates), "0", None)
             )
             data.append((number, chunk.keys, chunk.meta, chunk.data))
             sink.counters.messages += chunk.count
@@ -171,10 +172,9 @@ class Queue:
         row = one.row
         (meta,) = self._db.execute(SELECT_META, (row.id,)).fetchone()
         words, stride = memoryview(meta).cast("Q"), WORDS + 2 * row.groups
-        size = sum([size_of(words, stride, start, stop) for start, stop in runs(one.bits)])
+        size = sum([size_of(words, stride, start, stop) for start, stop in runs(row.places(one.bits))])
         done = one.done | one.bits
-        first = (~done & (done + 1)).bit_length() - 1
-        commit_time = words[first * stride + TIME] / 1_000_000
+        commit_time = words[lowest(~row.places(done)) * stride + TIME] / 1_000_000
         given = (row.messages_left - one.count, row.bytes_left - size, commit_time, f"{done:x}", row.id)
         self._db.execute(UPDATE_SPAN, given)
         return size
@@ -184,7 +184,7 @@ class Queue:
         ((keys, meta),) = cast("list[list[bytes]]", read_blobs(self._db, ("keys", "meta"), [one.row.id]))
         span = one.row.span(keys, meta, b"")
         with self._db.blobopen("span_data", "data", one.row.id, readonly=True) as data:
-            for start, stop in runs(one.bits):
+            for start, stop in runs(one.row.places(one.bits)):
                 at = span.ends[start - 1] if start else 0
                 for place in range(start, stop):
                     data.seek(at)
@@ -195,12 +195,12 @@ class Queue:
     def all(self, sink: SinkRow, spare: dict[int, int]) -> Iterator[Taken]:
         after = 0
         while found := span_rows(self._db.execute(SELECT_BEHIND, (sink.id, after, CHUNK))):
-            yield from [_taken(row, ones(0, row.messages) & ~spare.get(row.id, 0)) for row in found]
+            yield from [_taken(row, ~spare.get(row.id, 0)) for row in found]
             after = found[-1].id
 
     def of_key(self, sink: SinkRow, key: str, spare: dict[int, int]) -> Iterator[Taken]:
-        for row, _, places in with_key(self._db, sink.id, key):
-            yield _taken(row, sum([1 << place for place in places]) & ~spare.get(row.id, 0))
+        for row, span, places in with_key(self._db, sink.id, key):
+            yield _taken(row, _numbers(span, places) & ~spare.get(row.id, 0))
 
     def of_table(self, sink: SinkRow, table: tuple[str, str], below: Position) -> Iterator[Taken]:
         """What waits of a table below a position."""
@@ -237,7 +237,7 @@ def _places(db: sqlite3.Connection, found: list[SpanRow], key: str) -> Iterator[
         if blobs is None:
             continue
         keys, meta = blobs
-        span, done = row.span(keys, meta, b""), row.done
+        span, done = row.span(keys, meta, b""), row.places(row.done)
         places = [place for place in places_of(span, key) if not done >> place & 1]
         if places:
             yield row, span, places
@@ -247,16 +247,24 @@ def _of_table(span: Span, table: tuple[str, str], below: Position) -> int:
     """Positions rise within a span; what is below is its beginning."""
     stop = bisect_left(range(span.size), tuple(below), key=span.position)
     chunk = span.chunk
+    if len(chunk.tables) == 1:
+        return _numbers(span, range(stop))
     number = chunk.tables.index(table).to_bytes(2, sys.byteorder)
     low, high = chunk.byte_column(TABLE), chunk.byte_column(TABLE + 1)
-    if len(chunk.tables) == 1:
-        return ones(0, stop)
-    return sum([1 << place for place in range(stop) if low[place] == number[0] and high[place] == number[1]])
+    return _numbers(span, [place for place in range(stop) if low[place] == number[0] and high[place] == number[1]])
+
+
+def _numbers(span: Span, places: Iterable[int]) -> int:
+    """Bits by number."""
+    if isinstance(places, range) and span.numbers is None:
+        return ones(0, len(places))
+    numbers = span.numbers or range(span.size)
+    return sum([1 << numbers[place] for place in places])
 
 
 def _taken(row: SpanRow, wanted: int) -> Taken:
     done = row.done
-    return Taken(row, done, wanted & ~done & ones(0, row.messages))
+    return Taken(row, done, wanted & row.kept & ~done)
 
 
 def _by_id(one: Taken) -> int:

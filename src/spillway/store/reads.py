@@ -37,6 +37,7 @@ from spillway.store.rows import (
     SpanRow,
     Value,
     as_json,
+    lowest,
     mark,
     ones,
     read_blobs,
@@ -237,7 +238,7 @@ class Reads:
                 if blobs is None:
                     continue
                 keys, meta = blobs
-                span, done = row.span(keys, meta, b""), row.done
+                span, done = row.span(keys, meta, b""), row.places(row.done)
                 for place in range(span.size - 1, -1, -1):
                     if done >> place & 1 or (truncated and span.chunk.table(span.indices[place]) in truncated):
                         continue
@@ -248,7 +249,7 @@ class Reads:
                                 return None
                             firsts[key] = _first_of(db, number, key)
                     if all(firsts[key] == span.row(place) for key in its_keys):
-                        return _read_if(db, number, span, place, max_bytes)
+                        return _read_if(db, number, row, span, place, max_bytes)
         return None
 
     def due(
@@ -345,23 +346,25 @@ def snapshot(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def behind(db: sqlite3.Connection, sink: int, after_row: int, spans: int) -> list[tuple[SpanRow, int]]:
-    """The next spans behind the cursor, and what of each is gone or before it."""
+    """The next spans behind the cursor, and what of each is gone or before it, by place."""
     cursor, at = after_row >> PLACE_BITS, (after_row & (MOST_PLACES - 1)) + 1
     found = []
     for row in span_rows(db.execute(SELECT_PAGE, (sink, cursor, spans + 1))):
         done = row.done
         if row.id == cursor:
-            done |= ones(0, min(at, row.messages))
-        if done.bit_count() < row.messages:
-            found.append((row, done))
+            done |= ones(0, at)
+        gone = row.places(done)
+        if gone.bit_count() < row.messages:
+            found.append((row, gone))
     return found[:spans]
 
 
 def _read_up_to(db: sqlite3.Connection, sink: int, row: int) -> int:
     """The last row before which nothing of the queue is unread, if this one was read last."""
-    for span, done in behind(db, sink, row, 1):
-        first = (~done & (done + 1)).bit_length() - 1
-        return (span.id << PLACE_BITS | first) - 1
+    for span, gone in behind(db, sink, row, 1):
+        first = lowest(~gone)
+        numbers = span.numbers
+        return (span.id << PLACE_BITS | (first if numbers is None else numbers[first])) - 1
     return _LAST_ROW
 
 
@@ -374,13 +377,14 @@ def _first_of(db: sqlite3.Connection, sink: int, key: str) -> int:
     return 0
 
 
-def _read_if(db: sqlite3.Connection, sink: int, span: Span, place: int, max_bytes: int) -> Message | None:
-    """The message, if it is still there, under no key that is parked by now, and fits."""
+def _read_if(db: sqlite3.Connection, sink: int, was: SpanRow, span: Span, place: int, max_bytes: int) -> Message | None:
+    """The message, if it is still there, where it was, under no key that is parked by now, and fits."""
     with snapshot(db):
         if rows_of(db.execute(SELECT_PARKED, (sink, as_json(span.keys(place))))):
             return None
-        for row in find_spans(db, sink, [span.base >> PLACE_BITS]):
-            if not row.done >> place & 1 and span.bytes_between(place, place + 1) <= max_bytes:
+        for row in find_spans(db, sink, [was.id]):
+            there = row.kept_text == was.kept_text and not row.places(row.done) >> place & 1
+            if there and span.bytes_between(place, place + 1) <= max_bytes:
                 return read_one(db, span, place)
     return None
 

@@ -69,7 +69,8 @@ class SinkRow:
 
 
 class SpanRow(NamedTuple):
-    """What table ``span`` says of one, as JSON brings it."""
+    """What table ``span`` says of one, as JSON brings it. Bits are by number, or by place in its columns: the same as
+    long as nothing was cut out of these."""
 
     id: int
     keying: int
@@ -81,21 +82,45 @@ class SpanRow(NamedTuple):
     stored: float
     tables: str
     done_text: str
+    kept_text: str | None
 
     @property
     def done(self) -> int:
+        """By number: what is gone of what is in the columns."""
         return int(self.done_text, 16)
+
+    @property
+    def kept(self) -> int:
+        """By number: what is in the columns."""
+        return ones(0, self.messages) if self.kept_text is None else int(self.kept_text, 16)
+
+    @property
+    def numbers(self) -> list[int] | None:
+        """By place; None: its own."""
+        if self.kept_text is None:
+            return None
+        return [number for start, stop in runs(self.kept) for number in range(start, stop)]
+
+    def places(self, bits: int) -> int:
+        """Bits by number as bits by place."""
+        kept = self.kept
+        bits &= kept
+        numbers = self.numbers
+        if not bits or numbers is None:
+            return bits
+        digits = f"{bits:0{kept.bit_length()}b}"[::-1]
+        return int("".join([digits[number] for number in reversed(numbers)]), 2)
 
     def span(self, keys: bytes, meta: bytes, data: bytes) -> Span:
         chunk = Chunk(self.messages, data, meta, keys, read_tables(self.tables), self.groups)
-        return Span(chunk, self.keying, base=self.id << PLACE_BITS)
+        return Span(chunk, self.keying, base=self.id << PLACE_BITS, numbers=self.numbers)
 
 
-SPAN_COLUMNS = "id, keying, key_groups, messages, bytes, messages_left, bytes_left, stored, tables, done"
+SPAN_COLUMNS = "id, keying, key_groups, messages, bytes, messages_left, bytes_left, stored, tables, done, kept"
 
 
 def mark(span: Span, done: int) -> None:
-    """Let the span say what is gone."""
+    """Let the span say what is gone, by place."""
     if done:
         bits = f"{done:0{span.size}b}".encode().translate(_FROM_DIGITS)
         span.resolved = bytearray(bits[::-1])
@@ -115,6 +140,11 @@ def runs(bits: int) -> Iterator[tuple[int, int]]:
         yield at + skip, at + skip + length
         bits >>= length
         at += skip + length
+
+
+def lowest(bits: int) -> int:
+    """Which is the lowest of them."""
+    return (bits & -bits).bit_length() - 1
 
 
 def ones(start: int, stop: int) -> int:
@@ -149,8 +179,7 @@ def places_of(span: Span, key: str) -> list[int]:
     """Where the messages of a key are."""
     row = private_row(key)
     if row:
-        place = row - span.base
-        return [place] if 0 <= place < span.size and lane_keys(span, place, row) == (key,) else []
+        return [place for place in range(span.size) if span.row(place) == row and lane_keys(span, place, row) == (key,)]
     wanted = key_hash(key.encode())
     places = {place for place, value in enumerate(span.hashes) if value == wanted}
     places.update(place for place, value in span.moved.items() if value == wanted)

@@ -36,7 +36,7 @@ CREATE TABLE span (
     sink INTEGER NOT NULL,
     keying INTEGER NOT NULL,
     key_groups INTEGER NOT NULL,
-    messages INTEGER NOT NULL,        -- all of them, and their bytes: what a reader gets
+    messages INTEGER NOT NULL,        -- what is in its columns, and the bytes: what a reader gets
     bytes INTEGER NOT NULL,
     messages_left INTEGER NOT NULL,
     bytes_left INTEGER NOT NULL,
@@ -45,7 +45,8 @@ CREATE TABLE span (
     stored REAL NOT NULL,             -- wall seconds at which it came here
     tables TEXT NOT NULL,             -- JSON array of [schema, table]
     truncates INTEGER NOT NULL,       -- whether there was a TRUNCATE in it
-    done TEXT NOT NULL                -- what is gone: a bit per number, as one hexadecimal integer
+    done TEXT NOT NULL,               -- what is gone: a bit per number, as one hexadecimal integer
+    kept TEXT                         -- the numbers of what is in its columns, likewise; null: 0, 1, 2, ...
 );
 CREATE INDEX span_sink ON span (sink);
 CREATE INDEX span_truncates ON span (sink, tables) WHERE truncates;
