@@ -38,8 +38,17 @@ class Attempt:
     """Asks one sink. Opens it when needed; forgets that it is open after a failure of the sink."""
 
     def __init__(
-        self, name: str, sink: Sink, clock: Clock, timeout_seconds: float, toast_fails: bool, shape: Shape | None
+        self,
+        name: str,
+        sink: Sink,
+        clock: Clock,
+        timeout_seconds: float,
+        toast_fails: bool,
+        shape: Shape | None,
+        answered: Callable[[int, float], None],
     ) -> None:
+        """``answered`` hears how many messages of a request were answered, and after how many seconds."""
+        self._answered = answered
         self._name = name
         self._sink = sink
         self._shape = shape
@@ -87,6 +96,7 @@ class Attempt:
         return results
 
     async def _ask(self, batch: Batch) -> Answer:
+        asked_at = self._clock.monotonic()
         try:
             async with self._clock.timeout(self._timeout_seconds):
                 if not self._opened:
@@ -101,6 +111,8 @@ class Attempt:
             answer = sink_down(error.code, str(error))
         except Exception as error:  # noqa: BLE001 - isolation (I6): a defect in one sink's code must not stop the others
             answer = self._defect(error)
+        if not isinstance(answer, Result) or answer.outcome == "ok":
+            self._answered(len(batch), self._clock.monotonic() - asked_at)
         if isinstance(answer, Result):
             if answer.outcome == "sink_down":
                 self._opened = False
