@@ -35,10 +35,20 @@ def references(root: Block, reading: Reading) -> None:
                 function = _named(sink, key, root, "functions", reading)
                 if function is not None:
                     _fits(sink, key, function, reading)
+                if function is not None and key == "transform":
+                    _one_to_one(sink, function, reading)
         if sink.get("enrichment_from") == "replica" and database is not None and database.get("replica_url") is None:
             key = "enrichment_from"
             what = "needs a replica: set replica_url of the database"
             reading.problem(sink.line_of(key), sink.key_path(key), what)
+
+
+def _one_to_one(sink: Block, function: Block, reading: Reading) -> None:
+    """Of a transform that says what it likes of each message, older messages are not told by the newest."""
+    backlog = sink.get("backlog")
+    if isinstance(backlog, Block) and backlog.get("on_full") == "compact" and function.get("type") != "fields":
+        what = "compact does not go together with a transform, which may make something else of each message"
+        reading.problem(backlog.line_of("on_full"), backlog.key_path("on_full"), what)
 
 
 def _named(section: Block, key: str, root: Block, kind: str, reading: Reading) -> Block | None:

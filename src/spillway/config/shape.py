@@ -184,4 +184,4 @@ def fill_tables(sink: Block, reading: Reading) -> None:
 def _only_table(sink: Block) -> object:
     source = sink.get("source")
     tables = source.get("include_tables") if isinstance(source, Block) else None
-    return tables[0] if isinstance(tables, Items) and len(tables) == 1 else None
+    return tables[0] if isinstance(tables, list) and len(tables) == 1 else None  # or as an old spelling made it

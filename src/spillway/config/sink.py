@@ -286,7 +286,7 @@ class Sink(Section):
 
     @model_validator(mode="after")
     def _compacts(self) -> Sink:
-        named = [key for key in ("filter", "transform", "routing") if getattr(self, key) is not None]
+        named = [key for key in ("filter", "routing") if getattr(self, key) is not None]
         if self.backlog.on_full == "compact" and named:
             raise Wrong(
                 "backlog.on_full",
