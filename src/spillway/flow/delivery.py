@@ -283,7 +283,7 @@ class Delivery(Settling):
         """One pass (spillway.store.compact). What is in flight is spared: were it rejected, its key would have lost its
         back-off. Nothing else depends on that: what is resolved, parked or held after its row has gone is passed over,
         and the newer image waits until its key is free."""
-        began, looked_at, removed = self._clock.monotonic(), self.counters.messages, 0
+        began, looked_at, removed = self._clock.monotonic(), self.counters, 0
         self._uncompacted = False  # what is put from here on is for the next
         try:
             size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 4)
@@ -298,7 +298,7 @@ class Delivery(Settling):
             self.reads_resolved += work.reads
             await self.refresh()
         finally:
-            self._pass_ended(began, looked_at - removed)
+            self._pass_ended(began, looked_at, removed)
 
     async def refresh(self) -> None:
         """Bring the counters up to date after a change that was made past `Write`."""

@@ -41,6 +41,7 @@ from spillway.sinks.base import Readable, Sink
 from spillway.store.base import (
     AskedRefreshes,
     BackfillDocument,
+    Counters,
     DueRefresh,
     Gap,
     Park,
@@ -57,7 +58,8 @@ from spillway.store.base import (
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
-COMPACT_LEAST_MESSAGES = 20_000  # fewer newcomers are not worth a pass while they come
+COMPACT_LEAST_MESSAGES = 100_000  # fewer newcomers are not worth a pass while they come
+COMPACT_LEAST_BYTES = 256 << 20  # nor are so few bytes
 COMPACT_SECONDS = 1.0  # at least so long after a pass, and after what came last
 COMPACT_REST = 10  # and so many times as long as the last pass took
 COMPACT_BYTES = 16 << 20  # of what a pass remembers
@@ -125,7 +127,8 @@ class Inflow:
         self.compacted = 0  # messages that compaction has removed, in this run
         self._compacting = False
         self._uncompacted = False  # something was put since the last pass began
-        self._compacted_to = state.counters.messages  # what was left of what the last pass looked at
+        # What was left of what the last pass looked at: messages and bytes.
+        self._compacted_to = (state.counters.messages, state.counters.bytes)
         self._compact_after = float("-inf")  # no pass before this, but at the cap and when the backlog has doubled
         self.reads_taken = 0  # rows of backfills, in this run
         self.reads_resolved = 0
@@ -531,14 +534,18 @@ class Inflow:
         last when nothing comes any more. After a start only what comes from then on counts: it looks at nothing."""
         if self._compacting or not self.may_be_compacted:
             return False
-        if self.full is not None or self.counters.messages >= 2 * self._compacted_to + COMPACT_LEAST_MESSAGES:
+        messages, size_bytes = self._compacted_to
+        many = self.counters.messages >= 2 * messages + COMPACT_LEAST_MESSAGES
+        if self.full is not None or many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES:
             return True
         quiet = now - self.last_intake_at >= COMPACT_SECONDS
         return now >= self._compact_after and (quiet or self.counters.messages >= COMPACT_LEAST_MESSAGES)
 
-    def _pass_ended(self, began: float, left: int) -> None:
+    def _pass_ended(self, began: float, looked_at: Counters, removed: int) -> None:
         now = self._clock.monotonic()
-        self._compacted_to = min(left, self.counters.messages)
+        left = min(looked_at.messages - removed, self.counters.messages)
+        # Of what came meanwhile nothing is known. The bytes of what is left are taken for average ones.
+        self._compacted_to = (left, self.counters.bytes * left // max(1, self.counters.messages))
         self._compact_after = now + max(COMPACT_SECONDS, COMPACT_REST * (now - began))
         self._compacting = False
         self._judge_limits()

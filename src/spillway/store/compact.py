@@ -8,9 +8,9 @@ newest image stays where it is, so nothing overtakes anything.
 
 **In steps.** A step looks at about `STEP_MESSAGES` messages, or `CHUNK` lanes, in one transaction. Between steps the
 flow goes on: what was put meanwhile is newer than all that is still to be looked at, and what was resolved meanwhile
-was so after all that is earlier of its key; so what is remembered stays true. A step that is done again (the disk was
-full) finds what the first try remembered, and a row never supersedes itself. Rows in ``spare`` are in flight: they
-supersede, and are not removed.
+was so after all that is earlier of its key; so what is remembered stays true. Each span is looked at once in a pass,
+so that no row supersedes itself: what a step had found that was rolled back (the disk was full) is left to the next
+pass. Rows in ``spare`` are in flight: they supersede, and are not removed.
 
 **Never past a barrier.** A TRUNCATE and an event that moves a row from one key to another stand for more than one row:
 what is newer than they are supersedes nothing that is older. In lanes that have such an event, or a dead letter that
@@ -27,7 +27,7 @@ at most, on average.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -60,7 +60,7 @@ from spillway.store.rows import (
 )
 
 SPANS_AT_ONCE: Final = 64
-STEP_MESSAGES: Final = 20_000
+STEP_MESSAGES: Final = 40_000
 LAST: Final = (1 << 63) - 1
 KEY_BYTES: Final = 200  # of memory, for each key that is remembered
 RECORD_BYTES: Final = 100  # of a message in a span, beside its body
@@ -68,6 +68,11 @@ PARKED_AT_ONCE: Final = 20_000  # keys whose lanes are looked at in one step
 
 _DELETE, _TRUNCATE, _READ = ACTIONS.index("delete"), ACTIONS.index("truncate"), ACTIONS.index("read")
 _IMAGE = f"instr('13579BDF', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"
+
+# Whether flags are those of an image, which supersedes; and where updates without their TOAST columns count, too.
+_IMAGES = bytes([int(flags & (WHOLE | TOO_LARGE) == WHOLE) for flags in range(256)])
+_PARTIAL_IMAGES = bytes([int(not flags & TOO_LARGE) for flags in range(256)])
+_ONE = ord("1")
 
 SELECT_BEFORE = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
@@ -193,18 +198,47 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
     span = row.span(keys_blob, meta, b"")
     mark(span, row.places(row.done))
     chunk = span.chunk
-    actions, flags = chunk.byte_column(ACTION), chunk.byte_column(FLAGS)
-    newest = work.newest
+    actions = chunk.byte_column(ACTION)
     if _TRUNCATE in actions:
-        newest.clear()
+        work.newest.clear()
         return 0
     width = 2 + 2 * chunk.groups
     at = Keying.hash_word(span.keying) - HASH
-    texts = keys_blob.split(b"\0")
+    texts = keys_blob.split(b"\0")[:-1]  # the last one is ended, too
     keys, others = texts[at::width], texts[at + 1 :: width]
     moves = span.keying >= Keying.EVENTS and any(others)
+    images = chunk.byte_column(FLAGS).translate(_PARTIAL_IMAGES if work.partial_images else _IMAGES)
+    plain = images.count(1) == len(images) and not moves and work.parts == 1 and all(keys)
+    bits = _of_images(row, span, keys, work) if plain else _of_any(row, span, (keys, others, images), moves, work)
+    bits &= ~spare
+    if bits and _READ in actions:
+        work.reads += _reads(actions, row.places(bits))
+    return bits
+
+
+def _of_images(row: SpanRow, span: Span, keys: list[bytes], work: Compaction) -> int:
+    """Where every message is an image: nothing is done message by message, but for those that are the newest."""
+    newest = work.newest
+    numbers: Sequence[int] = span.numbers or range(span.size)
+    if span.left == span.size:
+        last = dict(zip(keys, numbers, strict=True))
+    else:
+        gone = span.resolved
+        last = {key: number for key, number, is_gone in zip(keys, numbers, gone, strict=True) if not is_gone}
+    fresh = last.keys() - newest.keys()
+    base = row.id << PLACE_BITS
+    newest.update({key: base | last[key] for key in fresh})
+    return row.kept & ~row.done & ~_bits([last[key] for key in fresh])
+
+
+def _of_any(
+    row: SpanRow, span: Span, columns: tuple[list[bytes], list[bytes], bytes], moves: bool, work: Compaction
+) -> int:
+    keys, others, images = columns
+    actions = span.chunk.byte_column(ACTION)
+    newest = work.newest
     base, numbers = row.id << PLACE_BITS, span.numbers or range(span.size)
-    bits = 0
+    found: list[int] = []
     for place in _to_look_at(span, others if moves else None, work):
         key = keys[place]
         if not key:
@@ -212,17 +246,11 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
         if moves and others[place]:
             newest.pop(key, None)
             newest.pop(others[place], None)
-            continue
-        number = numbers[place]
-        if newest.get(key, -1) > base | number:
-            if not spare >> number & 1:
-                bits |= 1 << number
-                work.reads += actions[place] == _READ
-        elif actions[place] == _DELETE or (
-            not flags[place] & TOO_LARGE and (work.partial_images or flags[place] & WHOLE)
-        ):
-            newest[key] = base | number
-    return bits
+        elif key in newest:
+            found.append(numbers[place])
+        elif images[place] or actions[place] == _DELETE:
+            newest[key] = base | numbers[place]
+    return _bits(found)
 
 
 def _to_look_at(span: Span, others: list[bytes] | None, work: Compaction) -> Iterable[int]:
@@ -236,6 +264,19 @@ def _to_look_at(span: Span, others: list[bytes] | None, work: Compaction) -> Ite
         parts, part = work.parts, work.part
         places = [p for p in places if (words[p] & LOW) % parts == part or (others is not None and others[p])]
     return places
+
+
+def _bits(numbers: Sequence[int]) -> int:
+    if not numbers:
+        return 0
+    digits = bytearray(b"0" * (max(numbers) + 1))
+    for number in numbers:
+        digits[-1 - number] = _ONE
+    return int(digits, 2)
+
+
+def _reads(actions: bytes, places: int) -> int:
+    return sum([actions.count(_READ, start, stop) for start, stop in runs(places)])
 
 
 def _write_anew(db: sqlite3.Connection, row: SpanRow) -> None:
