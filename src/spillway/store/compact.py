@@ -69,6 +69,7 @@ PARKED_AT_ONCE: Final = 20_000  # keys whose lanes are looked at in one step
 _DELETE, _TRUNCATE, _READ = ACTIONS.index("delete"), ACTIONS.index("truncate"), ACTIONS.index("read")
 _IMAGE = f"instr('13579BDF', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"
 
+_OF_ROWS = f"w.keying IN ({Keying.STATE}, {Keying.EVENTS})"
 # Whether flags are those of an image, which supersedes; and where updates without their TOAST columns count, too.
 _IMAGES = bytes([int(flags & (WHOLE | TOO_LARGE) == WHOLE) for flags in range(256)])
 _PARTIAL_IMAGES = bytes([int(not flags & TOO_LARGE) for flags in range(256)])
@@ -78,15 +79,17 @@ SELECT_BEFORE = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id < ?2 ORDER BY id DESC LIMIT ?3)"""
 # Of these keys what stands in their lanes below a row, where no message stands in them that may wait for earlier ones.
-SELECT_BELOW = """
+SELECT_BELOW = f"""
     SELECT json_group_array(l.id) FROM json_each(?2) j CROSS JOIN lane l
         ON l.sink = ?1 AND l.key = CAST(json_extract(j.value, '$[0]') AS TEXT)
         AND l.id < json_extract(j.value, '$[1]')
+    CROSS JOIN message w ON w.id = l.id AND {_OF_ROWS}
     WHERE NOT EXISTS (SELECT 1 FROM lane o WHERE o.sink = ?1 AND o.key = l.key AND o.waits)"""
 # The newest images of the next lanes.
 SELECT_IMAGES = f"""
     SELECT json_group_array(json_array(key, newest)) FROM (
-        SELECT l.key AS key, max(l.id) FILTER (WHERE {_IMAGE}) AS newest FROM lane l CROSS JOIN message w ON w.id = l.id
+        SELECT l.key AS key, max(l.id) FILTER (WHERE {_OF_ROWS} AND {_IMAGE}) AS newest
+        FROM lane l CROSS JOIN message w ON w.id = l.id
         WHERE l.sink = ?1 AND l.key > ?2 GROUP BY l.key ORDER BY l.key LIMIT ?3)"""
 UPDATE_DATA = "UPDATE span_data SET keys = ?, meta = ?, data = ? WHERE id = ?"
 UPDATE_KEPT = "UPDATE span SET messages = messages_left, bytes = bytes_left, done = '0', kept = ? WHERE id = ?"
@@ -202,11 +205,12 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
     if _TRUNCATE in actions:
         work.newest.clear()
         return 0
+    if span.keying not in (Keying.STATE, Keying.EVENTS):  # from when the sink was another: no order of rows
+        return 0
     width = 2 + 2 * chunk.groups
-    at = Keying.hash_word(span.keying) - HASH
     texts = keys_blob.split(b"\0")[:-1]  # the last one is ended, too
-    keys, others = texts[at::width], texts[at + 1 :: width]
-    moves = span.keying >= Keying.EVENTS and any(others)
+    keys, others = texts[::width], texts[1::width]
+    moves = span.keying == Keying.EVENTS and any(others)
     images = chunk.byte_column(FLAGS).translate(_PARTIAL_IMAGES if work.partial_images else _IMAGES)
     plain = images.count(1) == len(images) and not moves and work.parts == 1 and all(keys)
     bits = _of_images(row, span, keys, work) if plain else _of_any(row, span, (keys, others, images), moves, work)
@@ -260,7 +264,7 @@ def _to_look_at(span: Span, others: list[bytes] | None, work: Compaction) -> Ite
         gone = span.resolved
         places = [place for place in places if not gone[place]]
     if work.parts > 1:
-        words = span.column(Keying.hash_word(span.keying), 0, span.size)
+        words = span.column(HASH, 0, span.size)
         parts, part = work.parts, work.part
         places = [p for p in places if (words[p] & LOW) % parts == part or (others is not None and others[p])]
     return places
