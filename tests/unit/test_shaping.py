@@ -392,3 +392,121 @@ def test_what_an_envelope_cannot_take_costs_its_message() -> None:
     answer = shape(a_batch("1", "2", "3"), Steps(SUFFIX, keeps_rows=False, as_record=False, envelope=picky), sent)
     assert not isinstance(answer, Result)
     assert [result.reason for result in answer] == ["", "shaping_failed", ""]
+
+
+def test_in_order_a_poisoned_row_and_a_large_one_do_not_meet() -> None:
+    """What was put off behind the large one is not asked for in the half of the poisoned one."""
+    rows = {str(i): b'"x"' for i in range(100)} | {"10": b'"' + b"x" * (2 << 20) + b'"'}
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, enrich=Source(rows, poison=("70",)))
+    answer = shape(a_batch(*rows, keying=Keying.EVENTS), steps, sent, in_order=True, limit_bytes=128 << 20)
+    assert not isinstance(answer, Result)
+    assert [at for at, result in enumerate(answer) if result is not OK] == [70]
+    assert len(sent.bodies) == 99
+
+
+def test_a_sink_whose_server_hangs_does_not_keep_the_others_waiting() -> None:
+    keys = [str(i) for i in range(1000)]
+    rows = dict.fromkeys(keys, b'"' + b"x" * 18000 + b'"')
+    budget = Budget(128 << 20, 2, 2, SHAPING_EIGHTHS)
+
+    def a_sink() -> Shaping:
+        steps = Steps(SUFFIX, keeps_rows=True, as_record=False, enrich=Source(rows))
+        return Shaping(steps, budget.shaping_share(), StillClock(), 16 << 20, in_order=False)
+
+    async def both() -> None:
+        hanging, fine = a_sink(), a_sink()
+        started, never = asyncio.Event(), asyncio.Event()
+
+        async def hangs(_: Batch) -> Answer:
+            started.set()
+            await never.wait()
+            return OK
+
+        async with asyncio.timeout(30):
+            task = asyncio.create_task(hanging(a_batch(*keys), hangs))
+            await started.wait()
+            sent = Sent()
+            assert await fine(a_batch(*keys), sent) is OK
+            assert len(sent.bodies) == len(keys)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(both())
+    assert budget.held_bytes == 0
+
+
+def test_batches_of_one_sink_wait_for_each_other_and_are_whole() -> None:
+    keys = [str(i) for i in range(400)]
+    source = Source(dict.fromkeys(keys, b'"' + b"x" * 18000 + b'"'))
+    shaping, budget = a_shaping(Steps(SUFFIX, keeps_rows=True, as_record=False, enrich=source), limit_bytes=128 << 20)
+
+    async def slowly(_: Batch) -> Answer:
+        await asyncio.sleep(0)
+        return OK
+
+    async def several() -> None:
+        await asyncio.gather(*[shaping(a_batch(*keys), slowly) for _ in range(6)])
+
+    asyncio.run(several())
+    assert shaping.queries == 6
+    assert budget.held_bytes == 0
+
+
+def test_what_one_message_has_become_stays_together() -> None:
+    """Outputs of one message are told apart within their chunk."""
+
+    class Two(Scripted):
+        async def __call__(
+            self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+        ) -> Sequence[Outcome]:
+            return [(Output(b'"' + b"a" * (1100 << 10) + b'"'), Output(b'"b"')) for _ in messages]
+
+    chunks: list[int] = []
+
+    async def keep(batch: Batch) -> Answer:
+        chunks.extend(span.size for span, _, _ in batch.pieces)
+        return OK
+
+    shaping, _ = a_shaping(Steps(SUFFIX, keeps_rows=False, as_record=False, functions=Two({})), limit_bytes=256 << 20)
+    asyncio.run(shaping(a_batch("1", "2", keying=Keying.EVENTS), keep))
+    assert chunks == [2, 2]
+
+
+def test_a_large_result_does_not_make_rows_too_large() -> None:
+    class Grows(Scripted):
+        async def __call__(
+            self, messages: Sequence[bytes], deletes: Sequence[bool], answer_bytes: int = 0
+        ) -> Sequence[Outcome]:
+            return [(Output(b"x" * 60_000),) if len(message) < 1000 else (Output(None),) for message in messages]
+
+    source = Source({"9": b'"' + b"x" * 60_000 + b'"'})
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source, functions=Grows({}), result_bytes=1 << 20)
+    shaping, _ = a_shaping(steps, limit_bytes=128 << 20)
+    sent = Sent()
+
+    async def both() -> None:
+        assert await shaping(a_batch("1"), sent) is OK
+        assert await shaping(a_batch("9"), sent) is OK
+
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("others_answer", [False, True])
+def test_a_key_that_takes_too_long_is_to_blame_if_the_source_answers(others_answer: bool) -> None:
+    class Slow(Source):
+        async def fetch(
+            self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+        ) -> Fetched:
+            if ("slow",) in keys or not others_answer:
+                raise SourceUnavailable("enrichment_timeout", "canceling statement due to statement timeout")
+            return await super().fetch(table, keys, seen, credit_bytes, row_bytes)
+
+    steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=Slow({}))
+    answer = shape(a_batch("slow", "1"), steps, Sent())
+    if others_answer:
+        assert not isinstance(answer, Result)
+        assert [result.reason for result in answer] == ["enrichment_timeout", ""]
+    else:
+        assert isinstance(answer, Result)
+        assert (answer.outcome, answer.reason) == ("sink_down", "enrichment_timeout")

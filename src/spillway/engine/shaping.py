@@ -114,6 +114,7 @@ def new_shaping(
             config.function(sink.enrichment).code or "",
             timeout_seconds=timeout_seconds,
         )
+    result_bytes = min(sink.max_message_bytes, share.most_bytes // RESULT_PART)
     steps = Steps(
         suffix,
         keeps_rows=keeps_rows,
@@ -121,7 +122,8 @@ def new_shaping(
         keeps_form=sink.outbox is None and (sink.transform is None or config.function(sink.transform).type == "fields"),
         reread=reread,
         enrich=enrich,
-        functions=new_functions(config, sink, share.most_bytes // RESULT_PART),
+        functions=new_functions(config, sink, result_bytes),
+        result_bytes=result_bytes,
         checked=partial(checked, sink.destination.type),
         envelope=None if sink.format == "sequin" else envelope(sink.format, meta_of(database), process.clock),
         metadata=_tx if sink.tx else None,
@@ -156,7 +158,7 @@ def new_functions(config: Config, sink: Sink, result_bytes: int) -> Functions | 
         return OutboxFunctions(outbox.payload, outbox.routing, outbox.headers, emitted=outbox.prefix is not None)
     if not any(getattr(sink, key) is not None for key in _PYTHON):
         return None
-    return build(_spec(config, sink, min(sink.max_message_bytes, result_bytes)))
+    return build(_spec(config, sink, result_bytes))
 
 
 def _spec(config: Config, sink: Sink, result_bytes: int) -> FunctionSpec:

@@ -57,6 +57,7 @@ _NOT_KEPT_BYTES = 1 << 62  # of credit, where nothing is rendered
 NEAR_BYTES = 1 << 20
 ASK_SECONDS = 0.01  # while a page waits for its turn, the server is asked so often where it stands
 CARRIED_SECONDS = 1.0  # so long credit is waited for before backfills give up what they remember
+WHOLE_SECONDS = 0.05
 GATE_SECONDS = 1.0  # a block is looked at again so often, whoever forgets to say that there is room
 
 _log = structlog.get_logger()
@@ -272,10 +273,8 @@ class Capture:
             decoder.break_at_lsn = min((max(1, turn.lsn) for turn in self._turns), default=0)
             stop = stream.fill(decoder, self._allowed_bytes, self._chunk_changes)
             if stop is None:
-                # A transaction whose end is on its way is worth as much, where its sinks ask for its total.
-                whole = self._router.totals and decoder.in_transaction
-                worth_changes = self._chunk_changes if whole else self._worth_changes
-                if not 0 < decoder.count < worth_changes or not await stream.again():
+                few = 0 < decoder.count < self._worth_changes
+                if not (few and await stream.again()) and not await self._whole(stream, decoder):
                     await self._hand_over(decoder)
                     await stream.more()
             elif isinstance(stop, Full):
@@ -302,6 +301,17 @@ class Capture:
             else:
                 await self._hand_over(decoder)  # what was decoded by the old shape goes by the old routes
                 await self._learn(connection, decoder, stop)
+
+    async def _whole(self, stream: Stream, decoder: Decoder) -> bool:
+        """Where sinks ask for the total of a transaction its end, which is on its way, is worth a moment."""
+        if not self._router.totals or not decoder.in_transaction or decoder.count >= self._chunk_changes:
+            return False
+        try:
+            async with self._clock.timeout(WHOLE_SECONDS):
+                await stream.more()
+        except TimeoutError:
+            return False
+        return True
 
     async def _learn(self, connection: Connection, decoder: Decoder, relation: Relation) -> None:
         info = await connection.describe(relation)

@@ -27,6 +27,7 @@ follows a failed message under one of its keys is `BLOCKED`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,12 +56,17 @@ Send = Callable[[Batch], Awaitable[Answer]]
 
 COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
 LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
+MADE_BYTES = 256 << 10  # then the loop has a turn
 JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
-BLAME_SECONDS = 600.0  # a source that answered so recently is not down because it does not for one key alone
+BLAME_SECONDS = 60.0  # a source that answered so recently is not down because it does not for a few keys
+FEW = 8
 LONG_SECONDS = 3600.0  # no commit is kept from sight for so long
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
 MOST_IN_PART = 5000  # messages: what one query is asked for
+
+
+NOTHING = Seen((), 0)
 
 
 class Enrich(Protocol):
@@ -96,6 +102,7 @@ class Steps:
     checked: Callable[[Mapping[str, object]], Route] = dict  # a route, or ValueError
     envelope: Callable[[Message, bytes], bytes] | None = None  # of the message, and as it reads in Sequin's format
     timestamps: Callable[[Message], Awaitable[Message]] | None = None
+    result_bytes: int = 16 << 20  # what functions may make of one message
     metadata: Callable[[Message], bytes] | None = None  # more of it: bytes like b',"tx":{...}'
 
     @property
@@ -105,15 +112,26 @@ class Steps:
         return all(step is None for step in steps)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """So many messages, with so many bytes of rows, none of them larger than ``row_bytes``."""
+
+    count: int
+    rows_bytes: int
+    row_bytes: int
+    cost_bytes: int
+
+
 @dataclass(slots=True)
 class _Credit:
-    """For the first ``count`` messages: so many bytes of rows, none of them larger than ``row_bytes``."""
+    """What was taken for a plan. ``given``: to be set when something is given back."""
 
     share: Share
     held_bytes: int
     count: int
     rows_bytes: int
     row_bytes: int
+    given: asyncio.Event
 
     def use(self, size_bytes: int) -> None:
         self.rows_bytes = max(0, self.rows_bytes - size_bytes)
@@ -124,6 +142,7 @@ class _Credit:
         if surplus > 0:
             self.held_bytes -= surplus
             self.share.give(surplus)
+            self.given.set()
 
 
 @dataclass(slots=True)
@@ -169,6 +188,8 @@ class Shaping:
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
         self._row_bytes = float(FIRST_GUESS_BYTES)
+        self._lending = 0  # batches that hold credit
+        self._given = asyncio.Event()
         self._answered_at = float("-inf")  # when the source last did, by the monotonic clock
         self._growth = 1.0  # bytes of what functions make of a message, for each of its own
         self.queries = 0
@@ -243,12 +264,18 @@ class Shaping:
 
     def _note_sizes(self, part: _Part, messages: Sequence[Message], known: dict[int, int]) -> None:
         for place, size in list(part.later.items()):
-            if size > self._max_message_bytes or self._cost([messages[place]], size, size) > self.share.most_bytes:
-                del part.later[place]
-                part.results[place] = reject(
-                    "row_too_large", f"what is read for it has {size} bytes; see max_message_bytes and memory.limit_mb"
-                )
             known[place] = size
+            needed = self._cost(1, messages[place].body_bytes + len(self._steps.suffix), size, size, 1.0)
+            if size > self._max_message_bytes:
+                why = "more than the sink's max_message_bytes"
+            elif needed > self.share.most_bytes:
+                why = (
+                    f"which takes {needed >> 20} MB of the {self.share.most_bytes >> 20} MB that memory.limit_mb leaves"
+                )
+            else:
+                continue
+            del part.later[place]
+            part.results[place] = reject("row_too_large", f"what is read for it has {size} bytes, {why}")
 
     # -- credit -------------------------------------------------------------------------------------------------------
 
@@ -256,46 +283,66 @@ class Shaping:
     async def _lent(
         self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int]
     ) -> AsyncIterator[_Credit]:
-        """Credit for all of these, which is waited for, or for as many as there can ever be; at least for the first."""
-        guess = int(self._row_bytes)
+        """Credit for all of these, or for as many as there can ever be; while other batches of this sink have it, they
+        are waited for. While other sinks do, for those that the rest is enough for, at least for the first: nobody
+        waits for another sink's server (I6) with more than that."""
         most = self.share.most_bytes
-        rows = largest = count = own = 0
-        granted = None
-        for place in left[:MOST_IN_PART]:
-            size = known.get(place, guess) if self._fetches(messages[place]) else 0
-            own += self._cost([messages[place]], 0, 0)
-            cost = own + self._rows_cost(rows + size, max(largest, size), count + 1)
-            if granted is not None and cost > most:
+        while True:
+            plan = self._plan(messages, left, known, most)
+            if self.share.try_take(plan.cost_bytes):
                 break
-            rows, largest, granted, count = rows + size, max(largest, size), cost, count + 1
-        held_bytes = min(granted or 0, most)
-        if not self.share.try_take(held_bytes):
-            await self.share.take(held_bytes)
-        credit = _Credit(self.share, held_bytes, count, *_spread_of(rows, largest, count))
+            if self._lending:
+                self._given.clear()
+                await self._given.wait()
+                continue
+            plan = self._plan(messages, left, known, min(most, self.share.available_bytes()))
+            if not self.share.try_take(plan.cost_bytes):
+                await self.share.take(plan.cost_bytes)
+            break
+        credit = _Credit(self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given)
+        self._lending += 1
         try:
             yield credit
         finally:
-            self.share.give(credit.held_bytes)
+            self._lending -= 1
+            credit.keep(0)
+            self._given.set()
 
-    def _rows_cost(self, rows_bytes: int, largest_bytes: int, count: int) -> int:
-        rows_bytes, largest_bytes = _spread_of(rows_bytes, largest_bytes, count)
-        return int(self._copies * rows_bytes) + FETCH_FACTOR * largest_bytes
-
-    def _share_of(self, batch: Batch) -> int:
-        """What a batch needs while it is sent."""
-        return batch.body_bytes + MESSAGE_BYTES * len(batch)
-
-    @property
-    def _copies(self) -> float:
-        """What is made of each byte, at most at once: functions see the whole message before they make another."""
-        return COPIES if self._steps.functions is None else 1 + COPIES * self._growth
+    def _plan(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], most: int) -> _Plan:
+        """For the first of these, and as many more as so much credit is enough for."""
+        guess = int(self._row_bytes)
+        bodies = rows = largest = 0
+        plan: _Plan | None = None
+        for count, place in enumerate(left[:MOST_IN_PART], 1):
+            message = messages[place]
+            size = known.get(place, guess) if self._fetches(message) else 0
+            bodies += message.body_bytes + len(self._steps.suffix)
+            rows, largest = rows + size, max(largest, size)
+            rows_bytes, row_bytes = _spread_of(rows, largest, count)
+            cost = self._cost(count, bodies, rows_bytes, row_bytes, self._growth)
+            if plan is not None and cost > most:
+                break
+            plan = _Plan(count, rows_bytes, row_bytes, cost)
+        assert plan is not None, "something is left"
+        if plan.cost_bytes > self.share.most_bytes:  # the first alone: its row is asked for by what there can be
+            own = self._cost(1, messages[left[0]].body_bytes + len(self._steps.suffix), 0, 0, 1.0)
+            row_bytes = max(0, int((self.share.most_bytes - own) / (2 * COPIES + FETCH_FACTOR)))
+            plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
+        return plan
 
     def _fetches(self, message: Message) -> bool:
         return self._steps.enrich is not None or (self._steps.reread is not None and not message.whole)
 
-    def _cost(self, messages: Sequence[Message], rows_bytes: int, row_bytes: int) -> int:
-        bodies = sum(m.body_bytes + len(self._steps.suffix) for m in messages)
-        return MESSAGE_BYTES * len(messages) + int(self._copies * (bodies + rows_bytes)) + FETCH_FACTOR * row_bytes
+    def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
+        """Functions see whole messages before they make others, which are ``growth`` times as large."""
+        made = seen = bodies_bytes + rows_bytes
+        if self._steps.functions is not None:
+            made = seen + int(min(growth * seen, self._steps.result_bytes * count))
+        return MESSAGE_BYTES * count + int(COPIES * made) + FETCH_FACTOR * row_bytes
+
+    def _share_of(self, batch: Batch) -> int:
+        """What a batch needs while it is sent: itself, and one encoded copy."""
+        return 2 * batch.body_bytes + MESSAGE_BYTES * len(batch)
 
     def _saw(self, rows: int, size_bytes: int) -> None:
         """The next guess follows what rows were seen: up at once, down slowly."""
@@ -325,9 +372,13 @@ class Shaping:
         return part
 
     async def _convert(self, part: _Part, convert: Callable[[Message], Awaitable[Message]]) -> None:
+        made = 0
         for place, message in list(part.messages.items()):
             if message.action == "truncate":
                 continue
+            made += message.body_bytes
+            if made > MADE_BYTES:
+                made = await _others_turn()
             try:
                 part.messages[place] = await convert(message)
             except SpillwayError:
@@ -336,11 +387,14 @@ class Shaping:
                 part.decide(place, _defect(error))
 
     async def _reread(self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit) -> None:
+        places = [place for place in places if place in part.messages]  # others may have been put off since
+        if not places:
+            return
         keys, seen = self._asked(part, places)
         try:
             rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
         except (BatchFailed, SourceUnavailable) as error:
-            for some in self._halves(part, places, error):
+            for some in await self._halves(part, places, error, lambda: reread.fetch(table, (), NOTHING, 0, 0)):
                 await self._reread(part, reread, table, some, credit)
             return
         self._answered_at = self._clock.monotonic()
@@ -353,11 +407,14 @@ class Shaping:
         part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
 
     async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: _Credit) -> None:
+        places = [place for place in places if place in part.messages]  # others may have been put off since
+        if not places:
+            return
         keys, seen = self._asked(part, places)
         try:
             fetched = await enrich.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
         except (BatchFailed, SourceUnavailable) as error:
-            for some in self._halves(part, places, error):
+            for some in await self._halves(part, places, error, lambda: enrich.fetch(table, (), NOTHING, 0, 0)):
                 await self._enrich(part, enrich, table, some, credit)
             return
         self._answered_at = self._clock.monotonic()
@@ -372,15 +429,21 @@ class Shaping:
             part.decide(places[at], reject("enrichment_rows", what))
         part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
 
-    def _halves(
-        self, part: _Part, places: Sequence[int], error: BatchFailed | SourceUnavailable
+    async def _halves(
+        self,
+        part: _Part,
+        places: Sequence[int],
+        error: BatchFailed | SourceUnavailable,
+        ask_nothing: Callable[[], Awaitable[object]],
     ) -> list[Sequence[int]]:
         """What to ask for again, so that who is at fault is found; alone he is rejected. A source that takes too long
-        is down, and smaller batches come (spillway.flow.retry); but not for one message alone."""
+        is down, and smaller batches come (spillway.flow.retry); but not if it answers, and a few are left."""
         if isinstance(error, SourceUnavailable):
-            recently = self._clock.monotonic() - self._answered_at < BLAME_SECONDS
-            if not error.code.endswith("_timeout") or len(places) > 1 or not recently:
+            if not error.code.endswith("_timeout") or len(places) > FEW:
                 raise error
+            if self._clock.monotonic() - self._answered_at > BLAME_SECONDS:
+                await ask_nothing()  # raises, if it is the source
+                self._answered_at = self._clock.monotonic()
         if len(places) == 1:
             part.decide(places[0], reject(error.code, str(error)))
             return []
@@ -409,6 +472,7 @@ class Shaping:
         asked = [place for place in places if part.messages[place].action != "truncate"]
         outcomes = await self._ask(part, asked)
         outgoing: list[_Outgoing] = []
+        made = 0
         for place in sorted(part.messages):
             outcome = outcomes.pop(place, _AS_IT_IS)
             if isinstance(outcome, Failure):
@@ -425,6 +489,9 @@ class Shaping:
             except Exception as error:  # noqa: BLE001 - whatever a message holds costs that message alone
                 part.decide(place, _defect(error))
                 continue
+            made += sum(map(len, bodies))
+            if made > MADE_BYTES:
+                made = await _others_turn()
             outgoing += [_Outgoing(place, message, *one) for one in zip(bodies, routes, strict=True)]
             part.rows.pop(place, None)
         return outgoing
@@ -503,6 +570,11 @@ def _merged(record: bytes, row: Row) -> bytes:
     return joined([*merged, *more.items()])
 
 
+async def _others_turn() -> int:
+    await asyncio.sleep(0)
+    return 0
+
+
 def _defect(error: Exception) -> Result:
     return reject("shaping_failed", f"{type(error).__name__}: {error}")
 
@@ -518,7 +590,8 @@ def _batch(outgoing: list[_Outgoing], *, as_they_are: bool) -> Batch:
     while outgoing:
         some.append(outgoing.pop())
         size += len(some[-1].body)
-        if size >= JOINED_BYTES or not outgoing:
+        # What one message has become is told apart within a chunk.
+        if not outgoing or (size >= JOINED_BYTES and outgoing[-1].place != some[-1].place):
             routes = [one.route for one in some]
             shaped = reshaped(
                 [one.message for one in some], [one.body for one in some], routes if any(routes) else None
