@@ -94,7 +94,9 @@ class FanOut:
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Related, list[Values]]], list[Table], Seen]:
         """What to ask for each entry, the tables of which everything is due, and what must be seen."""
-        texts: dict[tuple[Table, int], dict[bytes, None]] = {}  # by table, and where the keys are in a record
+        # By table, and whether by the columns of the group. (Where these are in a record differs from span to span:
+        # what was read back has no group but its own.)
+        texts: dict[tuple[Table, bool], dict[bytes, None]] = {}
         emptied: dict[Table, None] = {}
         xids: set[int] = set()
         lsn = 0
@@ -116,13 +118,12 @@ class FanOut:
                         f"a change of related table {'.'.join(table)} does not tell its primary key",
                         "add one that its replica identity has, or name columns",
                     )
-                for at in {0, group}:
-                    texts.setdefault((table, at), {}).update(dict.fromkeys(filter(None, keys[at : at + 2])))
+                for by_group, at in ((False, 0), (True, group)):
+                    texts.setdefault((table, by_group), {}).update(dict.fromkeys(filter(None, keys[at : at + 2])))
         wanted: list[tuple[Related, list[Values]]] = []
         for entry in self._related:
             table = (entry.table.schema, entry.table.table)
-            at = 0 if entry.columns is None else max((at for of, at in texts if of == table), default=0)
-            values = self._values(entry, table, texts.get((table, at), {}))
+            values = self._values(entry, table, texts.get((table, entry.columns is not None), {}))
             if values:
                 wanted.append((entry, values))
         xids.discard(0)

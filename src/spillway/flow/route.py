@@ -181,6 +181,8 @@ class Router:
             number = self._filters.index(subscription.filters) if checks else -1
             if number < 0:
                 wanted |= subscription.actions
+            elif _takes_any_delete(subscription):
+                wanted.add("delete")
             kinds = _kinds(subscription, filtered=number >= 0)
             routes.append(_Route(subscription.delivery, kinds, number, not subscription.applies_truncate))
         self._routes[schema, table] = routes
@@ -228,6 +230,8 @@ def _kinds(subscription: Subscription, *, filtered: bool) -> dict[int, tuple[int
     kinds: dict[int, tuple[int, ...] | None] = {
         ACTIONS.index(action): (YES,) if filtered and action != "truncate" else None for action in subscription.actions
     }
+    if filtered and _takes_any_delete(subscription):
+        kinds[_DELETE] = None
     if "update" in subscription.actions:
         if subscription.splits_key_change:
             kinds[_MOVED_AWAY] = (YES, LEFT) if filtered else None
@@ -238,6 +242,11 @@ def _kinds(subscription: Subscription, *, filtered: bool) -> dict[int, tuple[int
     if subscription.applies_truncate:
         kinds[_TRUNCATE] = None
     return kinds
+
+
+def _takes_any_delete(subscription: Subscription) -> bool:
+    """What the sink holds may have come by a filter that was another: a delete is for it whatever the old row says."""
+    return subscription.needs_key and "delete" in subscription.actions
 
 
 def _said(chunk: Chunk, number: int, said: Sequence[int], indices: Sequence[int]) -> Sequence[int]:
