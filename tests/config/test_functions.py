@@ -267,6 +267,6 @@ def test_elixir_is_refused_with_the_python_that_stands_for_it(
     (tmp_path / "f.ex").write_text(elixir)
     name = {"routing": "route"}.get(kind, kind)
     assert one(tmp_path, f"type: {kind}\n  file: f.ex") == (
-        "file: is Elixir, as Sequin has it; here functions are Python:\n"
+        "file: is Elixir, as Sequin has it; here functions are Python (docs/functions.md#from-sequin):\n"
         f"def {name}(action, record, changes, metadata):\n    {python}"
     )

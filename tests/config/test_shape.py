@@ -294,6 +294,8 @@ def test_outbox(tmp_path: Path) -> None:
             "routing.endpoint_pth: is nothing that webhook is routed by; did you ",
         ),
         ("prefix: a, routing: {method: '{b'}", "routing.method: must be text with columns in braces"),
+        ("prefix: a, key: b", "key: has no meaning with prefix: emitted messages are not ordered"),
+        ("prefix: a, routing: {endpoint_path: '{b}'}", "routing.endpoint_path: must begin with /, ? or #"),
         ("prefix: a, headers: {X: '{}'}", "headers.X: must be text with columns in braces"),
     ],
 )
@@ -338,3 +340,19 @@ def test_updates_of_documents(tmp_path: Path) -> None:
     ):
         (error,) = errors(tmp_path, "", SEARCH.replace("}", f", {keys}}}"))
         assert error.startswith(f"destination.{expected}")
+
+
+@pytest.mark.parametrize("form", ["debezium", "record"])
+def test_a_transaction_that_would_not_be_told_is_refused(tmp_path: Path, form: str) -> None:
+    (error,) = errors(tmp_path, f"format: {form}\n  tx: true", HOOK)
+    assert error.startswith(f"tx: does not go together with format: {form}")
+
+
+@pytest.mark.parametrize(
+    "extra", ["transform: shape", "filter: wanted", "timestamp_format: unix_microsecond", "tx: true"]
+)
+def test_the_shard_of_before_must_be_known(tmp_path: Path, extra: str) -> None:
+    (error,) = errors(tmp_path, extra, SEARCH.replace("}", ", routing_column: tenant}"))
+    assert error.startswith(f"destination.routing_column: does not go together with {extra.partition(':')[0]}")
+    assert "document: message" in error
+    sink(tmp_path, extra, SEARCH.replace("}", ", routing_column: tenant, document: message}"))

@@ -9,6 +9,7 @@ import pytest
 
 from spillway.functions.base import Failure, Outcome, Output
 from spillway.functions.outbox import OutboxFunctions
+from spillway.sinks.routing import checked
 
 
 def event(functions: OutboxFunctions, record: dict[str, object], action: str = "insert") -> Outcome:
@@ -41,6 +42,39 @@ def test_it_is_routed_by_its_columns() -> None:
     functions = OutboxFunctions("payload", {"endpoint_path": "/{kind}/{id}"}, {"x-type": "{kind}"}, emitted=False)
     outcome = event(functions, {"payload": {}, "kind": "order", "id": 7})
     assert outcome == (Output(b"{}", {"endpoint_path": "/order/7", "headers": {"x-type": "order"}}),)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("../../admin", "/e/..%2F..%2Fadmin"),
+        ("a?b#c", "/e/a%3Fb%23c"),
+        ("ä b%2e", "/e/%C3%A4%20b%252e"),
+        ("a-b_c.d~e", "/e/a-b_c.d~e"),
+        (True, "/e/true"),
+    ],
+)
+def test_values_are_never_the_structure_of_a_path(value: object, path: str) -> None:
+    functions = OutboxFunctions("payload", {"endpoint_path": "/e/{kind}"}, {"x-kind": "{kind}"}, emitted=False)
+    outcome = event(functions, {"payload": {}, "kind": value})
+    headers = {"x-kind": value if isinstance(value, str) else "true"}
+    assert outcome == (Output(b"{}", {"endpoint_path": path, "headers": headers}),)
+
+
+def test_what_would_lead_out_of_the_path_is_refused_by_the_sink() -> None:
+    functions = OutboxFunctions("payload", {"endpoint_path": "/e/{kind}"}, {}, emitted=False)
+    for kind in ("..", ".", "../../admin"):
+        outcome = event(functions, {"payload": {}, "kind": kind})
+        assert not isinstance(outcome, Failure)
+        with pytest.raises(ValueError, match="endpoint_path"):
+            checked("webhook", outcome[0].route or {})
+
+
+@pytest.mark.parametrize("record", [{"payload": {}}, {"payload": {}, "owner": None}])
+def test_a_message_without_its_key_fails(record: dict[str, object]) -> None:
+    outcome = event(OutboxFunctions("payload", {}, {}, emitted=False, key="owner"), record)
+    assert isinstance(outcome, Failure)
+    assert outcome.detail == "the key owner is null or not there"
 
 
 @pytest.mark.parametrize("record", [{"payload": None, "kind": "x"}, {"kind": "x"}, {"payload": {}, "kind": None}])

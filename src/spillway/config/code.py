@@ -27,7 +27,10 @@ def python_problem(code: str, kind: str) -> str | None:
     tree, problem = _parsed(code)
     if tree is None:
         if is_elixir(code):
-            return "is Elixir, as Sequin has it; here functions are Python:\n" + in_python(code, name)
+            return (
+                "is Elixir, as Sequin has it; here functions are Python (docs/functions.md#from-sequin):\n"
+                + in_python(code, name)
+            )
         return problem
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     wanted = [node for node in found if node.name == name]

@@ -158,11 +158,16 @@ class Outbox(Section):
             raise Wrong("table" if self.table is None else "prefix", "give either table or prefix")
         if self.table is not None and self.payload is None:
             raise Wrong("payload", "is required: the column with the message")
+        if self.prefix is not None and self.key is not None:
+            raise Wrong("key", "has no meaning with prefix: emitted messages are not ordered; write them into a table")
         for section, texts in (("routing", self.routing), ("headers", self.headers)):
             for key, text in texts.items():
                 left = _COLUMN.sub("", text)
                 if "{" in left or "}" in left or not all(columns_in(text)):
                     raise Wrong(f"{section}.{key}", "must be text with columns in braces, such as orders.{kind}")
+        path = self.routing.get("endpoint_path", "/")
+        if not path.startswith(("/", "?", "#")):
+            raise Wrong("routing.endpoint_path", "must begin with /, ? or #: what a column holds is percent-encoded")
         return self
 
 

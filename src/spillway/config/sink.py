@@ -92,6 +92,7 @@ def _no_function(value: object) -> object:
 
 FunctionName = Annotated[Name | None, BeforeValidator(_no_function)]
 FUNCTION_KEYS = ("filter", "routing", "transform", "enrichment")
+_PLAIN = {"format": "sequin", "timestamp_format": "iso8601", "tx": False}  # messages as they come
 Format = Literal["sequin", "debezium", "cloudevents", "record"]
 
 
@@ -253,6 +254,19 @@ class Sink(Section):
             raise ValueError("has no meaning for sqlite, which keeps rows")
         return value
 
+    @field_validator("tx")
+    @classmethod
+    def _said_somewhere(cls, value: bool, info: ValidationInfo) -> bool:
+        form = info.data.get("format")
+        if value and form == "debezium":
+            raise ValueError(
+                "does not go together with format: debezium, whose transaction block counts by table, which is not "
+                "known here; cloudevents and sequin have it, and source.sequence orders Debezium's events"
+            )
+        if value and form == "record":
+            raise ValueError("does not go together with format: record, which has no metadata")
+        return value
+
     @field_validator("related")
     @classmethod
     def _refreshed_tables(cls, related: tuple[Related, ...], info: ValidationInfo) -> tuple[Related, ...]:
@@ -291,6 +305,27 @@ class Sink(Section):
             raise Wrong(
                 "backlog.on_full",
                 f"compact does not go together with {named[0]}: a function may make something else of each message",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _finds_the_shard_before(self) -> Sink:
+        """Where a row's shard changes, the document is deleted where it was: the old value is in ``changes``."""
+        destination = self.destination
+        if (
+            not isinstance(destination, Search)
+            or destination.routing_column is None
+            or destination.document != "record"
+        ):
+            return self
+        shaped = [key for key in FUNCTION_KEYS if getattr(self, key) is not None]
+        shaped += [key for key in ("format", "timestamp_format", "tx") if getattr(self, key) != _PLAIN[key]]
+        if shaped:
+            raise Wrong(
+                "destination.routing_column",
+                f"does not go together with {shaped[0]} and document: record: the document of a row whose "
+                f"{destination.routing_column} changes would be left in its old shard; give document: message, or "
+                "leave one of the two out",
             )
         return self
 

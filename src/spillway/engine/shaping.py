@@ -155,7 +155,9 @@ def new_functions(config: Config, sink: Sink, result_bytes: int) -> Functions | 
     """None: the sink names none."""
     if sink.outbox is not None:
         outbox = sink.outbox
-        return OutboxFunctions(outbox.payload, outbox.routing, outbox.headers, emitted=outbox.prefix is not None)
+        return OutboxFunctions(
+            outbox.payload, outbox.routing, outbox.headers, emitted=outbox.prefix is not None, key=outbox.key
+        )
     if not any(getattr(sink, key) is not None for key in _PYTHON):
         return None
     return build(_spec(config, sink, result_bytes))

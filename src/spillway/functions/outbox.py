@@ -8,13 +8,18 @@ Of a table only inserts are events: an application may delete what it wrote, and
 message the columns are those of its content, if that is a JSON object; the payload is the whole content unless named.
 
 A payload of type json or jsonb is sent as it is; a text is sent as JSON if it is that, else as a JSON string. A column
-that is named and is not there, or null, fails the message.
+that is named and is not there, or null, fails the message; that by which messages are ordered, too.
+
+What a row holds is data, and may be anybody's: in ``endpoint_path`` every character of a value but the unreserved ones
+of RFC 3986 is percent-encoded, so that a value is one part of a path or query and never its structure. The dot segments
+that may be left, ``.`` and ``..``, are refused by `spillway.sinks.routing`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import quote
 
 import orjson
 
@@ -29,9 +34,16 @@ class OutboxFunctions:
     """``emitted``: the messages are logical ones, with ``content`` as their record's column."""
 
     def __init__(
-        self, payload: str | None, routing: Mapping[str, str], headers: Mapping[str, str], *, emitted: bool
+        self,
+        payload: str | None,
+        routing: Mapping[str, str],
+        headers: Mapping[str, str],
+        *,
+        emitted: bool,
+        key: str | None = None,  # the column by which messages are ordered
     ) -> None:
         self._payload = payload
+        self._key = key
         self._routing = routing
         self._headers = headers
         self._emitted = emitted
@@ -63,8 +75,13 @@ class OutboxFunctions:
             payload = columns.get(self._payload or "", _NULL)
         if payload == _NULL:
             return Failure("outbox_failed", f"the payload {self._payload or 'content'} is null or not there")
+        if self._key is not None and columns.get(self._key, _NULL) == _NULL:
+            return Failure("outbox_failed", f"the key {self._key} is null or not there")
         try:
-            route: dict[str, object] = {key: _filled(text, columns) for key, text in self._routing.items()}
+            route: dict[str, object] = {
+                key: _filled(text, columns, _encoded if key == "endpoint_path" else str)
+                for key, text in self._routing.items()
+            }
             if self._headers:
                 route["headers"] = {key: _filled(text, columns) for key, text in self._headers.items()}
         except KeyError as error:
@@ -92,11 +109,15 @@ def _body(payload: bytes) -> bytes:
     return b" ".join(text.splitlines())  # one line: between its tokens a newline is a space
 
 
-def _filled(text: str, columns: Mapping[str, bytes]) -> str:
+def _encoded(value: str) -> str:
+    return quote(value, safe="")
+
+
+def _filled(text: str, columns: Mapping[str, bytes], written: Callable[[str], str] = str) -> str:
     def value(match: re.Match[str]) -> str:
         found = columns.get(match[1], _NULL)
         if found == _NULL:
             raise KeyError(match[1])
-        return str(orjson.loads(found)) if found.startswith(b'"') else found.decode()
+        return written(str(orjson.loads(found)) if found.startswith(b'"') else found.decode())
 
     return _COLUMN.sub(value, text)

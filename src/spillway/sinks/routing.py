@@ -13,10 +13,13 @@ search                  ``index_name``    the index, or an alias that takes writ
                         ``routing``       the value that chooses the shard, of parent and children the same
                         ``pipeline``      the ingest pipeline, for ``index``
 webhook                 ``method``        ``POST``, ``GET``, ``PUT``, ``PATCH``, ``DELETE``, ``HEAD`` or ``OPTIONS``
-                        ``endpoint_path`` behind the endpoint's URL; begins with ``/``, ``?`` or ``#``
+                        ``endpoint_path`` behind the endpoint's URL; begins with ``/``, ``?``, ``#``; no dot segments
                         ``headers``       a mapping, over the endpoint's headers
 all others              none
 ======================  ================  ==========================================================================
+
+An ``endpoint_path`` stays below the endpoint's URL, whose headers go with it: a segment ``.`` or ``..`` is refused,
+percent-encoded, behind a backslash or before a ``;`` as well, since clients, proxies or servers would act on it.
 
 The names are Sequin's where it has them. The limits are those of `spillway.config.destination`, of the servers (an
 ``_id`` of 512 bytes, index names) and of RFC 9110 (headers).
@@ -28,6 +31,7 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Final
+from urllib.parse import unquote
 
 from spillway.chunk import Route
 
@@ -142,6 +146,9 @@ def _path(value: object) -> str:
     value.encode()
     if value and value[0] not in "/?#":
         raise ValueError("must begin with /, ? or #")
+    segments = re.split(r"[/\\]", unquote(re.split(r"[?#]", value, maxsplit=1)[0]))
+    if any(segment.split(";", 1)[0] in (".", "..") for segment in segments):
+        raise ValueError("must not have . or .. as a segment, which would lead out of the endpoint's path")
     return value
 
 
