@@ -58,10 +58,11 @@ from spillway.store.base import (
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
 
-COMPACT_LEAST_MESSAGES = 100_000  # fewer newcomers are not worth a pass while they come
+COMPACT_LEAST_MESSAGES = 100_000  # fewer newcomers are not worth a pass at once
 COMPACT_LEAST_BYTES = 256 << 20  # nor are so few bytes
-COMPACT_SECONDS = 1.0  # at least so long after a pass, and after what came last
-COMPACT_REST = 10  # and so many times as long as the last pass took
+COMPACT_GROWTH = 1.01  # since the last pass: less is not worth another while more comes
+COMPACT_SECONDS = 1.0  # a pass rests at least so long after the last one
+COMPACT_REST = 10  # and so many times as long as that took
 COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
@@ -539,7 +540,8 @@ class Inflow:
         if self.full is not None or many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES:
             return True
         quiet = now - self.last_intake_at >= COMPACT_SECONDS
-        return now >= self._compact_after and (quiet or self.counters.messages >= COMPACT_LEAST_MESSAGES)
+        grown = self.counters.messages >= messages * COMPACT_GROWTH
+        return now >= self._compact_after and (quiet or grown)
 
     def _pass_ended(self, began: float, looked_at: Counters, removed: int) -> None:
         now = self._clock.monotonic()

@@ -55,10 +55,14 @@ SELECT_SPANS = f"""
 SELECT_BEHIND = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
         SELECT {SPAN_COLUMNS} FROM span WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?3)"""
+# In one statement: a reader without a snapshot gets what belongs together, though the span be written anew.
+SELECT_SPAN = f"""
+    SELECT {_QUALIFIED}, d.keys, d.meta FROM span q CROSS JOIN span_data d ON d.id = q.id
+    WHERE q.id = ?2 AND q.sink = ?1"""
 # Of the next spans those in whose texts the key occurs, and how far that is.
-SELECT_WITH_KEY = f"""
-    SELECT json_group_array(json_array({_QUALIFIED})) FILTER (WHERE instr(d.keys, ?3)), max(q.id) FROM (
-        SELECT * FROM span WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?4) q
+SELECT_WITH_KEY = """
+    SELECT json_group_array(q.id) FILTER (WHERE instr(d.keys, ?3)), max(q.id) FROM (
+        SELECT id FROM span WHERE sink = ?1 AND id > ?2 ORDER BY id LIMIT ?4) q
     CROSS JOIN span_data d ON d.id = q.id"""
 SELECT_BELOW = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
@@ -218,27 +222,39 @@ def with_key(db: sqlite3.Connection, sink: int, key: str) -> Iterator[tuple[Span
     """The spans that have unresolved messages of a key, with their places. Scans the key texts."""
     row = private_row(key)
     if row:
-        yield from _places(db, find_spans(db, sink, [row >> PLACE_BITS]), key)
+        yield from _places(db, sink, [row >> PLACE_BITS], key)
         return
     text = key.encode() + b"\0"
     after: int | None = 0
     while after is not None:
         found, after = db.execute(SELECT_WITH_KEY, (sink, after, text, SCANNED)).fetchone()
-        yield from _places(db, [SpanRow(*row) for row in orjson.loads(found)], key)
+        yield from _places(db, sink, orjson.loads(found), key)
+
+
+def read_span(db: sqlite3.Connection, sink: int, number: int) -> tuple[SpanRow, Span] | None:
+    """A span as it is in the queue, without its bodies."""
+    found = db.execute(SELECT_SPAN, (sink, number)).fetchone()
+    if found is None:
+        return None
+    *columns, keys, meta = found
+    row = SpanRow(*columns)
+    return row, row.span(keys, meta, b"")
 
 
 def find_spans(db: sqlite3.Connection, sink: int, numbers: Sequence[int]) -> list[SpanRow]:
     return span_rows(db.execute(SELECT_SPANS, (sink, as_json(numbers))))
 
 
-def _places(db: sqlite3.Connection, found: list[SpanRow], key: str) -> Iterator[tuple[SpanRow, Span, list[int]]]:
-    for row in found:
-        (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
-        if blobs is None:
+def _places(
+    db: sqlite3.Connection, sink: int, numbers: Sequence[int], key: str
+) -> Iterator[tuple[SpanRow, Span, list[int]]]:
+    for number in numbers:
+        found = read_span(db, sink, number)
+        if found is None:
             continue
-        keys, meta = blobs
-        span, done = row.span(keys, meta, b""), row.places(row.done)
-        places = [place for place in places_of(span, key) if not done >> place & 1]
+        row, span = found
+        gone = row.places(row.done)
+        places = [place for place in places_of(span, key) if not gone >> place & 1]
         if places:
             yield row, span, places
 

@@ -27,7 +27,7 @@ from spillway.errors import StoreFailed
 from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
 from spillway.store.base import DueRefresh, Identity, LaneHead, P, T
 from spillway.store.file import free_bytes, open_reader
-from spillway.store.queue import find_spans, with_key
+from spillway.store.queue import find_spans, read_span, with_key
 from spillway.store.refreshes import SELECT_REFRESHES, table_text
 from spillway.store.rows import (
     CHUNK,
@@ -231,14 +231,12 @@ class Reads:
             self.reads += 1
             last = span_rows(db.execute(SELECT_LAST, (number, PROBED)))
             truncated = {t for (tables,) in db.execute(SELECT_TRUNCATED, (number,)) for t in read_tables(tables)}
-            for row in last:
-                if truncated.issuperset(read_tables(row.tables)):
+            for one in last:
+                found = None if truncated.issuperset(read_tables(one.tables)) else read_span(db, number, one.id)
+                if found is None:
                     continue
-                (blobs,) = read_blobs(db, ("keys", "meta"), [row.id])
-                if blobs is None:
-                    continue
-                keys, meta = blobs
-                span, done = row.span(keys, meta, b""), row.places(row.done)
+                row, span = found
+                done = row.places(row.done)
                 for place in range(span.size - 1, -1, -1):
                     if done >> place & 1 or (truncated and span.chunk.table(span.indices[place]) in truncated):
                         continue
