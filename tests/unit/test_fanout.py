@@ -27,7 +27,8 @@ def a_span(parent: str, *, stored: bool) -> Span:
     builder = ChunkBuilder(2)
     keys = [make_key(*CHILD, (value,)).encode() for value in ("1", "of another sink", parent)]
     texts = [text for key in keys for text in (key, b"")]
-    builder.add(CHILD, 0, 1000, 0, 0, b'{"record":{}}', 2, texts, flags=WHOLE, xid=7)
+    now = int(SystemClock().wall() * 1_000_000)
+    builder.add(CHILD, 0, 1000, 0, now, b'{"record":{}}', 2, texts, flags=WHOLE, xid=7)
     chunk = builder.take()
     if not stored:
         return Span(chunk, Keying.GROUPED + 1)

@@ -333,7 +333,7 @@ def test_the_sink_being_down_takes_back_what_was_not_sent_yet() -> None:
 def test_what_was_committed_long_ago_is_not_waited_for() -> None:
     """An id of 32 bits may mean another transaction by now, and a position another history."""
     source, sent = Source({}), Sent()
-    old, new = a_batch("1", committed=NOW - 2 * 3600 * 1_000_000), a_batch("2", first=1)
+    old, new = a_batch("1", committed=NOW - 2 * 86_400 * 1_000_000), a_batch("2", first=1)
     shape(Batch.of([*old, *new]), Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source), sent)
     assert source.seen == [Seen(frozenset({701}), 102)]
 
@@ -510,3 +510,32 @@ def test_a_key_that_takes_too_long_is_to_blame_if_the_source_answers(others_answ
     else:
         assert isinstance(answer, Result)
         assert (answer.outcome, answer.reason) == ("sink_down", "enrichment_timeout")
+
+
+def test_a_row_that_is_read_anew_and_enriched_has_credit_for_both() -> None:
+    """The guess is too small for both; what one of them needs is not forgotten for the other."""
+
+    class Counts(Source):
+        async def fetch(
+            self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+        ) -> Fetched:
+            assert len(self.asked) < 20
+            return await super().fetch(table, keys, seen, credit_bytes, row_bytes)
+
+    class Counted(Reread):
+        async def fetch(
+            self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+        ) -> Rows:
+            size = len(self.records["1"])
+            if size > min(credit_bytes, row_bytes):
+                return Rows(records={}, sizes={0: size}, missing=set(), kept_bytes=0, seconds=0.0, queries=1)
+            return Rows(
+                records={0: self.records["1"]}, sizes={}, missing=set(), kept_bytes=size, seconds=0.0, queries=1
+            )
+
+    record = b'{"id":"1","big":"' + b"x" * 50_000 + b'"}'
+    source, sent = Counts({"1": b'"' + b"y" * 30_000 + b'"'}), Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Counted({"1": record}), enrich=source)
+    assert shape(a_batch("1", not_whole=("1",)), steps, sent) is OK
+    assert len(sent.bodies) == 1
+    assert len(sent.bodies[0]) > 80_000

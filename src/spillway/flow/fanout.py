@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from spillway.change import group_values
-from spillway.chunk import HASH, LARGE, LSN, Batch, Keying
+from spillway.chunk import HASH, LARGE, LSN, TIME, Batch, Keying
 from spillway.clock import Clock
 from spillway.config.shape import Related
 from spillway.flow.budget import Spare
+from spillway.flow.shaping import LONG_SECONDS
 from spillway.sinks.base import OK, Result, Semantics, reject
 from spillway.source.parents import PAGE_BYTES, Parents, QuestionFailed, Values
 from spillway.source.snapshot import Seen
@@ -100,12 +101,14 @@ class FanOut:
         emptied: dict[Table, None] = {}
         xids: set[int] = set()
         lsn = 0
+        since = (self._clock.wall() - LONG_SECONDS) * 1_000_000
         for span, start, stop in batch.pieces:
             chunk, group = span.chunk, Keying.hash_word(span.keying) - HASH
             for index in span.indices[start:stop]:
                 table = chunk.table(index)
-                xids.add(chunk.word(index, LARGE) >> _XID_SHIFT)
-                lsn = max(lsn, chunk.word(index, LSN))
+                if chunk.word(index, TIME) > since:  # else it is seen, and its id may be another's by now
+                    xids.add(chunk.word(index, LARGE) >> _XID_SHIFT)
+                    lsn = max(lsn, chunk.word(index, LSN))
                 if chunk.action(index) == "truncate":
                     for entry in self._related:
                         if (entry.table.schema, entry.table.table) == table:

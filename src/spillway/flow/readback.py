@@ -230,7 +230,7 @@ class Readback(Inflow):
             heads.append(message)
             lacking.append(self.is_state and head.reason == UNCHANGED_TOAST.reason)
         for index, message in enumerate(heads):
-            if self.spec.on_reject != "latest_wins" and not (lacking[index] and self.spec.supersedes):
+            if not self.spec.supersedes or not (lacking[index] or self.spec.on_reject == "latest_wins"):
                 continue
             room = (credit - STORED_OVERHEAD_BYTES) // 2
             newest = None

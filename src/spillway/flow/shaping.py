@@ -60,7 +60,7 @@ MADE_BYTES = 256 << 10  # then the loop has a turn
 JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
 BLAME_SECONDS = 60.0  # a source that answered so recently is not down because it does not for a few keys
 FEW = 8
-LONG_SECONDS = 3600.0  # no commit is kept from sight for so long
+LONG_SECONDS = 86_400.0  # no commit is kept from sight for so long, and no clock is wrong by as much
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
 MOST_IN_PART = 5000  # messages: what one query is asked for
@@ -152,7 +152,8 @@ class _Part:
     results: dict[int, Result] = field(default_factory=dict)  # what is decided already
     messages: dict[int, Message] = field(default_factory=dict)  # as they are after the steps so far
     rows: dict[int, Row] = field(default_factory=dict)  # enrichment
-    later: dict[int, int] = field(default_factory=dict)  # places for another part, and the bytes that they need
+    reread: dict[int, int] = field(default_factory=dict)  # bytes of rows that were read anew
+    later: dict[int, int] = field(default_factory=dict)  # places for another part, and the bytes that they need in all
 
     def decide(self, place: int, result: Result) -> None:
         self.results[place] = result
@@ -160,7 +161,8 @@ class _Part:
 
     def size(self, place: int) -> int:
         """What was read for it, in bytes of credit."""
-        return row_bytes(self.rows[place].values()) if place in self.rows else 0
+        enriched = row_bytes(self.rows[place].values()) if place in self.rows else 0
+        return enriched + self.reread.get(place, 0)
 
     def put_off(self, sizes: Mapping[int, int], *, in_order: bool) -> None:
         """These are for another part, whose rows have so many bytes; in order, so is what stands behind the first."""
@@ -202,9 +204,11 @@ class Shaping:
         return steps.envelope is not None or (steps.functions is not None and not steps.keeps_form)
 
     async def close(self) -> None:
-        for step in (self._steps.reread, self._steps.enrich, self._steps.functions):
-            if step is not None:
-                await step.close()
+        """All of it, whatever one of them says."""
+        async with contextlib.AsyncExitStack() as stack:
+            for step in (self._steps.reread, self._steps.enrich, self._steps.functions):
+                if step is not None:
+                    stack.push_async_callback(step.close)
 
     async def __call__(self, batch: Batch, send: Send) -> Answer:
         """Shape the batch and send what comes of it. One result per message, or one that holds for all."""
@@ -217,7 +221,12 @@ class Shaping:
         blocked: set[str] = set()
         while left:
             try:
+                before = (len(left), sum(known.values()))
                 left = await self._next_part(messages, left, known, results, blocked, send)
+                if before == (len(left), sum(known.values())):
+                    raise SpillwayError(
+                        "shaping_stuck", "what was read did not come within its credit, twice", "report it"
+                    )
             except SpillwayError as error:
                 down = sink_down(error.code, str(error))
                 if len(left) == len(messages):
@@ -264,7 +273,8 @@ class Shaping:
 
     def _note_sizes(self, part: _Part, messages: Sequence[Message], known: dict[int, int]) -> None:
         for place, size in list(part.later.items()):
-            known[place] = size
+            if size:
+                known[place] = max(size, known.get(place, 0))
             needed = self._cost(1, messages[place].body_bytes + len(self._steps.suffix), size, size, 1.0)
             if size > self._max_message_bytes:
                 why = "more than the sink's max_message_bytes"
@@ -402,6 +412,7 @@ class Shaping:
         credit.use(rows.kept_bytes)
         for at, record in rows.records.items():
             part.messages[places[at]] = part.messages[places[at]].with_record(record)
+            part.reread[places[at]] = rows.kept_bytes // len(rows.records)
         for at in rows.missing:  # its delete follows in the stream
             part.decide(places[at], OK)
         part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
@@ -427,7 +438,8 @@ class Shaping:
         for at in fetched.several:
             what = "the enrichment has more than one row for the key of this message"
             part.decide(places[at], reject("enrichment_rows", what))
-        part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
+        sizes = {places[at]: size + part.reread.get(places[at], 0) for at, size in fetched.sizes.items()}
+        part.put_off(sizes, in_order=self._in_order)
 
     async def _halves(
         self,
