@@ -112,6 +112,18 @@ class Steps:
         return all(step is None for step in steps)
 
 
+@dataclass(slots=True)
+class _Guess:
+    """Bytes of a row before it is read; follows what was seen: up at once, down slowly."""
+
+    bytes: float = FIRST_GUESS_BYTES
+
+    def saw(self, rows: int, size_bytes: int) -> None:
+        if rows:
+            mean = size_bytes / rows
+            self.bytes = max(mean, 0.75 * self.bytes + 0.25 * mean)
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """So many messages, with so many bytes of rows, none of them larger than ``row_bytes``."""
@@ -189,7 +201,8 @@ class Shaping:
         self.share = share
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
-        self._row_bytes = float(FIRST_GUESS_BYTES)
+        self._reread = _Guess()
+        self._enriched = _Guess()
         self._lending = 0  # batches that hold credit
         self._given = asyncio.Event()
         self._answered_at = float("-inf")  # when the source last did, by the monotonic clock
@@ -320,12 +333,11 @@ class Shaping:
 
     def _plan(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], most: int) -> _Plan:
         """For the first of these, and as many more as so much credit is enough for."""
-        guess = int(self._row_bytes)
         bodies = rows = largest = 0
         plan: _Plan | None = None
         for count, place in enumerate(left[:MOST_IN_PART], 1):
             message = messages[place]
-            size = known.get(place, guess) if self._fetches(message) else 0
+            size = known[place] if place in known else self._guessed(message)
             bodies += message.body_bytes + len(self._steps.suffix)
             rows, largest = rows + size, max(largest, size)
             rows_bytes, row_bytes = _spread_of(rows, largest, count)
@@ -340,8 +352,9 @@ class Shaping:
             plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
         return plan
 
-    def _fetches(self, message: Message) -> bool:
-        return self._steps.enrich is not None or (self._steps.reread is not None and not message.whole)
+    def _guessed(self, message: Message) -> int:
+        reread = self._steps.reread is not None and not message.whole
+        return reread * int(self._reread.bytes) + (self._steps.enrich is not None) * int(self._enriched.bytes)
 
     def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
         """Functions see whole messages before they make others, which are ``growth`` times as large."""
@@ -354,12 +367,6 @@ class Shaping:
         """What a batch needs while it is sent: itself, and one encoded copy."""
         return 2 * batch.body_bytes + MESSAGE_BYTES * len(batch)
 
-    def _saw(self, rows: int, size_bytes: int) -> None:
-        """The next guess follows what rows were seen: up at once, down slowly."""
-        if rows:
-            mean = size_bytes / rows
-            self._row_bytes = max(mean, 0.75 * self._row_bytes + 0.25 * mean)
-
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     async def _shape(self, messages: dict[int, Message], credit: _Credit) -> _Part:
@@ -368,7 +375,7 @@ class Shaping:
         if steps.reread is not None:
             lacking = [place for place, m in part.messages.items() if not m.whole and m.action == "update"]
             for table, places in _by_table(part, lacking).items():
-                await self._reread(part, steps.reread, table, places, credit)
+                await self._read_anew(part, steps.reread, table, places, credit)
         if steps.timestamps is not None:
             await self._convert(part, steps.timestamps)
         if steps.enrich is not None:
@@ -396,7 +403,9 @@ class Shaping:
             except Exception as error:  # noqa: BLE001 - whatever a message holds costs that message alone
                 part.decide(place, _defect(error))
 
-    async def _reread(self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit) -> None:
+    async def _read_anew(
+        self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit
+    ) -> None:
         places = [place for place in places if place in part.messages]  # others may have been put off since
         if not places:
             return
@@ -405,10 +414,10 @@ class Shaping:
             rows = await reread.fetch(table, keys, seen, credit.rows_bytes, credit.row_bytes)
         except (BatchFailed, SourceUnavailable) as error:
             for some in await self._halves(part, places, error, lambda: reread.fetch(table, (), NOTHING, 0, 0)):
-                await self._reread(part, reread, table, some, credit)
+                await self._read_anew(part, reread, table, some, credit)
             return
         self._answered_at = self._clock.monotonic()
-        self._saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
+        self._reread.saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
         credit.use(rows.kept_bytes)
         for at, record in rows.records.items():
             part.messages[places[at]] = part.messages[places[at]].with_record(record)
@@ -431,7 +440,7 @@ class Shaping:
         self._answered_at = self._clock.monotonic()
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
-        self._saw(len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values()))
+        self._enriched.saw(len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values()))
         credit.use(fetched.kept_bytes)
         for at, row in fetched.rows.items():
             part.rows[places[at]] = row
