@@ -12,6 +12,7 @@ from source.conftest import MANY, SourceDatabase
 from spillway.change import ACTIONS, Change
 from spillway.pgoutput import Relation
 from spillway.pgoutput.decoder import Decoder
+from spillway.pgoutput.filters import Filters, no_filters
 from spillway.source import catalog
 from spillway.source.origin import Expected
 from spillway.source.page import Cursor, Page, PageReader, Range, Selection
@@ -23,22 +24,31 @@ T = Selection("public", "t")
 ALL = Range()
 
 
-def new_decoder(twin: type[Decoder] = TWINS[-1]) -> Decoder:
-    return twin(META, lambda *_: (), 0, 1 << 20, 0, 1 << 23)
+def new_decoder(twin: type[Decoder] = TWINS[-1], filters: Filters = no_filters) -> Decoder:
+    """``filters``: one, or none."""
+    count = 0 if filters is no_filters else 1
+    return twin(META, lambda *_: (), 0, 1 << 20, 0, 1 << 23, lambda _: None, filters, count)
 
 
 async def opened(
-    dsn: str, expected: Expected, renew_bytes: int = RENEW_BYTES, twin: type[Decoder] = TWINS[-1]
+    dsn: str,
+    expected: Expected,
+    renew_bytes: int = RENEW_BYTES,
+    twin: type[Decoder] = TWINS[-1],
+    filters: Filters = no_filters,
 ) -> PageReader:
-    return await PageReader.open(dsn, "s", "p", lambda: new_decoder(twin), b"backfill", expected, renew_bytes)
+    return await PageReader.open(dsn, "s", "p", lambda: new_decoder(twin, filters), b"backfill", expected, renew_bytes)
 
 
 @asynccontextmanager
 async def reading(
-    source: SourceDatabase, dsn: str | None = None, twin: type[Decoder] = TWINS[-1]
+    source: SourceDatabase,
+    dsn: str | None = None,
+    twin: type[Decoder] = TWINS[-1],
+    filters: Filters = no_filters,
 ) -> AsyncIterator[PageReader]:
     expected = Expected(str(await source.value("SELECT system_identifier FROM pg_control_system()")))
-    reader = await opened(dsn or source.dsn, expected, twin=twin)
+    reader = await opened(dsn or source.dsn, expected, twin=twin, filters=filters)
     try:
         yield reader
     finally:

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from pgoutput.given import If
+from pgoutput.twins import TWINS
 from servers.postgres import Postgres
 from source.conftest import MANY, SourceDatabase
 from source.paging import ALL, RENEW_BYTES, SECONDS, T, changes, opened, pages, reading, records
 from spillway.errors import SourceUnavailable, SpillwayError
+from spillway.flow.route import filters_of_pages
+from spillway.pgoutput.decoder import Decoder
 from spillway.source import view
 from spillway.source.connect import Connection, connect_query
 from spillway.source.origin import Expected
@@ -216,6 +220,25 @@ async def test_keys_that_are_absent_are_deletes(source: SourceDatabase) -> None:
         assert [(c.action, c.pks, c.n) for c in deletes] == [("delete", ("3", "y"), 0), ("delete", ("1", "z"), 0)]
         assert page.missing == [("3", "y"), ("1", "z")]
         assert len(await records(reader)) == 2
+
+
+@pytest.mark.parametrize("twin", TWINS)
+async def test_what_the_filters_leave_out_is_absent(source: SourceDatabase, twin: type[Decoder]) -> None:
+    await source.execute(
+        "CREATE TABLE public.t (b int, n int, body text, a text, PRIMARY KEY (a, b))",
+        "INSERT INTO public.t VALUES (1, 1, 'x', 'y'), (2, 2, repeat('x', 9000), 'y'), (3, NULL, 'x', 'y')",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    filters = filters_of_pages((If("n", "eq", 2, table=("public", "t")),))
+    keys = [("1", "y"), ("2", "y"), ("3", "y"), ("4", "y")]
+    async with reading(source, twin=twin, filters=filters) as reader:
+        assert (await reader.read_absent(T, keys, SECONDS)).missing == [("4", "y")]
+        page = await reader.read_absent(T, keys, SECONDS, {"n"}, 5000)  # the large column is not read
+        assert [(c.action, c.pks) for c in changes(page)] == [("delete", (n, "y")) for n in "134"]
+        assert page.missing == [(n, "y") for n in "134"]
+        with pytest.raises(NeedsCredit):
+            await reader.read_absent(T, keys, SECONDS, {"n", "body"}, 5000)
+        assert [c.pks for c in changes(await reader.read(T, ALL, None, 5, MANY, SECONDS))] == [("2", "y")]
 
 
 @pytest.fixture

@@ -355,9 +355,9 @@ class Backfill(Paging):
         return min(AGAIN_KEYS, self._delivery.page_messages)
 
     async def _sweep(self) -> bool:
-        """What the sink has, or will have, and the source has not is deleted, by pages of the sink's keys. What the
-        backfill has just written is known to be there, where the sink knows versions. False: it is not active any more.
-        """
+        """What the sink has, or will have, and the source has not, or the sink's filters leave out, is deleted, by
+        pages of the sink's keys. What the backfill has just written is known to be there, where the sink knows
+        versions. False: it is not active any more."""
         sink, state = self._delivery.readable, self.state
         if sink is None:
             return True
@@ -408,16 +408,28 @@ class Backfill(Paging):
         return False
 
     async def _delete_absent(self, reader: PageReader, keys: Sequence[Cursor]) -> bool:
-        """Deletes of those that the source has not, placed as a page is. False: to be done again."""
+        """Deletes of those that the source has not, or whose rows the sink's filters leave out, placed as a page is.
+        False: to be done again."""
+        try:
+            return await self._delete_absent_of(reader, keys, 0)
+        except NeedsCredit as error:
+            if len(keys) > 1:
+                half = len(keys) // 2
+                return await self._delete_absent(reader, keys[:half]) and await self._delete_absent(reader, keys[half:])
+            if error.needed_bytes > self._spare.most_bytes:
+                raise
+            return await self._delete_absent_of(reader, keys, error.needed_bytes)
+
+    async def _delete_absent_of(self, reader: PageReader, keys: Sequence[Cursor], needed_bytes: int) -> bool:
         began = await self._quiet(reader)
         if not began:
             return False
-        credit = await self._credit(0)
+        credit = await self._credit(needed_bytes)
         if not credit:
             return False
         view = self._carried.open()
         try:
-            page = await self._absent(reader, keys)
+            page = await self._absent(reader, keys, credit)
             self._carried.saw(view, page.snapshot.sees)
             placing = await self._place(reader, page, began)
             if placing is None:
@@ -433,18 +445,19 @@ class Backfill(Paging):
             self._carried.close(view)
             self._spare.give(credit)
 
-    async def _absent(self, reader: PageReader, keys: Sequence[Cursor]) -> Page:
+    async def _absent(self, reader: PageReader, keys: Sequence[Cursor], credit_bytes: int) -> Page:
         """Deletes of those that are in none of the table's relations. What moved from one to another while they were
         looked at is told by the snapshot of the first, which does not see that. Partitions may come while a sweep goes
         on: the relations are those of before and after."""
         table = (self.state.request.schema, self.state.request.table)
         seconds = self._manners.timeout_seconds
+        checked = {condition.column for condition in self._subscription.filters if condition.table == table}
         while True:
             relations = await reader.relations(*table)
-            page = await reader.read_absent(Selection(*relations[0]), keys, seconds)
+            page = await reader.read_absent(Selection(*relations[0]), keys, seconds, checked, credit_bytes)
             snapshot = page.snapshot
             for relation in relations[1:]:
-                page = await reader.read_absent(Selection(*relation), page.missing, seconds)
+                page = await reader.read_absent(Selection(*relation), page.missing, seconds, checked, credit_bytes)
             if relations == [table] or await reader.relations(*table) == relations:
                 page.snapshot = replace(snapshot, lsn=page.snapshot.lsn)
                 return page

@@ -16,7 +16,7 @@ the user's condition may name the table. `Condition` says why one may be trusted
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -173,11 +173,12 @@ class Rows:
             self._where([self.condition]),
         )
 
-    def copy_keys(self, keys: Sequence[Sequence[str]]) -> sql.Composed:
+    def copy_keys(self, keys: Sequence[Sequence[str]], only: Collection[str] | None = None) -> sql.Composed:
         """The rows with these values of the order's columns, text for text: what is equal under a collation or as a
-        number and reads otherwise is another key."""
+        number and reads otherwise is another key. ``only``: all other columns but the order's come as null."""
+        shown = self.streamed if only is None else {*only, *(column.name for column in self.order.columns)}
         return sql.SQL("COPY (SELECT {} FROM {} JOIN {} ON {}{}) TO STDOUT").format(
-            self._list(self.streamed),
+            sql.SQL(", ").join(self.column(name) if name in shown else sql.NULL for name in self.streamed),
             self.source,
             self._given(keys),
             self._matches_given(),

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -274,8 +274,17 @@ class PageReader:
         async with self._views.transaction(plain, QUESTION_TIMEOUT_SECONDS) as view:
             return tuple(column.name for column in view.shape.relation.columns if column.in_identity)
 
-    async def read_absent(self, selection: Selection, keys: Sequence[tuple[str, ...]], timeout_seconds: float) -> Page:
-        """Deletes, with n = 0, of those rows with these primary keys that are not there (see `read_keys`)."""
+    async def read_absent(
+        self,
+        selection: Selection,
+        keys: Sequence[tuple[str, ...]],
+        timeout_seconds: float,
+        checked: Collection[str] = (),
+        credit_bytes: int = 0,
+    ) -> Page:
+        """Deletes, with n = 0, of those rows with these primary keys that are not there (see `read_keys`). With
+        ``checked``, the columns that the decoder's filters look at, a row that does not pass them is not there, either;
+        these columns are read for it, within the credit (`NeedsCredit`)."""
         began = time.monotonic()
         wanted = list(dict.fromkeys(keys))
         async with self._views.transaction(Selection(selection.schema, selection.table), timeout_seconds) as view:
@@ -283,8 +292,17 @@ class PageReader:
             missing: list[tuple[str, ...]] = []
             for start in range(0, len(wanted), KEYS_AT_ONCE):
                 some = wanted[start : start + KEYS_AT_ONCE]
-                absent = await _texts(view.connection, view.rows.missing_keys(_in_order(view, some)))
-                missing += [some[int(number)] for (number,) in absent]
+                ordered = _in_order(view, some)
+                if checked:
+                    decoder = self._begin(view, None)
+                    full = await self._rows(view, view.rows.copy_keys(ordered, checked), credit_bytes, len(some))
+                    if full is not None:
+                        raise NeedsCredit(decoder.used_bytes + full.needed_bytes)
+                    passed = _keys_of(decoder.take())
+                    missing += [key for key in some if key not in passed]
+                else:
+                    absent = await _texts(view.connection, view.rows.missing_keys(ordered))
+                    missing += [some[int(number)] for (number,) in absent]
             chunk = self._deletes(view, missing)
         return Page(view.snapshot, chunk, None, missing, time.monotonic() - began)
 
@@ -387,6 +405,10 @@ def _in_order(view: View, keys: Sequence[tuple[str, ...]]) -> list[list[str]]:
             "order_changed", f"the primary key of {name} has changed", "cancel this backfill and start it again"
         )
     return [[key[place] for place in places] for key in keys]
+
+
+def _keys_of(chunk: Chunk) -> set[tuple[str, ...]]:
+    return {key_values(*chunk.table(place), chunk.key_texts(place)[0].decode()) for place in range(chunk.count)}
 
 
 def _tid(block: int) -> str:
