@@ -116,8 +116,8 @@ def test_the_legacy_transform_is_a_format(tmp_path: Path) -> None:
         (
             "backlog: {on_full: compact}\n  transform: row",
             SEARCH,
-            "backlog.on_full: compact does not go together with transform: "
-            "a function may make something else of each message",
+            "backlog.on_full: compact does not go together with a transform, "
+            "which may make something else of each message",
         ),
     ],
 )

@@ -88,6 +88,17 @@ def test_timestamps_as_numbers(database: str, tmp_path: Path) -> None:
     assert lines[0]["metadata"]["commit_timestamp"].endswith("Z")
 
 
+def test_timestamps_of_a_column_that_is_added(database: str, tmp_path: Path) -> None:
+    with Shaped(
+        database, tmp_path, [file_sink("numbers", [T], timestamp_format="unix_microsecond")], schema=SCHEMA
+    ) as p:
+        p.begin()
+        p.sql("insert into t values (1, 'a', '2026-01-01 00:00:00.5+00')")
+        p.came("numbers", 1)
+        p.sql("alter table t add later timestamptz", "update t set later = at")
+        assert p.came("numbers", 2)[1]["record"]["later"] == 1767225600500000
+
+
 def test_a_document_is_whole_though_its_toast_did_not_come(
     database: str, tmp_path: Path, opensearch: OpenSearch
 ) -> None:

@@ -11,6 +11,7 @@ import structlog
 
 from spillway import logs
 from spillway.errors import SpillwayError
+from spillway.flow.health import note_state
 
 TOKEN = "wagon-of-salt"
 PASSWORD = "s3cret:p@ss"
@@ -81,3 +82,15 @@ def test_ordinary_text_stays() -> None:
     for text in ("the token is missing", "https://host:9200/index", "a@b: c@d", "http://h/p?x=1&y=2", "key 12:30:45"):
         assert logs.conceal(text) == text
     assert logs.conceal("http://h/?api_key=abc&x=1") == "http://h/?api_key=***&x=1"
+
+
+@pytest.mark.parametrize(
+    ("state", "level"),
+    [("parked", "warning"), ("down", "warning"), ("full", "warning"), ("gap", "warning"), ("caught_up", "info")],
+)
+def test_a_state_that_somebody_should_look_at_is_a_warning(state: str, level: str) -> None:
+    with structlog.testing.capture_logs() as lines:
+        note_state("jobs~related", state, "idle", "why")
+        note_state("jobs", state, "idle", "why")
+    said = {"event": "sink state", "sink": "jobs", "state": state, "was": "idle", "reason": "why", "log_level": level}
+    assert lines == [{**said, "of": "its related tables"}, said]

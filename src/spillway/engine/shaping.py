@@ -23,7 +23,7 @@ from spillway.functions.spec import (
     PathExpression,
     PythonFunction,
 )
-from spillway.functions.timestamps import as_numbers
+from spillway.functions.timestamps import as_numbers, columns_of
 from spillway.functions.transaction import tx
 from spillway.pgoutput import DatabaseMeta
 from spillway.sinks.base import Sink as BuiltSink
@@ -146,7 +146,8 @@ def _timestamps(database: Database) -> Callable[[Message], Awaitable[Message]]:
     columns = TimestampColumns(database.conninfo(), database.slot.name)
 
     async def converted(message: Message) -> Message:
-        return as_numbers(message, await columns.of(*message.span.chunk.table(message.span.indices[message.place])))
+        table = message.span.chunk.table(message.span.indices[message.place])
+        return as_numbers(message, await columns.of(*table, columns_of(message)))
 
     return converted
 

@@ -39,6 +39,9 @@ NAMED_TABLES = 10  # so many of a gap are named
 
 _log = structlog.get_logger()
 
+_TROUBLE = ("parked", "down", "full", "gap")  # states in which somebody is needed, or may be
+_COMPANION = "~"  # in the name of a sink's companion, behind the name of the sink
+
 
 @dataclass(slots=True)
 class Health:
@@ -66,8 +69,16 @@ class Health:
             self.remedy = "; ".join(dict.fromkeys(filter(None, [self.remedy, *(f.remedy for f in beside)])))
         if state != self.state or not self.since:
             if self.since:
-                _log.info("sink state", sink=delivery.name, state=state, was=self.state, reason=self.reason)
+                note_state(delivery.name, state, self.state, self.reason)
             self.state, self.since = state, wall
+
+
+def note_state(name: str, state: str, was: str, reason: str) -> None:
+    """``name``: of a delivery, which may be a sink's companion: people know the sink."""
+    sink, companion, _ = name.partition(_COMPANION)
+    more = {"of": "its related tables"} if companion else {}
+    log = _log.warning if state in _TROUBLE else _log.info
+    log("sink state", sink=sink, state=state, was=was, reason=reason, **more)
 
 
 def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:

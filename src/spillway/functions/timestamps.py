@@ -44,6 +44,13 @@ def as_numbers(message: Message, columns: Collection[str]) -> Message:
     return message.with_body(BODY_START + record + _CHANGES + changes + body[changes_end:], len(record))
 
 
+def columns_of(message: Message) -> set[str]:
+    """The names of its record's columns."""
+    chunk, index = message.span.chunk, message.span.indices[message.place]
+    record = chunk.body(index)[RECORD_START : RECORD_START + (chunk.word(index, INDEX) >> 32)]
+    return {orjson.loads(name) for name, _ in members(record)} if record.startswith(b"{") else set()
+
+
 def _converted(row: bytes, names: Collection[bytes]) -> bytes:
     if not row.startswith(b"{"):
         return row  # changes that are null
