@@ -225,6 +225,102 @@ def test_related_tables_that_are_wrong(
     assert what in found["what"]
 
 
+@pytest.mark.parametrize(
+    ("sql", "what"),
+    [
+        ("SELECT unnest($1) AS id, 1 AS x", "gives 2 columns, and the key of public.jobs has 1"),
+        (
+            "SELECT title AS id FROM jobs WHERE company_id = ANY($1)",
+            "id as text, and the key of public.jobs has it as integer",
+        ),
+    ],
+)
+def test_related_sql_gives_keys(write: Write, capsys: pytest.CaptureFixture[str], sql: str, what: str) -> None:
+    (found,) = findings(capsys, write(related=[{"table": "companies", "sql": sql}]))
+    assert found["code"] == "related_sql"
+    assert what in found["what"]
+
+
+def test_related_tables_before_there_is_a_publication(
+    write: Write, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(database, "DROP PUBLICATION p")
+    file = write(related=[{"table": "notes", "columns": ["job_id"], "sql": "SELECT unnest($1) AS id"}])
+    whole = yaml.safe_load(file.read_text())
+    for publication in (
+        {"name": "p", "create_if_not_exists": True},
+        {"name": "p", "create_if_not_exists": True, "init_sql": "CREATE PUBLICATION p FOR TABLE jobs, notes"},
+    ):
+        whole["databases"][0]["publication"] = publication
+        file.write_text(yaml.safe_dump(whole))
+        assert [found["code"] for found in findings(capsys, file)] == ["related_not_in_replica_identity"]
+
+
+def test_all_missing_grants_at_once(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    role = f"reader_{psycopg.conninfo.conninfo_to_dict(database)['dbname']}"
+    execute(database, f"CREATE ROLE {role} LOGIN REPLICATION")
+    try:
+        file = write(JOINED, enrichment="joined", related=[{"table": "companies", "sql": OF_COMPANIES}])
+        file.write_text(file.read_text().replace("postgres@", f"{role}@"))
+        by_code = {found["code"]: found for found in findings(capsys, file)}
+        assert "toast: reselect" in by_code["select_missing"]["what"]
+        assert "related" in by_code["select_missing"]["what"]
+        remedy = by_code["enrichment_failed"]["remedy"]
+        assert f'GRANT SELECT ON "public"."companies" TO "{role}"; GRANT SELECT ON "public"."jobs"' in remedy
+        execute(database, remedy)
+        assert findings(capsys, file) == []
+    finally:
+        execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+def test_a_publication_that_this_role_cannot_create(
+    write: Write, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    role = f"maker_{name}"
+    execute(database, "DROP PUBLICATION p", f"CREATE ROLE {role} LOGIN REPLICATION", f"GRANT SELECT ON jobs TO {role}")
+    try:
+        file = write()
+        whole = yaml.safe_load(file.read_text().replace("postgres@", f"{role}@"))
+        sql = "CREATE PUBLICATION p FOR TABLE jobs"
+        whole["databases"][0]["publication"] = {"name": "p", "create_if_not_exists": True, "init_sql": sql}
+        file.write_text(yaml.safe_dump(whole))
+        (found,) = findings(capsys, file)
+        assert (found["code"], found["severity"]) == ("publication_create", "error")
+        assert f'GRANT CREATE ON DATABASE "{name}" TO "{role}"' in found["remedy"]
+        assert sql in found["remedy"]
+        execute(database, f'GRANT CREATE ON DATABASE "{name}" TO "{role}"')
+        (found,) = findings(capsys, file)
+        assert "does not own public.jobs" in found["what"]
+        execute(database, sql)
+        assert findings(capsys, file) == []
+    finally:
+        execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+def test_field_operations_on_columns_that_are_not_there(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = [
+        {"rename": {"title": "name"}},
+        {"mask": ["name", "titel"]},
+        {"flatten": ["at"]},
+        {"drop": ["at_x", "pya"]},
+        {"set": {"new": 1}},
+        {"select": ["id", "new"]},
+        {"hash": ["company_id"]},
+    ]
+    slim: Json = {"name": "slim", "type": "fields", "fields": fields}
+    file = write(slim, transform="slim")
+    with pytest.raises(SystemExit):
+        main(["check", str(file), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {(one["code"], one["severity"], one["sink"]) for one in found} == {
+        ("field_column_missing", "warning", "sink")
+    }
+    assert ['"titel"' in found[0]["what"], '"pya"' in found[1]["what"], '"company_id"' in found[2]["what"]] == [
+        True
+    ] * 3
+
+
 def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = findings(capsys, write(filters=[{"column": "titel", "operator": "eq", "value": "x"}]))
     assert found["code"] == "filter_column_missing"
@@ -244,8 +340,8 @@ def test_an_outbox_names_columns_of_its_table(write: Write, capsys: pytest.Captu
     outbox = {"table": "jobs", "payload": "title", "key": "company"}
     source = {"include_tables": ["jobs", "companies"]}
     (found,) = findings(capsys, write(source=source, outbox=outbox, destination=hook))
-    assert found["code"] == "column_missing"
-    assert '"company", which outbox.key names' in found["what"]
+    assert found["code"] == "key_column_missing"
+    assert '"company", by which it is keyed' in found["what"]
     assert findings(capsys, write(source=source, outbox={**outbox, "key": "company_id"}, destination=hook)) == []
 
 

@@ -10,8 +10,9 @@ streamed before it is visible, so a snapshot that does not see all the changes i
 after.
 
 **Keys.** The SQL's result has the primary key's columns of the table that is refreshed, under their names; where that
-is one column, and the SQL has one, its name does not matter. Values are cast to the key's types, so that they read as
-the stream writes them. A row with a null in it means no row.
+is one column its name does not matter. It has no other columns, and they are of the key's types or of types of the same
+category (an int for a bigint); anything may be a text. Values are cast to the key's types, so that they read as the
+stream writes them. A row with a null in it means no row.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ _TIMED_OUT: Final = "57014"
 _STATEMENT_CLASSES: Final = ("0A", "42", "3F")
 
 _COLUMNS: Final = """
-    SELECT a.attname::text AS name, pg_catalog.format_type(a.atttypid, a.atttypmod) AS type, t.typarray AS array_oid,
+    SELECT a.attname::text AS name, pg_catalog.format_type(a.atttypid, a.atttypmod) AS type, t.oid AS type_oid,
+           t.typarray AS array_oid,
            t.typdelim::text AS delimiter,
            coalesce(pg_catalog.array_position(i.indkey::int2[], a.attnum) < i.indnkeyatts, false) AS in_key
       FROM pg_catalog.pg_class c
@@ -67,6 +69,12 @@ _COLUMNS: Final = """
      WHERE n.nspname = %(schema)s AND c.relname = %(table)s
      ORDER BY a.attnum"""
 
+_CATEGORIES: Final = """
+    SELECT g.typcategory::text AS given_category, pg_catalog.format_type(g.oid, NULL) AS given_name,
+           t.typcategory::text AS category
+      FROM pg_catalog.pg_type g, pg_catalog.pg_type t
+     WHERE g.oid = %(given)s AND t.oid = %(type)s"""
+
 
 class QuestionFailed(SpillwayError):
     """The SQL of a related table failed for what some of the changed rows hold: others may go through."""
@@ -76,6 +84,7 @@ class QuestionFailed(SpillwayError):
 class _Column:
     name: str
     type: str
+    type_oid: int
     array_oid: int
     delimiter: str
     in_key: bool
@@ -120,7 +129,7 @@ class Parents:
             for place, column in zip(asked.places, asked.parameters, strict=True)
         ]
         types = [column.array_oid for column in asked.parameters]
-        names = await _names(connection, related, literals, types)
+        names = await _names(connection, asked, related, literals, types)
         await _run(connection, _declaration(related, asked.key, names), literals, types)
         table = (related.refreshes.schema, related.refreshes.table)
         while True:
@@ -188,11 +197,33 @@ def _asked(related: Related, child: Sequence[_Column], parent: Sequence[_Column]
 
 
 async def _names(
-    connection: Connection, related: Related, literals: Sequence[bytes], types: Sequence[int]
+    connection: Connection, asked: _Asked, related: Related, literals: Sequence[bytes], types: Sequence[int]
 ) -> list[str]:
-    """Of the columns that the SQL gives."""
+    """Of the columns that the SQL gives, which are those of the key."""
     result = await _run(connection, f"SELECT * FROM {as_subquery(related.sql)} AS u LIMIT 0", literals, types)
-    return [(result.fname(i) or b"").decode() for i in range(result.nfields)]
+    names = [(result.fname(i) or b"").decode() for i in range(result.nfields)]
+    if len(names) != len(asked.key):
+        columns = "1 column" if len(names) == 1 else f"{len(names)} columns"
+        raise _wrong(related, f"its SQL gives {columns}, and the key of {related.refreshes} has {len(asked.key)}")
+    given = {name: result.ftype(i) for i, name in enumerate(names)}
+    if len(names) == 1:
+        given = {asked.key[0].name: result.ftype(0)}
+    for column in asked.key:
+        if column.name in given and given[column.name] != column.type_oid:
+            await _check_type(connection, related, column, given[column.name])
+    return names
+
+
+async def _check_type(connection: Connection, related: Related, column: _Column, given: int) -> None:
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(_CATEGORIES, {"given": given, "type": column.type_oid})
+        row = await cursor.fetchone()
+    if row is not None and row["category"] != "S" and row["category"] != row["given_category"]:
+        raise _wrong(
+            related,
+            f"its SQL gives {column.name} as {row['given_name']}, and the key of {related.refreshes} has it as "
+            f"{column.type}: cast it, with ::{column.type}",
+        )
 
 
 def _declaration(related: Related, key: Sequence[_Column], names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ back so much WAL that the source's disk (no limit) or the slot (with a limit) is
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from spillway.source.tables import Published, named, table_findings
 
 OLDEST_VERSION = 120000
 HELD_BACK_WARN_BYTES = 4 << 30  # of WAL, without a limit
+_FOR_SUPERUSERS = re.compile(r"\bFOR\s+(?:ALL\s+TABLES|TABLES\s+IN\s+SCHEMA)\b", re.IGNORECASE)
 _UNITS = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40, "B": 1}
 
 
@@ -73,7 +75,7 @@ async def _of_database(
     exist = {TableName(row["schema"], row["table"]) for row in existing}
     for finding in table_findings(published, sinks, exist, server["role"], version):
         yield replace(finding, database=database.name)
-    async for finding in shaping_findings(query, config, database, sinks, published):
+    async for finding in shaping_findings(query, config, database, sinks, published, server["role"]):
         yield replace(finding, database=database.name)
 
 
@@ -191,16 +193,20 @@ def _of_missing_publication(
         error = no_publication(name, create_publication_sql(name, tables, version) + order)
         yield _finding(error, database)
         return
-    if server["superuser"] or database.publication.init_sql is not None:
+    if server["superuser"]:
         return
-    command = create_publication_sql(name, tables, version)
+    init_sql = database.publication.init_sql
+    command = init_sql or create_publication_sql(name, tables, version)
     reason = None
-    if not tables:
+    if init_sql is not None and _FOR_SUPERUSERS.search(init_sql):
+        reason = "only a superuser may publish all tables, or those of a schema"
+    elif init_sql is None and not tables:
         reason = "only a superuser may publish all tables, and no sink names its tables"
     elif not server["may_create"]:
         reason = f"{server['role']} lacks CREATE on the database"
         command = f"GRANT CREATE ON DATABASE {quoted(server['database'])} TO {quoted(server['role'])}; or {command}"
     else:
+        # What init_sql puts into the publication is taken to be what the sinks name.
         foreign = sorted(f"{row['schema']}.{row['table']}" for row in existing if not row["owned"])
         if foreign:
             reason = f"{server['role']} does not own {', '.join(foreign)}"
@@ -227,7 +233,7 @@ async def _published(
         tables = await catalog.publishable(query, via_root=via_root)
         return Published(name, tables, certain=True, all_tables=True)
     tables = await catalog.by_oid(query, [row["oid"] for row in existing])
-    return Published(name, tables, certain=False)
+    return Published(name, tables, certain=database.publication.init_sql is None)
 
 
 def _finding(error: SpillwayError, database: Database) -> Finding:

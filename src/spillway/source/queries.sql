@@ -94,6 +94,16 @@ SELECT n.nspname::text AS schema, c.relname::text AS "table", c.oid, c.relkind::
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
  WHERE c.relkind IN ('r', 'p');
 
+-- name: unreadable
+-- Tables and views of these names that we may not SELECT from, where they would be found or in a schema of these names.
+SELECT n.nspname::text AS schema, c.relname::text AS "table"
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relname = ANY(%(names)s::text[]) AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+   AND (n.nspname = ANY(%(names)s::text[]) OR n.nspname = 'public' OR n.nspname = ANY(current_schemas(false)))
+   AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
+ ORDER BY 1, 2;
+
 -- name: tables
 SELECT c.oid, n.nspname::text AS schema, c.relname::text AS "table", c.relkind::text AS kind,
        c.relreplident::text AS replica_identity,

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from spillway.config import Config, Database, Related, Search, Sink, TableName
+from spillway.config.section import nearest
 from spillway.config.shape import columns_in
 from spillway.errors import Finding, SpillwayError
 from spillway.pgoutput.conditions import compiled
@@ -21,6 +22,7 @@ from spillway.source import catalog
 from spillway.source.catalog import PublishedTable
 from spillway.source.connect import Connection
 from spillway.source.enrich import Enricher
+from spillway.source.grants import missing_grants
 from spillway.source.origin import Expected, system_id
 from spillway.source.parents import SETTINGS, Parents
 from spillway.source.refusal import quoted
@@ -31,6 +33,8 @@ from spillway.source.tables import Published, not_published, rows_of
 
 TIMEOUT_SECONDS = 15.0  # of one statement of the check
 _ROUTING_COLUMN = "routing_column"
+_NOT_OPERATED = "field_column_missing"
+_BESIDE = (_NOT_OPERATED,)  # findings that say nothing of a related table's SQL
 
 
 class _Enough(Exception):
@@ -38,10 +42,12 @@ class _Enough(Exception):
 
 
 async def shaping_findings(
-    query: Connection, config: Config, database: Database, sinks: Sequence[Sink], published: Published
+    query: Connection, config: Config, database: Database, sinks: Sequence[Sink], published: Published, role: str
 ) -> AsyncIterator[Finding]:
-    """Of the sinks of a database that can be asked."""
-    shaped = [sink for sink in sinks if sink.enrichment is not None or sink.related or sink.filters or _columns(sink)]
+    """Of the sinks of a database that can be asked, with ``role``."""
+    shaped = [
+        sink for sink in sinks if sink.enrichment or sink.related or sink.filters or sink.transform or _columns(sink)
+    ]
     if not shaped:
         return
     try:
@@ -50,13 +56,13 @@ async def shaping_findings(
         server = None
     for sink in shaped:
         tables = {table.name: table for table in published.tables if sink.source.selects(*table.name)}
-        found = [*_missing_columns(sink, tables)]
+        found = [*_missing_columns(sink, tables), *_of_operations(config, sink, list(tables.values()))]
         found += [f async for f in _of_filters(query, database, sink, tables)]
         found += await _of_related_tables(query, published, sink)
         if server is not None:
-            found += await _of_enrichment(config, database, sink, server)
-            if not found:  # else the SQL of a related table can hardly be right
-                found += await _of_related_sql(database, sink, server)
+            found += [f async for f in _of_enrichment(query, config, database, sink, server, role)]
+            if all(f.code in _BESIDE for f in found):  # else the SQL of a related table can hardly be right
+                found += [f async for f in _of_related_sql(query, database, sink, server, role)]
         for finding in found:
             yield replace(finding, sink=sink.name)
 
@@ -68,7 +74,9 @@ def _columns(sink: Sink) -> list[tuple[str, str]]:
         return [(destination.routing_column, _ROUTING_COLUMN)]
     if outbox is None or outbox.table is None:
         return []
-    named = [(outbox.payload, "outbox.payload"), (outbox.key, "outbox.key")]
+    named = [(outbox.payload, "outbox.payload")]
+    if not sink.message_grouping:  # else it is what the table is keyed by, and is judged as that
+        named.append((outbox.key, "outbox.key"))
     for where, texts in (("routing", outbox.routing), ("headers", outbox.headers)):
         named += [(name, f"outbox.{where}.{key}") for key, text in texts.items() for name in columns_in(text)]
     return [(name, where) for name, where in named if name is not None]
@@ -88,6 +96,32 @@ def _missing_columns(sink: Sink, tables: Mapping[tuple[str, str], PublishedTable
                 )
             elif where == _ROUTING_COLUMN:
                 yield from _unknown_shard(table, column)
+
+
+def _of_operations(config: Config, sink: Sink, tables: Sequence[PublishedTable]) -> Iterator[Finding]:
+    """Columns that the field operations name and no table of the sink has: passed over, and so not masked."""
+    if sink.transform is None or not tables:
+        return
+    names = {name for table in tables for name in table.published_columns}
+    flattened: list[str] = []
+    for operation in config.function(sink.transform).fields:
+        for column in (*operation.columns, *operation.names):
+            if column not in names and not column.startswith(tuple(flattened)):
+                near = nearest(column, sorted(names))
+                yield Finding(
+                    _NOT_OPERATED,
+                    f'no table of this sink has a column "{column}" by then, which {operation.kind} in '
+                    f"function {sink.transform} names{near}",
+                    "name a column that is there, or leave it out: it has no effect",
+                    "warning",
+                )
+        if operation.kind == "select":
+            names &= set(operation.columns)
+        if operation.kind == "rename":
+            names = (names - operation.names.keys()) | set(operation.names.values())
+        if operation.kind == "flatten":
+            flattened += [f"{column}_" for column in operation.columns]
+        names |= operation.values.keys()
 
 
 def _unknown_shard(table: PublishedTable, column: str) -> Iterator[Finding]:
@@ -115,9 +149,12 @@ async def _of_filters(
             yield result
 
 
-async def _of_enrichment(config: Config, database: Database, sink: Sink, server: str) -> list[Finding]:
+async def _of_enrichment(
+    query: Connection, config: Config, database: Database, sink: Sink, server: str, role: str
+) -> AsyncIterator[Finding]:
     if sink.enrichment is None:
-        return []
+        return
+    code = config.function(sink.enrichment).code or ""
     replica = sink.enrichment_from == "replica"
     expected = Expected(server, replica)
     enricher = Enricher(
@@ -125,7 +162,7 @@ async def _of_enrichment(config: Config, database: Database, sink: Sink, server:
         database.slot.name,
         lambda: expected,
         sink.enrichment,
-        config.function(sink.enrichment).code or "",
+        code,
         timeout_seconds=TIMEOUT_SECONDS,
         connections=1,
     )
@@ -133,15 +170,20 @@ async def _of_enrichment(config: Config, database: Database, sink: Sink, server:
         for table in sink.source.include_tables or ():
             await enricher.columns(table)
     except SpillwayError as error:
-        return [Finding(error.code, error.what, error.remedy)]
+        yield await _finding(query, error, code, role)
     finally:
         await enricher.close()
-    return []
+
+
+async def _finding(query: Connection, error: SpillwayError, code: str, role: str) -> Finding:
+    """With all the grants that the SQL lacks, where one is what it lacks."""
+    remedy = await missing_grants(query, code, role) if "permission denied" in error.what else ""
+    return Finding(error.code, error.what, remedy or error.remedy)
 
 
 async def _of_related_tables(query: Connection, published: Published, sink: Sink) -> list[Finding]:
     names = sorted({related.table for related in sink.related})
-    exist = {TableName(row["schema"], row["table"]) for row in await catalog.existing(query, names)}
+    exist = {TableName(row["schema"], row["table"]): row["oid"] for row in await catalog.existing(query, names)}
     by_name: dict[tuple[str, str], list[PublishedTable]] = {}
     for table in published.tables:
         by_name.setdefault(table.name, []).append(table)
@@ -149,11 +191,15 @@ async def _of_related_tables(query: Connection, published: Published, sink: Sink
     for related in sink.related:
         if related.table not in exist:
             found.append(Finding("table_missing", f"table {related.table} does not exist", "create it, or correct it"))
-        elif related.table not in by_name:
+            continue
+        tables = by_name.get(related.table)
+        if tables is None:
             if published.certain:
                 found.append(not_published(published, related.table))
-        else:
-            found += [f for table in by_name[related.table] for f in _unseen(related, table)]
+                continue
+            # init_sql will tell; what it has for the table is as good as known.
+            tables = await catalog.by_oid(query, [exist[related.table]])
+        found += [f for table in tables for f in _unseen(related, table)]
     return list(dict.fromkeys(found))
 
 
@@ -181,8 +227,9 @@ def _unseen(related: Related, table: PublishedTable) -> Iterator[Finding]:
             )
 
 
-async def _of_related_sql(database: Database, sink: Sink, server: str) -> list[Finding]:
-    found: list[Finding] = []
+async def _of_related_sql(
+    query: Connection, database: Database, sink: Sink, server: str, role: str
+) -> AsyncIterator[Finding]:
     for related in sink.related:
         sessions = Sessions(
             database.conninfo(),
@@ -200,10 +247,9 @@ async def _of_related_sql(database: Database, sink: Sink, server: str) -> list[F
         except _Enough:
             pass
         except SpillwayError as error:
-            found.append(Finding(error.code, error.what, error.remedy))
+            yield await _finding(query, error, related.sql, role)
         finally:
             await parents.close()
-    return found
 
 
 async def _enough(_table: tuple[str, str], _keys: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from spillway.errors import Finding
 from spillway.pgoutput.identity import concerns_inserts, unkeyable
 from spillway.pgoutput.relation import Column, Relation, TableInfo
 from spillway.source.catalog import PublishedTable
+from spillway.source.grants import grants
 from spillway.source.refusal import quoted
 
 
@@ -46,7 +47,7 @@ def table_findings(
 
 
 def named(sinks: Sequence[Sink]) -> list[TableName]:
-    """Every table that the sinks name."""
+    """Every table that the sinks name, except for related ones."""
     names = {name for sink in sinks for name in sink.source.include_tables or ()}
     return sorted(names | {table.name for sink in sinks for table in sink.tables})
 
@@ -127,13 +128,23 @@ def _of_table(published: Published, sink: Sink, table: PublishedTable, role: str
     if isinstance(sink.destination, Search) and published.update and "update" in sink.actions:
         yield from _toast(sink, table)
     if sink.destination.state and not table.readable:
-        yield Finding(
-            "select_missing",
-            f"table {_shown(table)} cannot be read: a dead letter of it cannot be retried with the row as it is now",
-            f"GRANT USAGE ON SCHEMA {quoted(table.schema)} TO {quoted(role)}; "
-            f"GRANT SELECT ON {quoted(table.schema, table.table)} TO {quoted(role)};",
-            "warning",
-        )
+        yield _unreadable(sink, table, role)
+
+
+def _unreadable(sink: Sink, table: PublishedTable, role: str) -> Finding:
+    """A warning where it may come to it, an error where it is certain to."""
+    needs = [
+        ("related: a document is read anew when something that it holds has changed", bool(sink.related)),
+        ("toast: reselect: a row whose large values did not come is read anew", sink.toast == "reselect"),
+        ("a backfill, and a dead letter that is retried with the row as it is now", True),
+    ]
+    said = "; ".join(what for what, needed in needs if needed)
+    return Finding(
+        "select_missing",
+        f"table {_shown(table)} cannot be read, which is needed for {said}",
+        grants([(table.schema, table.table)], role),
+        "error" if sink.related else "warning",
+    )
 
 
 def _keys(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
