@@ -257,13 +257,14 @@ async def test_gap_while_it_grows_and_until_it_is_acknowledged(world: World) -> 
         assert watch.look() == "caught_up"
 
 
-async def test_a_refused_table_is_said_beside_whatever_the_state_is(world: World) -> None:
+async def test_a_refused_table_is_a_gap_that_grows(world: World) -> None:
+    """What comes of it passes by."""
     script(world, "s", lambda _: OK)
     async with world.running() as engine:
         watch = Watch(engine)
         finding = Finding("no_primary_key", "table public.x has no primary key", "ALTER TABLE x ...")
         engine.capture._router.refused["s", "public", "x"] = finding
-        assert watch.look() == "idle"
+        assert watch.look() == "gap"
         assert watch.health.reason == "table public.x has no primary key"
         assert watch.health.remedy == "ALTER TABLE x ..."
 

@@ -26,7 +26,7 @@ from spillway.flow.shaping import Shaping
 from spillway.flow.window import encoded_cost
 from spillway.sinks.base import Result, Sink
 from spillway.store.base import Select, SinkState, Write
-from spillway.store.compact import KEY_BYTES, Compaction
+from spillway.store.compact import KEY_BYTES, Compaction, parts_for
 
 SPILL_AGE_SECONDS = 0.25
 CLOSE_SECONDS = 5.0
@@ -288,10 +288,14 @@ class Delivery(Settling):
         try:
             size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 4)
             async with self._budget.lent(size_bytes):
-                work = Compaction(max(1, size_bytes // KEY_BYTES), self.spec.partial_images)
+                most_keys = max(1, size_bytes // KEY_BYTES)
+                parts = parts_for(self._compacted_to[0], most_keys)
+                work = Compaction(most_keys, self.spec.partial_images, parts)
                 while not work.done and not self._stopping:
-                    spare = frozenset(self.window.flying_rows())
-                    count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
+                    # Heads of lanes that are being read meanwhile may be gone, and are read again.
+                    with contextlib.nullcontext() if work.below else self._removing():
+                        spare = frozenset(self.window.flying_rows())
+                        count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
                     removed += count
                     self.compacted += count
                     self._metrics.compacted(self.name, count)
@@ -396,8 +400,11 @@ class Delivery(Settling):
         return [m for m, r in zip(heads, each(answer, heads), strict=True) if r.outcome == "ok"]
 
     async def _try_newest(self) -> None:
-        """While the stream is down to single probes: the newest message, whose kind may be mended already."""
+        """While the stream is down to single probes: the newest message, whose kind may be mended already. Not beside a
+        page that is being read: it may bring an older one of that key, whose row compaction has removed since."""
         try:
+            if self._reading:
+                return
             turns = self._turns
             left = min(self._share.available_bytes(), READ_BYTES)
             if left < 2 * STORED_OVERHEAD_BYTES or not self._share.try_take(left):
@@ -408,6 +415,8 @@ class Delivery(Settling):
                     message = await asyncio.wrap_future(self._store.ask(self._store.newest, self.name, most))
                     being_parked = self._diverted.union(parked)
                 if message is None or turns != self._turns or self._puts or not self.window.free([message]):
+                    return
+                if self._reading:
                     return
                 if not being_parked.isdisjoint(message.keys):
                     return  # an earlier message of its key was still on its way to the lane while this was looked for

@@ -64,6 +64,8 @@ class Health:
             state = "stalled" if state in ("idle", "caught_up", "behind") else state
             self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")
             self.remedy = self.remedy or "mend what keeps the slot from being read"
+        if self.refused and state in ("idle", "caught_up", "behind"):
+            state = "gap"  # what comes of these tables passes by; on record once it is mended
         if beside := [*self.refused, *self.owed]:
             self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in beside)]))
             self.remedy = "; ".join(dict.fromkeys(filter(None, [self.remedy, *(f.remedy for f in beside)])))
