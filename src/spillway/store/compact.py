@@ -17,7 +17,7 @@ what is newer than they are supersedes nothing that is older. In lanes that have
 was revived (its row number says nothing of its age), nothing is superseded.
 
 **Bounded.** At most ``most_keys`` keys are remembered. If there are more, the pass begins again with the keys in two
-parts, by their hashes, one part after the other; and so on.
+parts, by their hashes, one part after the other; and so on, up to `MOST_PARTS`.
 
 **Space.** A span of which all is gone is removed. One that has lost more than half of its bytes or messages is written
 anew with what is left; its column ``kept`` says which numbers that has. So each message is written again once or twice
@@ -27,8 +27,11 @@ at most, on average.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import and_
 from typing import Final, cast
 
 from spillway.change import ACTIONS
@@ -36,10 +39,10 @@ from spillway.chunk import (
     ACTION,
     FLAGS,
     HASH,
-    LOW,
     PLACE_BITS,
     TOO_LARGE,
     WHOLE,
+    WORD_BYTES,
     Keying,
     Span,
 )
@@ -63,6 +66,8 @@ SPANS_AT_ONCE: Final = 64
 STEP_MESSAGES: Final = 40_000
 LAST: Final = (1 << 63) - 1
 KEY_BYTES: Final = 200  # of memory, for each key that is remembered
+ENTRY_BYTES: Final = 140  # of these, beside its text
+MOST_PARTS: Final = 256  # by a byte of the hash
 RECORD_BYTES: Final = 100  # of a message in a span, beside its body
 PARKED_AT_ONCE: Final = 20_000  # keys whose lanes are looked at in one step
 
@@ -74,6 +79,8 @@ _OF_ROWS = f"w.keying IN ({Keying.STATE}, {Keying.EVENTS})"
 _IMAGES = bytes([int(flags & (WHOLE | TOO_LARGE) == WHOLE) for flags in range(256)])
 _PARTIAL_IMAGES = bytes([int(not flags & TOO_LARGE) for flags in range(256)])
 _ONE = ord("1")
+_NOT = bytes([1, 0]) + bytes(254)
+_HASH_BYTE = HASH * WORD_BYTES + (0 if sys.byteorder == "little" else WORD_BYTES - 1)  # the lowest
 
 SELECT_BEFORE = f"""
     SELECT json_group_array(json_array({SPAN_COLUMNS})) FROM (
@@ -99,9 +106,9 @@ UPDATE_KEPT = "UPDATE span SET messages = messages_left, bytes = bytes_left, don
 class Compaction:
     """One pass. ``partial_images``: an update without its TOAST columns is a whole row, too (it is read anew)."""
 
-    most_keys: int
+    most_keys: int  # of usual length; a longer one counts for several
     partial_images: bool
-    parts: int = 1
+    parts: int = 1  # a power of two
     part: int = 0
     below: int = LAST  # spans below this are still to be looked at; 0: all have been
     lane: str | None = None  # behind this key lanes are still to be looked at; None: not there yet
@@ -109,6 +116,12 @@ class Compaction:
     done: bool = False
     reads: int = 0  # rows of backfills that were removed
     newest: dict[bytes, int] = field(default_factory=dict)  # by key: the row of its newest image
+    text_bytes: int = 0  # of the keys in it
+
+    @property
+    def is_crowded(self) -> bool:
+        """More is remembered than may be."""
+        return len(self.newest) * ENTRY_BYTES + self.text_bytes > self.most_keys * KEY_BYTES
 
     def begin_again(self) -> None:
         self.parts *= 2
@@ -120,10 +133,23 @@ class Compaction:
         else:
             self.done = True
 
+    def forget(self, keys: Iterable[bytes] | None = None) -> None:
+        """The images of these keys, or all."""
+        if keys is None:
+            self.newest.clear()
+            self.text_bytes = 0
+        else:
+            self.text_bytes -= sum([len(key) for key in keys if self.newest.pop(key, None) is not None])
+
     def _from_the_end(self, part: int) -> None:
         self.part = part
         self.below, self.lane, self.to_compare = LAST, None, None
-        self.newest.clear()
+        self.forget()
+
+
+def parts_for(keys: int, most_keys: int) -> int:
+    """In how many parts to begin with so many keys."""
+    return min(MOST_PARTS, 1 << (max(0, keys - 1) // max(1, most_keys)).bit_length())
 
 
 class Compacting(Transaction):
@@ -150,8 +176,11 @@ class Compacting(Transaction):
                 bits = _superseded(row, blobs, work, spare.get(row.id, 0))
                 if bits:
                     taken.append(Taken(row, row.done, bits))
-            if len(work.newest) > work.most_keys:
-                work.begin_again()
+            if work.is_crowded:
+                if work.parts == MOST_PARTS:  # so many keys cannot be known at once; the oldest keep what they have
+                    work.below = 0
+                else:
+                    work.begin_again()
                 break
         else:
             if len(found) < SPANS_AT_ONCE:
@@ -203,17 +232,20 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
     chunk = span.chunk
     actions = chunk.byte_column(ACTION)
     if _TRUNCATE in actions:
-        work.newest.clear()
+        work.forget()
         return 0
     if span.keying not in (Keying.STATE, Keying.EVENTS):  # from when the sink was another: no order of rows
         return 0
     width = 2 + 2 * chunk.groups
     texts = keys_blob.split(b"\0")[:-1]  # the last one is ended, too
     keys, others = texts[::width], texts[1::width]
-    moves = span.keying == Keying.EVENTS and any(others)
+    if span.keying != Keying.EVENTS or not any(others):
+        others = []
     images = chunk.byte_column(FLAGS).translate(_PARTIAL_IMAGES if work.partial_images else _IMAGES)
-    plain = images.count(1) == len(images) and not moves and work.parts == 1 and all(keys)
-    bits = _of_images(row, span, keys, work) if plain else _of_any(row, span, (keys, others, images), moves, work)
+    if images.count(1) == len(images) and not others and all(keys):
+        bits = _of_images(row, span, keys, work)
+    else:
+        bits = _of_any(row, span, (keys, others, images), work)
     bits &= ~spare
     if bits and _READ in actions:
         work.reads += _reads(actions, row.places(bits))
@@ -222,52 +254,52 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
 
 def _of_images(row: SpanRow, span: Span, keys: list[bytes], work: Compaction) -> int:
     """Where every message is an image: nothing is done message by message, but for those that are the newest."""
-    newest = work.newest
     numbers: Sequence[int] = span.numbers or range(span.size)
-    if span.left == span.size:
+    chosen = _chosen(span, work)
+    if chosen is None:
+        mine = row.kept & ~row.done
         last = dict(zip(keys, numbers, strict=True))
     else:
-        gone = span.resolved
-        last = {key: number for key, number, is_gone in zip(keys, numbers, gone, strict=True) if not is_gone}
-    fresh = last.keys() - newest.keys()
+        numbers = list(compress(numbers, chosen))
+        mine = _bits(numbers)
+        last = dict(zip(compress(keys, chosen), numbers, strict=True))
+    fresh = last.keys() - work.newest.keys()
     base = row.id << PLACE_BITS
-    newest.update({key: base | last[key] for key in fresh})
-    return row.kept & ~row.done & ~_bits([last[key] for key in fresh])
+    work.newest.update({key: base | last[key] for key in fresh})
+    work.text_bytes += sum(map(len, fresh))
+    return mine & ~_bits([last[key] for key in fresh])
 
 
-def _of_any(
-    row: SpanRow, span: Span, columns: tuple[list[bytes], list[bytes], bytes], moves: bool, work: Compaction
-) -> int:
+def _of_any(row: SpanRow, span: Span, columns: tuple[list[bytes], list[bytes], bytes], work: Compaction) -> int:
     keys, others, images = columns
     actions = span.chunk.byte_column(ACTION)
     newest = work.newest
+    chosen = _chosen(span, work)
     base, numbers = row.id << PLACE_BITS, span.numbers or range(span.size)
     found: list[int] = []
-    for place in _to_look_at(span, others if moves else None, work):
+    for place in range(span.size - 1, -1, -1):
         key = keys[place]
-        if not key:
+        if others and others[place] and not span.resolved[place]:  # it belongs to all parts
+            work.forget((key, others[place]))
+        elif not key or (chosen is not None and not chosen[place]):
             continue
-        if moves and others[place]:
-            newest.pop(key, None)
-            newest.pop(others[place], None)
         elif key in newest:
             found.append(numbers[place])
         elif images[place] or actions[place] == _DELETE:
             newest[key] = base | numbers[place]
+            work.text_bytes += len(key)
     return _bits(found)
 
 
-def _to_look_at(span: Span, others: list[bytes] | None, work: Compaction) -> Iterable[int]:
-    """The places of what is left and belongs to this part, the last first. What moves a row belongs to all parts."""
-    places: Iterable[int] = range(span.size - 1, -1, -1)
-    if span.left < span.size:
-        gone = span.resolved
-        places = [place for place in places if not gone[place]]
-    if work.parts > 1:
-        words = span.column(HASH, 0, span.size)
-        parts, part = work.parts, work.part
-        places = [p for p in places if (words[p] & LOW) % parts == part or (others is not None and others[p])]
-    return places
+def _chosen(span: Span, work: Compaction) -> bytes | None:
+    """By place: whether it is left and of this part; None: all are."""
+    left = bytes(span.resolved.translate(_NOT)) if span.left < span.size else None
+    if work.parts == 1:
+        return left
+    mask = work.parts - 1
+    its_part = bytes([byte & mask == work.part for byte in range(256)])
+    part = span.byte_column(_HASH_BYTE, 0, span.size).translate(its_part)
+    return part if left is None else bytes(map(and_, part, left))
 
 
 def _bits(numbers: Sequence[int]) -> int:
