@@ -46,6 +46,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Final, overload
 from zlib import crc32
@@ -461,6 +462,11 @@ class Span:
 _EMPTY = Chunk(0, b"", b"", b"", ())
 
 
+# What stands behind the record of such an update, and of a delete.
+_UPDATED: Final = b',"changes":{},"action":"update"'
+_DELETED: Final = b',"changes":null,"action":"delete"'
+
+
 class Message:
     """One change as one sink gets it: the message at ``place`` of its span."""
 
@@ -525,6 +531,18 @@ class Message:
         change = self.change
         body = BODY_START + record + change.body[RECORD_START + change.record_bytes :]
         return self.with_body(body, len(record), whole=True)
+
+    def as_delete(self) -> Message:
+        """In place of an update that came without its TOAST columns: the delete of its row; where the update moves a
+        row by itself, of the row under its old key."""
+        change, keying = self.change, self.span.keying
+        tail = change.body[RECORD_START + change.record_bytes :]
+        if tail.startswith(_UPDATED):
+            tail = _DELETED + tail[len(_UPDATED) :]
+        body = BODY_START + change.record + tail
+        key = change.was if change.was is not None and keying != Keying.STATE else change.key
+        delete = replace(change, action="delete", key=key, was=None, body=body, whole=True)
+        return Message(Span(chunk_of([delete]), keying), 0)
 
 
 def reshaped(messages: Sequence[Message], bodies: Sequence[bytes], routes: Sequence[Route | None] | None) -> Batch:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from source.conftest import MANY, SourceDatabase
+from spillway.pgoutput.conditions import Condition
 from spillway.source.enrich import Enricher
 from spillway.source.origin import Expected
 from spillway.source.reading import Fetched
@@ -43,9 +44,9 @@ async def enriching(
 
 
 @asynccontextmanager
-async def reselecting(source: SourceDatabase) -> AsyncIterator[Reselect]:
+async def reselecting(source: SourceDatabase, *conditions: Condition) -> AsyncIterator[Reselect]:
     server = await expected(source)
-    reselect = Reselect(source.dsn, "s", "p", lambda: server)
+    reselect = Reselect(source.dsn, "s", "p", lambda: server, conditions)
     try:
         yield reselect
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pgoutput.given import If
 from source.conftest import MANY, SourceDatabase
 from source.enriching import NOTHING, T, reselected, reselecting
 from source.paging import new_decoder, streamed
@@ -96,6 +97,29 @@ async def test_what_an_update_did_not_bring(source: SourceDatabase) -> None:
         assert (await reselected(reselect, updated.pks, credit_bytes=few.sizes[0])).records == rows.records
         await source.execute("DELETE FROM public.t")
         assert (await reselected(reselect, updated.pks)).missing == {0}
+
+
+async def test_what_the_filters_leave_out(source: SourceDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spillway.source.bykeys.LOOK_SECONDS", 0.0)
+    await source.execute(
+        "CREATE TABLE public.t (data jsonb, id int PRIMARY KEY, n int)",
+        """INSERT INTO public.t VALUES ('{"kind": "a"}', 1, 1), ('{"kind": "b"}', 2, 1), (NULL, 3, 1)""",
+        """INSERT INTO public.t VALUES ('{"kind": "a"}', 4, NULL)""",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    conditions = (
+        If("data", "eq", "a", ("kind",), T),
+        If("n", "eq", 1, table=T),
+        If("x", "eq", 1, table=("public", "x")),
+    )
+    async with reselecting(source, *conditions) as reselect:
+        keys = [(key,) for key in "123415"]
+        for _ in range(2):
+            rows = await reselected(reselect, *keys)
+            assert (rows.records.keys(), rows.left, rows.missing) == ({0, 4}, {1, 2, 3}, {5})
+        await source.execute("ALTER TABLE public.t ALTER n TYPE text", "ALTER TABLE public.t ADD m int")
+        with pytest.raises(SpillwayError, match="does not fit"):
+            await reselected(reselect, *keys)
 
 
 async def test_what_the_publication_leaves_out(source: SourceDatabase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from store_support import StillClock
 
 from spillway.change import ACTIONS, make_key
-from spillway.chunk import WHOLE, Batch, ChunkBuilder, Keying, Message, Span
+from spillway.chunk import MOVED, WHOLE, Batch, ChunkBuilder, Keying, Message, Span
 from spillway.errors import SourceUnavailable
 from spillway.flow.attempt import BLOCKED, Answer
 from spillway.flow.budget import SHAPING_EIGHTHS, Budget
@@ -539,3 +539,41 @@ def test_a_row_that_is_read_anew_and_enriched_has_credit_for_both() -> None:
     assert shape(a_batch("1", not_whole=("1",)), steps, sent) is OK
     assert len(sent.bodies) == 1
     assert len(sent.bodies[0]) > 80_000
+
+
+def test_a_row_read_anew_that_the_filters_leave_out_is_deleted() -> None:
+    """One that is gone as well, if its update would have moved it: its own delete is of the new key."""
+
+    class Filtered(Reread):
+        async def fetch(self, table, keys, seen, credit_bytes, row_bytes):  # type: ignore[no-untyped-def]
+            return Rows({0: b'{"id":"1","big":"x"}'}, {}, {2, 4}, 0, 0.0, 1, left={1, 3})
+
+    def fetched(keying: int) -> list[tuple[str, str | None, str | None]]:
+        builder = ChunkBuilder()
+        for at, key in enumerate("12345"):
+            was = make_key("public", "t", (f"{key} before",)).encode() if key in "45" else b""
+            body = b'{"record":{"id":"%b"},"changes":{},"action":"update","metadata":{"x":1' % key.encode()
+            builder.add(
+                ("public", "t"), ACTIONS.index("update"), 100, at, NOW, body, len(b'{"id":"1"}'),
+                [make_key("public", "t", (key,)).encode(), was], flags=MOVED if was else 0, xid=700,
+            )  # fmt: skip
+        span = Span(builder.take(), keying)
+        sent: list[tuple[str, str | None, str | None]] = []
+
+        async def send(batch: Batch) -> Answer:
+            for message in batch:
+                change = message.change
+                assert change.whole
+                assert orjson.loads(change.body + b"}}")["action"] == change.action
+                sent.append((change.action, change.key, change.was))
+            return OK
+
+        shaping, _ = a_shaping(Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Filtered({})))
+        assert asyncio.run(shaping(Batch([(span, 0, len(span))]), send)) is OK
+        return sent
+
+    row = ("update", "public.t:1", None)
+    left = ("delete", "public.t:2", None)
+    assert fetched(Keying.STATE) == [row, left, ("delete", "public.t:4", None)]
+    before = [("delete", f"public.t:{key} before", None) for key in "45"]
+    assert fetched(Keying.EVENTS) == [row, left, *before]

@@ -103,6 +103,7 @@ def new_shaping(
             slot,
             database.publication.name,
             lambda: Expected(system_id()),
+            sink.filters,
             timeout_seconds=timeout_seconds,
         )
     if sink.enrichment is not None:

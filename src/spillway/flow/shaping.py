@@ -4,7 +4,8 @@ A batch is shaped right before it is sent, once per attempt, and what comes of i
 again. In this order:
 
 1. *Reselect*: an update that came without its TOAST columns gets the row as it is now. A row that is gone leaves
-   nothing to send: its delete follows in the stream.
+   nothing to send: its delete follows in the stream. Of a row that the sink's filters leave out, which the stream
+   could not tell, there is the delete to send. Only sinks that keep rows reselect.
 2. *Timestamps* as numbers, where the sink wants them so.
 3. *Enrichment*: one query per table and part of a batch, by primary keys; its row becomes ``metadata.enrichment``, and
    of a sink that keeps rows also part of the row. A snapshot that does not see the change is waited out by whoever
@@ -36,7 +37,7 @@ from typing import Protocol
 import orjson
 
 from spillway.change import RECORD_START
-from spillway.chunk import LARGE, LSN, TIME, Batch, Message, Piece, Route, reshaped
+from spillway.chunk import LARGE, LSN, TIME, Batch, Keying, Message, Piece, Route, reshaped
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
@@ -422,8 +423,13 @@ class Shaping:
         for at, record in rows.records.items():
             part.messages[places[at]] = part.messages[places[at]].with_record(record)
             part.reread[places[at]] = rows.kept_bytes // len(rows.records)
-        for at in rows.missing:  # its delete follows in the stream
-            part.decide(places[at], OK)
+        for at in rows.missing | rows.left:
+            place, message = places[at], part.messages[places[at]]
+            moves = message.change.was is not None and message.span.keying != Keying.STATE
+            if at in rows.left or moves:
+                part.messages[place] = message.as_delete()
+            else:  # if it is gone, its delete follows in the stream
+                part.decide(place, OK)
         part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
 
     async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: _Credit) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 
 from psycopg.pq.abc import PGresult
 
+from spillway.pgoutput.filters import admits
 from spillway.pgoutput.scalars import text, to_text
 from spillway.source.sessions import Session
 from spillway.source.snapshot import Seen
@@ -31,6 +32,7 @@ class Fetched:
     rows: dict[int, dict[str, bytes]] = field(default_factory=dict)  # column -> JSON
     sizes: dict[int, int] = field(default_factory=dict)  # of rows that the credit did not allow for: what they need
     several: set[int] = field(default_factory=set)  # keys with more than one row
+    left: set[int] = field(default_factory=set)  # keys whose row does not pass the question's checks
     kept_bytes: int = 0  # of credit that the rows have taken
     seconds: float = 0.0  # that the server was at work on the question
     queries: int = 0  # how often it was asked
@@ -77,8 +79,9 @@ class Reading:
         if places is None or len(key) < len(key_values):
             return
         fetched = self.fetched
-        if places[0] in fetched.rows or places[0] in fetched.sizes or places[0] in fetched.several:
+        if any(places[0] in known for known in (fetched.rows, fetched.sizes, fetched.several, fetched.left)):
             for place in places:
+                fetched.left.discard(place)
                 fetched.rows.pop(place, None)
                 fetched.sizes.pop(place, None)
                 fetched.several.add(place)
@@ -86,6 +89,9 @@ class Reading:
         needed_bytes = int(cost)
         if values[COVERED] == b"t":
             self._session.largest_row_bytes = max(self._session.largest_row_bytes, needed_bytes)
+            if not admits(self._prepared.question.checks, values[FIRST:]):
+                fetched.left.update(places)
+                return
             if needed_bytes > _LARGE_BYTES:
                 needed_bytes = max(needed_bytes, self._needed(values))
             if self._fits(needed_bytes, len(places)):

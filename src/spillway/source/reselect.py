@@ -4,18 +4,22 @@ What is asked for has the shape of a page (`spillway.source.shape`): the publish
 generated ones where the publication has them, only rows that its filter lets through. A row that is filtered is
 missing, as one that was deleted is. Of partitions that are published by themselves each is asked for its own rows.
 
+A sink's conditions are asked of the row that was read: the stream could not tell them of a value that it did not have.
+
 Freshness, memory and errors are those of `spillway.source.bykeys`; row security that would hide a row is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import orjson
 
-from spillway.errors import SpillwayError
+from spillway.errors import Finding, SpillwayError
+from spillway.pgoutput.conditions import Condition, compiled
+from spillway.pgoutput.filters import Check
 from spillway.source import catalog
 from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys
 from spillway.source.connect import Connection
@@ -42,6 +46,7 @@ class Rows:
     kept_bytes: int  # of credit that the records have taken
     seconds: float
     queries: int
+    left: set[int] = field(default_factory=set)  # of rows that do not meet the conditions
 
 
 class Reselect:
@@ -54,12 +59,14 @@ class Reselect:
         slot: str,
         publication: str,
         expected: Callable[[], Expected],
+        conditions: Sequence[Condition] = (),
         *,
         timeout_seconds: float = 15.0,
         connections: int = 2,
         visible_seconds: float = VISIBLE_SECONDS,
     ) -> None:
         self._publication = publication
+        self._conditions = conditions
         sessions = Sessions(
             conninfo,
             slot,
@@ -80,7 +87,7 @@ class Reselect:
         what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
         times as much besides. Raises BatchFailed,
         SourceUnavailable (``not_visible``, ``reselect_timeout``, ...), SpillwayError ``reselect_failed``,
-        ``not_published``, ``no_primary_key``, ``reselect_columns``."""
+        ``not_published``, ``no_primary_key``, ``reselect_columns``, or what is wrong with the conditions."""
         fetched = await self._by_keys.fetch(table, keys, seen, credit_bytes, row_bytes)
         if fetched.several:
             raise BatchFailed(
@@ -96,9 +103,9 @@ class Reselect:
                 made[key] = _record(fetched.rows[place])
             fetched.rows[place].clear()
             records[place] = made[key]
-        found = records.keys() | fetched.sizes.keys()
+        found = records.keys() | fetched.sizes.keys() | fetched.left
         missing = {place for place in range(len(keys)) if place not in found}
-        return Rows(records, fetched.sizes, missing, fetched.kept_bytes, fetched.seconds, fetched.queries)
+        return Rows(records, fetched.sizes, missing, fetched.kept_bytes, fetched.seconds, fetched.queries, fetched.left)
 
     async def close(self) -> None:
         await self._by_keys.close()
@@ -111,7 +118,16 @@ class Reselect:
         key = tuple(column.name for column in first.in_column_order)
         selects = [_select(connection, one, names, key) for one in shapes]
         parameters = tuple(Parameter(place, _TEXT_ARRAY_OID, ",") for place in range(len(key)))
-        return Question(" UNION ALL ".join(selects), key, parameters)
+        return Question(" UNION ALL ".join(selects), key, parameters, await self._checks(connection, first, table))
+
+    async def _checks(self, connection: Connection, shape: Shape, table: tuple[str, str]) -> tuple[Check, ...]:
+        conditions = [condition for condition in self._conditions if condition.table == table]
+        if not conditions:
+            return ()
+        checks = compiled(shape.relation, await catalog.describe(connection, shape.relation), conditions)
+        if isinstance(checks, Finding):
+            raise SpillwayError.of(checks)
+        return checks
 
     async def _shape(self, connection: Connection, schema: str, table: str) -> Shape | None:
         """None: the publication does not have it by itself."""

@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from spillway.pgoutput.filters import Check
 from spillway.pgoutput.scalars import Renderer
 
 # What a value costs beside its bytes: an object and its place in a dict; and a row. The server does not know how long a
@@ -61,6 +62,7 @@ class Question:
     sql: str
     key: tuple[str, ...]  # the columns of the result that say whose row it is, in the order of a key's values
     parameters: tuple[Parameter, ...]  # $1, $2, ...
+    checks: tuple[Check, ...] = field(default=(), compare=False)  # of the result's columns: what rows must pass
 
     def literals(self, keys: Sequence[tuple[str, ...]]) -> list[bytes | None]:
         return [array([key[p.place] for key in keys], p.delimiter) for p in self.parameters]
