@@ -233,6 +233,14 @@ def test_what_is_shown_cannot_drive_a_terminal() -> None:
     ]
 
 
+def test_that_messages_are_made_up_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["functions", "test", "wanted", "--sink", "hooked", "-c", str(config)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the messages are made up, with columns of no table, since ")
+    assert line.endswith("try it with rows: --from-table TABLE")
+
+
 def test_the_list(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["functions", "list", "-c", str(config), "--json"])

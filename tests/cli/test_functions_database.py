@@ -101,6 +101,22 @@ def test_rows_as_the_stream_would_send_them(write: Write, capsys: pytest.Capture
     assert found[0]["out"][0]["body"] == message["record"]
 
 
+def test_by_default_it_is_tried_with_what_is_in_its_sinks_table(
+    write: Write, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    titles = function("titles", "transform", "return record['title']")
+    arguments = ("functions", "test", "titles", "-c", str(write(titles, transform="titles")))
+    status, found = answer(capsys, *arguments, "--limit", "2")
+    assert (status, [one["out"][0]["body"] for one in found]) == (0, ["job 5", "job 4"])
+    execute(database, "DELETE FROM jobs")
+    status, found = answer(capsys, *arguments)
+    assert [one["in"]["action"] for one in found] == ["insert", "update", "delete"]
+    assert found[0]["in"]["record"] == {
+        "id": 1, "company_id": 1, "title": "example", "pay": 1.5, "at": "2026-01-02T03:04:05.000000Z",
+    }  # fmt: skip
+    assert (status, found[0]["out"][0]["body"]) == (0, "example")
+
+
 def test_an_enrichment_is_asked_about_rows(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(JOINED, enrichment="joined")
     status, found = answer(capsys, "functions", "test", "joined", "-c", str(file), "--limit", "3")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spillway.cli import UsageError, messages, options, output
+from spillway.errors import SpillwayError
 
 if TYPE_CHECKING:
     from spillway.cli.trial import Row, Trial
@@ -74,8 +75,8 @@ def test(
 ) -> None:
     """Print what goes in and what comes out. Nothing is sent, nothing is kept.
 
-    Without --from-table and --message: an insert, an update and a delete that are made up; for an enrichment, rows of
-    its sink's table. The status is 1 if the function fails for one of the messages.
+    Without --from-table and --message: the last rows of its sink's table, or an insert, an update and a delete that are
+    made up, where there is no row or no database. The status is 1 if the function fails for one of the messages.
     """
     import asyncio  # noqa: PLC0415 - heavy, as what follows
 
@@ -114,9 +115,25 @@ async def _tried(
     elif function.type == "enrichment":
         raise UsageError(f"no sink uses {function.name}", "say whose rows it is for with --from-table")
     else:
-        example = str(own[0]) if own else "public.example"
-        rows = trial.of_messages(messages.made_up(example, trial.suffix_of(sink)))
+        rows = await _of_sink(config, function, sink, limit)
     return await trial.tried(config, function, sink, rows)
+
+
+async def _of_sink(config: Config, function: Function, sink: Sink, limit: int) -> Sequence[Row]:
+    """Of its table, if there is one that can be asked."""
+    from spillway.cli import trial  # noqa: PLC0415 - heavy
+
+    own = sink.source.include_tables or ()
+    why = "its sink names no table"
+    if own:
+        try:
+            return await trial.of_sink(config, function, sink, own[0], limit)
+        except SpillwayError as error:
+            why = f"{own[0]} cannot be read: {error.what}"
+    output.note(
+        f"the messages are made up, with columns of no table, since {why}; try it with rows: --from-table TABLE"
+    )
+    return trial.of_messages(messages.made_up(str(own[0]) if own else "public.example", trial.suffix_of(sink)))
 
 
 def _function(config: Config, name: str) -> Function:

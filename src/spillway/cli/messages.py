@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from spillway.change import ACTIONS
@@ -79,16 +79,25 @@ def _message(value: object, where: str) -> bytes:
     return compact({"changes": None, "metadata": {}, **value}).encode()
 
 
-def made_up(table: str, suffix: bytes) -> list[bytes]:
-    """An insert, an update and a delete of a table that looks like many. ``suffix``: of the sink, see
+_LIKE_MANY: dict[str, object] = {
+    "id": 1,
+    "name": "Example",
+    "email": "example@example.com",
+    "inserted_at": "2026-01-02T03:04:05.000000Z",
+}
+
+
+def made_up(table: str, suffix: bytes, record: Mapping[str, object] | None = None) -> list[bytes]:
+    """An insert, an update and a delete of a row; None: of a table that looks like many. ``suffix``: of the sink, see
     `spillway.change`."""
     schema, _, name = table.rpartition(".")
-    row = {"id": 1, "name": "Example", "email": "example@example.com", "inserted_at": "2026-01-02T03:04:05.000000Z"}
-    key = {"id": 1, "name": None, "email": None, "inserted_at": None}
+    row = _LIKE_MANY if record is None else record
+    first, *others = row
+    changed = {"name": "Before"} if record is None else dict.fromkeys(others[:1])
     changes = (
         ("insert", row, None),
-        ("update", row, {"name": "Before"}),
-        ("delete", key, None),
+        ("update", row, changed),
+        ("delete", {**dict.fromkeys(row), first: row[first]}, None),
     )
     return [
         _body(action, record, old, schema or "public", name, index) + suffix

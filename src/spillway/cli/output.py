@@ -22,6 +22,11 @@ def emit(text: str) -> None:
     print(text)
 
 
+def note(text: str) -> None:
+    """Beside what is asked for."""
+    print(printable(text), file=sys.stderr)
+
+
 def emit_json(value: object) -> None:
     emit(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from spillway.cli.messages import made_up
 from spillway.config import Blackhole, Config, Database, Function, Sink, TableName
 from spillway.engine.shaping import new_budget, new_functions
 from spillway.errors import Finding, SpillwayError
@@ -20,7 +21,7 @@ from spillway.sinks.routing import checked
 from spillway.source.connect import querying
 from spillway.source.enrich import BatchFailed, Enricher
 from spillway.source.origin import Expected, system_id
-from spillway.source.sample import sample
+from spillway.source.sample import made_up_row, sample
 from spillway.source.snapshot import Seen
 
 CREDIT_BYTES = 64 << 20  # what enrichment may fetch at a time
@@ -97,6 +98,17 @@ async def of_table(config: Config, function: Function, sink: Sink, table: TableN
         else replace(row, message=change.body + b',"enrichment":' + one + after)
         for row, change, one in zip(rows, changes, found, strict=True)
     ]
+
+
+async def of_sink(config: Config, function: Function, sink: Sink, table: TableName, limit: int) -> list[Row]:
+    """The last rows of the table; where it has none, a row that is made up of its columns."""
+    rows = await of_table(config, function, sink, table, limit)
+    if rows or function.type == "enrichment":
+        return rows
+    database = config.database(sink.database)
+    async with querying(database.conninfo(), database.slot.name) as query:
+        record = await made_up_row(query, database.publication.name, table)
+    return of_messages(made_up(str(table), suffix_of(sink), record))
 
 
 async def tried(config: Config, function: Function, sink: Sink, rows: Sequence[Row]) -> list[Trial]:

@@ -8,6 +8,8 @@ publication shows, where it shows the table.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Final
 
 import psycopg
 from psycopg import sql
@@ -50,6 +52,31 @@ async def sample(
     assert stop is None
     chunk = decoder.take()
     return [chunk.change(index) for index in range(len(frames))]
+
+
+async def made_up_row(query: Connection, publication: str, table: TableName) -> dict[str, object]:
+    """A row as the table may have one, for when it has none: its published columns, the primary key first."""
+    relation, _ = await relation_of(query, publication, table)
+    kinds = await catalog.column_types(query, relation.oid)
+    columns = sorted(relation.columns, key=lambda column: not column.in_identity)
+    return {column.name: _example(kinds.get(column.name, "text")) for column in columns}
+
+
+_EXAMPLES: Final[Mapping[str, object]] = {
+    **dict.fromkeys(("smallint", "integer", "bigint"), 1),
+    **dict.fromkeys(("numeric", "real", "double precision"), 1.5),
+    "boolean": True,
+    "json": {},
+    "jsonb": {},
+    "uuid": "00000000-0000-4000-8000-000000000001",
+    "date": "2026-01-02",
+    "timestamp without time zone": "2026-01-02T03:04:05.000000Z",
+    "timestamp with time zone": "2026-01-02T03:04:05.000000Z",
+}
+
+
+def _example(kind: str) -> object:
+    return _EXAMPLES.get(kind.partition("(")[0], "example")
 
 
 async def relation_of(query: Connection, publication: str, table: TableName) -> tuple[Relation, bytes]:
