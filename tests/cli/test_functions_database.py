@@ -337,6 +337,21 @@ def test_field_operations_on_columns_that_are_not_there(write: Write, capsys: py
     ] * 3
 
 
+def test_a_filter_on_a_large_value(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    execute(database, "ALTER TABLE jobs ALTER title SET STORAGE EXTERNAL")
+    filters = [{"column": "title", "operator": "like", "value": "j%"}]
+    file = write(filters=filters, toast="omit")
+    assert findings(capsys, file) == []
+    execute(database, "UPDATE jobs SET title = 'job ' || repeat('x', 9000)")
+    assert findings(capsys, write(filters=filters, toast="reselect")) == []
+    told = [one for one in findings(capsys, write(filters=filters, toast="omit")) if one["code"] != "toast"]
+    assert [(one["code"], one["severity"]) for one in told] == [("filter_not_told", "warning")]
+    alter, _, other = told[0]["remedy"].partition(" or ")
+    assert other == "toast: reselect for this sink"
+    execute(database, alter)
+    assert findings(capsys, write(filters=filters, toast="omit")) == []
+
+
 def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = findings(capsys, write(filters=[{"column": "titel", "operator": "eq", "value": "x"}]))
     assert found["code"] == "filter_column_missing"

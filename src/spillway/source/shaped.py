@@ -10,7 +10,7 @@ still shows it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from spillway.config import Config, Database, Related, Search, Sink, TableName
@@ -34,7 +34,8 @@ from spillway.source.tables import Published, not_published, rows_of
 TIMEOUT_SECONDS = 15.0  # of one statement of the check
 _ROUTING_COLUMN = "routing_column"
 _NOT_OPERATED = "field_column_missing"
-_BESIDE = (_NOT_OPERATED,)  # findings that say nothing of a related table's SQL
+_UNTOLD = "filter_not_told"
+_BESIDE = (_NOT_OPERATED, _UNTOLD)  # findings that say nothing of a related table's SQL
 
 
 class _Enough(Exception):
@@ -147,6 +148,26 @@ async def _of_filters(
         result = compiled(relation, await catalog.describe(query, relation), conditions)
         if isinstance(result, Finding):
             yield result
+        else:
+            for finding in _untold(sink, table, {condition.column for condition in conditions}):
+                yield finding
+
+
+def _untold(sink: Sink, table: PublishedTable, columns: Collection[str]) -> Iterator[Finding]:
+    """Large values that an UPDATE leaves alone are not in the stream, and so a filter cannot tell them."""
+    if sink.toast == "reselect" or "update" not in sink.taken_actions:
+        return
+    for leaf in rows_of(table):
+        large = [c for c in leaf.toastable if c in columns and c not in leaf.identity_columns]
+        if large and leaf.replica_identity != "f":
+            alter = f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;"
+            yield Finding(
+                _UNTOLD,
+                f"a filter looks at {', '.join(large)} of table {_shown((leaf.schema, leaf.table))}, and an UPDATE"
+                " that leaves a large value as it is does not carry it: it counts as one that passes",
+                f"{alter} or toast: reselect for this sink" if sink.destination.state else alter,
+                "warning",
+            )
 
 
 async def _of_enrichment(
