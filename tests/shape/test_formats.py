@@ -124,3 +124,16 @@ def test_a_document_is_whole_though_its_toast_did_not_come(
             number: (v, body) for number, v, body in rows
         }
         index.delete()
+
+
+def test_the_total_of_a_transaction_that_was_written_bit_by_bit(database: str, tmp_path: Path) -> None:
+    sinks = [file_sink("told", [T], tx=True), file_sink("untold", [T])]
+    with Shaped(database, tmp_path, sinks, schema=SCHEMA) as place:
+        place.begin()
+        place.sql("insert into t values (1)")
+        place.came("told", 1)
+        statements = ["insert into t values (2)", "delete from t where id = 1", "insert into t values (3)"]
+        with place.transaction(*statements):
+            place.sql("insert into t values (4)")
+        told = place.came("told", 5)
+    assert [line["metadata"]["tx"]["total"] for line in told] == [1, 1, 3, 3, 3]

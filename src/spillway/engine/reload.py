@@ -32,7 +32,7 @@ async def reload(engine: Engine, config: Config) -> Reloaded:
     """Raises SpillwayError for a new sink that cannot be built; those before it have joined."""
     done = Reloaded()
     pipelines = {pipeline.database.name: pipeline for pipeline in engine.pipelines}
-    for name in ("memory", "state", "server", "databases", "http_endpoints"):
+    for name in ("memory", "state", "server", "databases", "http_endpoints", "functions", "function_limits"):
         if getattr(config, name) != getattr(engine.config, name):
             done.waits.append(name)
     for sink in config.sinks:

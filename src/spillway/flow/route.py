@@ -188,6 +188,19 @@ class Router:
         self._routes[schema, table] = routes
         return frozenset(wanted)
 
+    def renamed(self, was: tuple[str, str], now: tuple[str, str], lsn: int) -> None:
+        """A table goes by another name from here on: whoever knows it by the old one alone does not get it any more,
+        and is told as of a table that it cannot take."""
+        for subscription in self._subscriptions:
+            if subscription.wants_table(*was) and not subscription.wants_table(*now):
+                name, old, new = subscription.delivery.name, ".".join(was), ".".join(now)
+                self.refused[name, *was] = Finding(
+                    "table_renamed",
+                    f"table {old} is called {new} now: its changes pass by",
+                    f"rename it back, or name {new} in the sink's source; then: spillway backfill start {name}",
+                )
+                self._refused_since.setdefault((name, *was), lsn)
+
     def route(self, chunk: Chunk) -> list[tuple[Delivery, Span]]:
         """The span of each sink that gets something."""
         kinds = by_kind(chunk)
