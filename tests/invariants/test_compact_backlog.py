@@ -10,6 +10,7 @@ import pytest
 from invariants.instruments import sole, until
 from invariants.world import Engine, FakeSink, Took, World, version_of
 from spillway.flow import inflow
+from spillway.flow.health import judge
 from spillway.flow.limits import Limits
 from spillway.store import compact
 
@@ -23,6 +24,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inflow, "COMPACT_LEAST_MESSAGES", 4)
     monkeypatch.setattr(inflow, "COMPACT_SECONDS", 0.2)
     monkeypatch.setattr(inflow, "COMPACT_REST", 0)
+    monkeypatch.setattr(inflow, "COMPACT_LONG_REST", 0)
     monkeypatch.setattr(compact, "SPANS_AT_ONCE", 3)
 
 
@@ -156,6 +158,9 @@ async def test_an_outage_leaves_a_message_of_each_key(world: World, semantics: s
         await received(engine, world)
         await until(lambda: delivery.counters.messages == 100, "one message of each key")
         assert delivery.compacted > 5_000
+        state, reason, _ = judge(delivery, delivery._clock.monotonic())
+        assert state == "down"
+        assert f"compacted: newer ones of their keys have taken the place of {delivery.compacted} messages" in reason
         sink.down = False
         delivery.try_now()
         await engine.settled()

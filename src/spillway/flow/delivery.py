@@ -286,7 +286,7 @@ class Delivery(Settling):
         began, looked_at, removed = self._clock.monotonic(), self.counters, 0
         self._uncompacted = False  # what is put from here on is for the next
         try:
-            size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 4)
+            size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 3)
             async with self._budget.lent(size_bytes):
                 most_keys = max(1, size_bytes // KEY_BYTES)
                 parts = parts_for(self._compacted_to[0], most_keys)
@@ -300,6 +300,7 @@ class Delivery(Settling):
                     self.compacted += count
                     self._metrics.compacted(self.name, count)
             self.reads_resolved += work.reads
+            self._spared = work.spared
             await self.refresh()
         finally:
             self._pass_ended(began, looked_at, removed)
@@ -403,8 +404,6 @@ class Delivery(Settling):
         """While the stream is down to single probes: the newest message, whose kind may be mended already. Not beside a
         page that is being read: it may bring an older one of that key, whose row compaction has removed since."""
         try:
-            if self._reading:
-                return
             turns = self._turns
             left = min(self._share.available_bytes(), READ_BYTES)
             if left < 2 * STORED_OVERHEAD_BYTES or not self._share.try_take(left):

@@ -94,12 +94,16 @@ def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
         block = delivery.blocks
         return (
             "full",
-            delivery.full + ("; the slot is not read until there is room" if block else ""),
+            delivery.full + _compacted(delivery) + ("; the slot is not read until there is room" if block else ""),
             f"mend the sink, raise backlog limits, or discard: spillway backlog discard {name}",
         )
     if delivery.breaker.open:
         reason = f"{delivery.breaker.reason}: {delivery.breaker.detail}".rstrip(": ")
-        return "down", reason, "bring the sink back; it is probed at least every 30 s and catches up by itself"
+        return (
+            "down",
+            reason + _compacted(delivery),
+            "bring the sink back; it is probed at least every 30 s and catches up by itself",
+        )
     if delivery.queue_throttle.narrow or (delivery.lane_throttle.narrow and counters.queued):
         return (
             "retrying",
@@ -141,6 +145,16 @@ def _listed(tables: Sequence[tuple[str, str]]) -> str:
     return ", ".join([*names, f"{more} more tables"] if more else names)
 
 
+def _compacted(delivery: Delivery) -> str:
+    """What is to be said of a backlog that is less than what came."""
+    waiting = delivery.counters.messages
+    if not waiting or not delivery.compacted:
+        return ""
+    return (
+        f"; compacted: newer ones of their keys have taken the place of {delivery.compacted} messages since the start"
+    )
+
+
 def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:
     counters = delivery.counters
     first = delivery.window.first_open()
@@ -148,7 +162,7 @@ def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:
     if counters.messages or open_seconds > BEHIND_SECONDS:
         warning = delivery.spec.limits.warning(counters)
         oldest = max(delivery.oldest_seconds, open_seconds)
-        reason = f"{counters.messages} messages wait on disk, the oldest for {oldest:.0f} s"
+        reason = f"{counters.messages} messages wait on disk, the oldest for {oldest:.0f} s{_compacted(delivery)}"
         return "behind", f"{reason}; {warning}" if warning else reason, ""
     if now - delivery.last_intake_at > IDLE_SECONDS:
         return "idle", "", ""

@@ -61,8 +61,9 @@ STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 COMPACT_LEAST_MESSAGES = 100_000  # fewer newcomers are not worth a pass at once
 COMPACT_LEAST_BYTES = 256 << 20  # nor are so few bytes
 COMPACT_GROWTH = 1.01  # since the last pass: less is not worth another while more comes
-COMPACT_SECONDS = 1.0  # a pass rests at least so long after the last one
-COMPACT_REST = 10  # and so many times as long as that took
+COMPACT_SECONDS = 1.0  # between passes, and from the last newcomer to the last pass
+COMPACT_REST = 4  # a pass comes at least so many times as long after the last one as that took
+COMPACT_LONG_REST = 10  # if there is no hurry
 COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
@@ -128,9 +129,11 @@ class Inflow:
         self.compacted = 0  # messages that compaction has removed, in this run
         self._compacting = False
         self._uncompacted = False  # something was put since the last pass began
+        self._spared = False  # that pass has left something because it was in flight
         # What was left of what the last pass looked at: messages and bytes.
         self._compacted_to = (state.counters.messages, state.counters.bytes)
-        self._compact_after = float("-inf")  # no pass before this, but at the cap and when the backlog has doubled
+        self._compacted_at = float("-inf")  # when the last pass ended
+        self._compacted_for = 0.0  # how long that took, in seconds
         self.reads_taken = 0  # rows of backfills, in this run
         self.reads_resolved = 0
         self.memory_bytes = 0
@@ -533,22 +536,26 @@ class Inflow:
     def _compaction_due(self, now: float) -> bool:
         """At the cap; when the backlog has doubled, so that it stays in proportion to its keys; and now and then, at
         last when nothing comes any more. After a start only what comes from then on counts: it looks at nothing."""
-        if self._compacting or not self.may_be_compacted:
+        if self._compacting:
             return False
+        if not self.may_be_compacted:
+            rest = max(COMPACT_SECONDS, self._compacted_for * COMPACT_REST)
+            return self._spared and self.counters.messages > 0 and now - self._compacted_at >= rest
         messages, size_bytes = self._compacted_to
         many = self.counters.messages >= 2 * messages + COMPACT_LEAST_MESSAGES
-        if self.full is not None or many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES:
-            return True
+        many = many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES
         quiet = now - self.last_intake_at >= COMPACT_SECONDS
-        grown = self.counters.messages >= messages * COMPACT_GROWTH
-        return now >= self._compact_after and (quiet or grown)
+        if not many and not quiet and self.counters.messages < messages * COMPACT_GROWTH:
+            return self.full is not None
+        rest = self._compacted_for * (COMPACT_REST if many or quiet else COMPACT_LONG_REST)
+        return self.full is not None or now - self._compacted_at >= max(rest, 0.0 if many else COMPACT_SECONDS)
 
     def _pass_ended(self, began: float, looked_at: Counters, removed: int) -> None:
         now = self._clock.monotonic()
         left = min(looked_at.messages - removed, self.counters.messages)
         # Of what came meanwhile nothing is known. The bytes of what is left are taken for average ones.
         self._compacted_to = (left, self.counters.bytes * left // max(1, self.counters.messages))
-        self._compact_after = now + max(COMPACT_SECONDS, COMPACT_REST * (now - began))
+        self._compacted_at, self._compacted_for = now, now - began
         self._compacting = False
         self._judge_limits()
         self._wake.set()

@@ -115,6 +115,7 @@ class Compaction:
     to_compare: list[tuple[bytes, int]] | None = None  # of ``newest`` what was not held against the lanes yet
     done: bool = False
     reads: int = 0  # rows of backfills that were removed
+    spared: bool = False  # something was not removed only because it is in flight
     newest: dict[bytes, int] = field(default_factory=dict)  # by key: the row of its newest image
     text_bytes: int = 0  # of the keys in it
 
@@ -196,7 +197,6 @@ class Compacting(Transaction):
         return removed
 
     def _compact_lanes(self, sink: SinkRow, work: Compaction, spare: frozenset[int]) -> int:
-        now = self._clock.monotonic()
         if not sink.counters.parked_keys:
             work.next_part()
             return 0
@@ -204,23 +204,27 @@ class Compacting(Transaction):
             work.to_compare = list(work.newest.items())
         if work.to_compare:
             some, work.to_compare = work.to_compare[:PARKED_AT_ONCE], work.to_compare[PARKED_AT_ONCE:]
-            return self._remove_below(sink, some, spare, now)
+            return self._remove_below(sink, some, work, spare)
         given = (sink.id, work.lane or "", CHUNK)
         images = cast("list[tuple[str, int | None]]", rows_of(self._db.execute(SELECT_IMAGES, given)))
         newest = [(key.encode(), row) for key, row in images if row is not None]
-        removed = self._remove_below(sink, newest, spare, now)
+        removed = self._remove_below(sink, newest, work, spare)
         if len(images) < CHUNK:
             work.next_part()
         else:
             work.lane = images[-1][0]
         return removed
 
-    def _remove_below(self, sink: SinkRow, newest: list[tuple[bytes, int]], spare: frozenset[int], now: float) -> int:
+    def _remove_below(
+        self, sink: SinkRow, newest: list[tuple[bytes, int]], work: Compaction, spare: frozenset[int]
+    ) -> int:
         removed = 0
         for start in range(0, len(newest), CHUNK):
             pairs = [(key.decode(), row) for key, row in newest[start : start + CHUNK]]
             rows = cast("list[int]", rows_of(self._db.execute(SELECT_BELOW, (sink.id, as_json(pairs)))))
-            removed += self._lanes.remove(sink, [row for row in rows if row not in spare], now)
+            work.spared = work.spared or not spare.isdisjoint(rows)
+            rows = [row for row in rows if row not in spare]
+            removed += self._lanes.remove(sink, rows, self._clock.monotonic())
         return removed
 
 
@@ -246,6 +250,7 @@ def _superseded(row: SpanRow, blobs: list[bytes], work: Compaction, spare: int) 
         bits = _of_images(row, span, keys, work)
     else:
         bits = _of_any(row, span, (keys, others, images), work)
+    work.spared = work.spared or bits & spare > 0
     bits &= ~spare
     if bits and _READ in actions:
         work.reads += _reads(actions, row.places(bits))
