@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,10 +42,11 @@ from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
+from spillway.flow.lending import Credit, Lending
 from spillway.functions.base import Failure, Functions, Outcome, Output
 from spillway.functions.members import end_of_value, joined, members
 from spillway.sinks.base import OK, Result, reject, sink_down
-from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Fetched
+from spillway.source.enrich import BatchFailed, Fetched
 from spillway.source.reselect import Rows
 from spillway.source.snapshot import Seen
 from spillway.source.wrapped import row_bytes
@@ -55,16 +56,11 @@ Key = tuple[str, ...]
 Row = Mapping[str, bytes]
 Send = Callable[[Batch], Awaitable[Answer]]
 
-COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
-LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
 MADE_BYTES = 256 << 10  # then the loop has a turn
 JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
 BLAME_SECONDS = 60.0  # a source that answered so recently is not down because it does not for a few keys
 FEW = 8
 LONG_SECONDS = 86_400.0  # no commit is kept from sight for so long, and no clock is wrong by as much
-MESSAGE_BYTES = 2048  # what objects of one message take besides
-FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
-MOST_IN_PART = 5000  # messages: what one query is asked for
 
 
 NOTHING = Seen((), 0)
@@ -114,51 +110,6 @@ class Steps:
 
 
 @dataclass(slots=True)
-class _Guess:
-    """Bytes of a row before it is read; follows what was seen: up at once, down slowly."""
-
-    bytes: float = FIRST_GUESS_BYTES
-
-    def saw(self, rows: int, size_bytes: int) -> None:
-        if rows:
-            mean = size_bytes / rows
-            self.bytes = max(mean, 0.75 * self.bytes + 0.25 * mean)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """So many messages, with so many bytes of rows, none of them larger than ``row_bytes``."""
-
-    count: int
-    rows_bytes: int
-    row_bytes: int
-    cost_bytes: int
-
-
-@dataclass(slots=True)
-class _Credit:
-    """What was taken for a plan. ``given``: to be set when something is given back."""
-
-    share: Share
-    held_bytes: int
-    count: int
-    rows_bytes: int
-    row_bytes: int
-    given: asyncio.Event
-
-    def use(self, size_bytes: int) -> None:
-        self.rows_bytes = max(0, self.rows_bytes - size_bytes)
-
-    def keep(self, size_bytes: int) -> None:
-        """So much is needed from now on."""
-        surplus = self.held_bytes - size_bytes
-        if surplus > 0:
-            self.held_bytes -= surplus
-            self.share.give(surplus)
-            self.given.set()
-
-
-@dataclass(slots=True)
 class _Part:
     """What became of some places of a batch."""
 
@@ -202,12 +153,14 @@ class Shaping:
         self.share = share
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
-        self._reread = _Guess()
-        self._enriched = _Guess()
-        self._lending = 0  # batches that hold credit
-        self._given = asyncio.Event()
+        self._lending = Lending(
+            share,
+            len(steps.suffix),
+            None if steps.functions is None else steps.result_bytes,
+            rereads=steps.reread is not None,
+            enriches=steps.enrich is not None,
+        )
         self._answered_at = float("-inf")  # when the source last did, by the monotonic clock
-        self._growth = 1.0  # bytes of what functions make of a message, for each of its own
         self.queries = 0
         self.repeated = 0  # of these, because a snapshot did not see the change yet
 
@@ -260,7 +213,7 @@ class Shaping:
         send: Send,
     ) -> Sequence[int]:
         """The first of what is left, as much as there is credit for. Returns what is left then."""
-        async with self._lent(messages, left, known) as credit:
+        async with self._lending.lent(messages, left, known) as credit:
             taken = left[: credit.count]
             part = await self._shape({place: messages[place] for place in taken}, credit)
             self._note_sizes(part, messages, known)
@@ -275,7 +228,7 @@ class Shaping:
             if outgoing:
                 places = [one.place for one in outgoing]
                 batch = _batch(outgoing, as_they_are=self._steps.only_rereads)
-                credit.keep(self._share_of(batch))
+                credit.keep(self._lending.sending(batch))
                 down = _spread(await send(batch), places, batch, results)
                 if self._in_order:  # what follows in other parts waits, too
                     blocked.update(key for p in places if results[p].outcome != "ok" for key in messages[p].keys)
@@ -289,7 +242,7 @@ class Shaping:
         for place, size in list(part.later.items()):
             if size:
                 known[place] = max(size, known.get(place, 0))
-            needed = self._cost(1, messages[place].body_bytes + len(self._steps.suffix), size, size, 1.0)
+            needed = self._lending.needed(messages[place], size)
             if size > self._max_message_bytes:
                 why = "more than the sink's max_message_bytes"
             elif needed > self.share.most_bytes:
@@ -301,76 +254,9 @@ class Shaping:
             del part.later[place]
             part.results[place] = reject("row_too_large", f"what is read for it has {size} bytes, {why}")
 
-    # -- credit -------------------------------------------------------------------------------------------------------
-
-    @contextlib.asynccontextmanager
-    async def _lent(
-        self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int]
-    ) -> AsyncIterator[_Credit]:
-        """Credit for all of these, or for as many as there can ever be; while other batches of this sink have it, they
-        are waited for. While other sinks do, for those that the rest is enough for, at least for the first: nobody
-        waits for another sink's server (I6) with more than that."""
-        most = self.share.most_bytes
-        while True:
-            plan = self._plan(messages, left, known, most)
-            if self.share.try_take(plan.cost_bytes):
-                break
-            if self._lending:
-                self._given.clear()
-                await self._given.wait()
-                continue
-            plan = self._plan(messages, left, known, min(most, self.share.available_bytes()))
-            if not self.share.try_take(plan.cost_bytes):
-                await self.share.take(plan.cost_bytes)
-            break
-        credit = _Credit(self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given)
-        self._lending += 1
-        try:
-            yield credit
-        finally:
-            self._lending -= 1
-            credit.keep(0)
-            self._given.set()
-
-    def _plan(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], most: int) -> _Plan:
-        """For the first of these, and as many more as so much credit is enough for."""
-        bodies = rows = largest = 0
-        plan: _Plan | None = None
-        for count, place in enumerate(left[:MOST_IN_PART], 1):
-            message = messages[place]
-            size = known[place] if place in known else self._guessed(message)
-            bodies += message.body_bytes + len(self._steps.suffix)
-            rows, largest = rows + size, max(largest, size)
-            rows_bytes, row_bytes = _spread_of(rows, largest, count)
-            cost = self._cost(count, bodies, rows_bytes, row_bytes, self._growth)
-            if plan is not None and cost > most:
-                break
-            plan = _Plan(count, rows_bytes, row_bytes, cost)
-        assert plan is not None, "something is left"
-        if plan.cost_bytes > self.share.most_bytes:  # the first alone: its row is asked for by what there can be
-            own = self._cost(1, messages[left[0]].body_bytes + len(self._steps.suffix), 0, 0, 1.0)
-            row_bytes = max(0, int((self.share.most_bytes - own) / (2 * COPIES + FETCH_FACTOR)))
-            plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
-        return plan
-
-    def _guessed(self, message: Message) -> int:
-        reread = self._steps.reread is not None and not message.whole
-        return reread * int(self._reread.bytes) + (self._steps.enrich is not None) * int(self._enriched.bytes)
-
-    def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
-        """Functions see whole messages before they make others, which are ``growth`` times as large."""
-        made = seen = bodies_bytes + rows_bytes
-        if self._steps.functions is not None:
-            made = seen + int(min(growth * seen, self._steps.result_bytes * count))
-        return MESSAGE_BYTES * count + int(COPIES * made) + FETCH_FACTOR * row_bytes
-
-    def _share_of(self, batch: Batch) -> int:
-        """What a batch needs while it is sent: itself, and one encoded copy."""
-        return 2 * batch.body_bytes + MESSAGE_BYTES * len(batch)
-
     # -- the steps ----------------------------------------------------------------------------------------------------
 
-    async def _shape(self, messages: dict[int, Message], credit: _Credit) -> _Part:
+    async def _shape(self, messages: dict[int, Message], credit: Credit) -> _Part:
         part = _Part(messages=messages)
         steps = self._steps
         if steps.reread is not None:
@@ -405,7 +291,7 @@ class Shaping:
                 part.decide(place, _defect(error))
 
     async def _read_anew(
-        self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: _Credit
+        self, part: _Part, reread: Reread, table: Table, places: Sequence[int], credit: Credit
     ) -> None:
         places = [place for place in places if place in part.messages]  # others may have been put off since
         if not places:
@@ -418,7 +304,7 @@ class Shaping:
                 await self._read_anew(part, reread, table, some, credit)
             return
         self._answered_at = self._clock.monotonic()
-        self._reread.saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
+        self._lending.reread.saw(len(rows.records) + len(rows.sizes), rows.kept_bytes + sum(rows.sizes.values()))
         credit.use(rows.kept_bytes)
         for at, record in rows.records.items():
             part.messages[places[at]] = part.messages[places[at]].with_record(record)
@@ -432,7 +318,7 @@ class Shaping:
                 part.decide(place, OK)
         part.put_off({places[at]: size for at, size in rows.sizes.items()}, in_order=self._in_order)
 
-    async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: _Credit) -> None:
+    async def _enrich(self, part: _Part, enrich: Enrich, table: Table, places: Sequence[int], credit: Credit) -> None:
         places = [place for place in places if place in part.messages]  # others may have been put off since
         if not places:
             return
@@ -446,7 +332,9 @@ class Shaping:
         self._answered_at = self._clock.monotonic()
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
-        self._enriched.saw(len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values()))
+        self._lending.enriched.saw(
+            len(fetched.rows) + len(fetched.sizes), fetched.kept_bytes + sum(fetched.sizes.values())
+        )
         credit.use(fetched.kept_bytes)
         for at, row in fetched.rows.items():
             part.rows[places[at]] = row
@@ -530,10 +418,10 @@ class Shaping:
         deletes = [self._steps.keeps_rows and part.messages[place].action == "delete" for place in places]
         messages = [self._message(part, place) for place in places]
         asked_bytes = sum(map(len, messages))
-        said = await functions(messages, deletes, int(self._growth * asked_bytes))
+        said = await functions(messages, deletes, int(self._lending.growth * asked_bytes))
         made = [sum(len(one.body or b"") for one in outcome) for outcome in said if not isinstance(outcome, Failure)]
         ratio = 1.25 * sum(made) / max(1, sum(map(len, messages[: len(said)])))
-        self._growth = max(1.0, ratio, 0.75 * self._growth + 0.25 * ratio)
+        self._lending.growth = max(1.0, ratio, 0.75 * self._lending.growth + 0.25 * ratio)
         # What there was no room for comes with the next part.
         part.put_off({place: part.size(place) for place in places[len(said) :]}, in_order=self._in_order)
         return dict(zip(places, said, strict=False))
@@ -626,15 +514,6 @@ def _batch(outgoing: list[_Outgoing], *, as_they_are: bool) -> Batch:
             pieces += shaped.pieces
             some, size = [], 0
     return Batch(pieces)
-
-
-def _spread_of(rows_bytes: int, largest_bytes: int, count: int) -> tuple[int, int]:
-    """For so many rows of which the bytes are guessed: what they may have in all, since a mean of few says little, and
-    what one of them may have."""
-    if count > 1:
-        rows_bytes = int(rows_bytes * (1.05 + count**-0.5))
-        largest_bytes = max(largest_bytes, rows_bytes // LARGEST_PART)
-    return rows_bytes, largest_bytes
 
 
 def _spread(answer: Answer, places: Sequence[int], batch: Batch, results: list[Result]) -> Result | None:
