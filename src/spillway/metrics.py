@@ -85,17 +85,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self._delivered: dict[str, int] = {}
-        self._compacted: dict[str, int] = {}
         self._rejected: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, _Histogram] = {}
 
     def delivered(self, sink: str, n: int) -> None:
         """``n`` messages were acknowledged durably by the sink."""
         self._delivered[sink] = self._delivered.get(sink, 0) + n
-
-    def compacted(self, sink: str, n: int) -> None:
-        """``n`` messages of its backlog were superseded by later ones of their keys."""
-        self._compacted[sink] = self._compacted.get(sink, 0) + n
 
     def delivery_seconds(self, sink: str, wall_seconds: float, commits: Sequence[int]) -> None:
         """Messages whose commit times at the source these are, in microseconds, were acknowledged at this time. Rising
@@ -136,14 +131,6 @@ class Metrics:
         for sink, n in {**dict.fromkeys(sinks, 0), **self._delivered}.items():
             delivered.add_metric([sink], n)
         yield delivered
-        compacted = CounterMetricFamily(
-            "spillway_backlog_compacted",
-            "Messages of the backlog that later ones of their keys took the place of",
-            labels=["sink"],
-        )
-        for sink, n in self._compacted.items():
-            compacted.add_metric([sink], n)
-        yield compacted
         rejected = CounterMetricFamily(
             "spillway_messages_rejected", "Messages that the sink refused for what they are", labels=["sink", "reason"]
         )

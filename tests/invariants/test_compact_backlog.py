@@ -10,6 +10,7 @@ import pytest
 from invariants.instruments import sole, until
 from invariants.world import Engine, FakeSink, Took, World, version_of
 from spillway.flow import inflow
+from spillway.flow.delivery import Delivery
 from spillway.flow.health import judge
 from spillway.flow.limits import Limits
 from spillway.store import compact
@@ -210,25 +211,25 @@ async def test_at_the_cap_it_goes_on_as_long_as_that_helps(world: World) -> None
 
 
 async def test_a_start_does_not_look_at_what_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some time after it what another run has put is compacted, though nothing comes."""
+    monkeypatch.setattr(Delivery, "_compaction_due", lambda *_: False)
     sink = down(world)
     world.postgres.chunks = (60,)
     async with world.running() as engine:
-        updates(world, 6_000, 6_000)
+        updates(world, 6_000, 3_000)
         await received(engine, world)
-    steps: list[object] = []
-    real = compact.Compacting.compact
-
-    def noted(*given: object) -> int:
-        steps.append(given)
-        return real(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(compact.Compacting, "compact", noted)
+    monkeypatch.undo()
+    monkeypatch.setattr(inflow, "COMPACT_START_SECONDS", float("inf"))
     async with world.running() as engine:
-        await until(lambda: len(sink.asked) > 2)
+        await until(lambda: len(sink.asked) > 3)
         await asyncio.sleep(0.2)
-        assert not steps
-    sink.down = False
+        assert not sole(engine).compacted
+        assert sole(engine).counters.messages == 6_000
+    monkeypatch.setattr(inflow, "COMPACT_START_SECONDS", 1.0)
     async with world.running() as engine:
+        await until(lambda: sole(engine).counters.messages == 3_000, "one message of each key")
+        sink.down = False
+        sole(engine).try_now()
         await engine.settled()
     assert holds(sink.took) == source(world)
 

@@ -78,7 +78,7 @@ def test_killed_in_an_outage_the_table_ends_equal(tmp_path: Path) -> None:
                 connection.execute("update t set n = n + 1 where id = 7")  # something to compact after the last start
             product.wait(lambda: waiting(product) == KEYS, "one message of each key", seconds=60)
             assert product.sink("mirror")["state"] == "down"
-            assert product.metric('spillway_backlog_compacted_total{sink="mirror"}') > 0
+            assert product.metric('spillway_messages_compacted_total{sink="mirror"}') > 0
             mirror.rmdir()
             product.wait(lambda: waiting(product) == 0, "the drain", seconds=90)
             assert product.terminate() == 0

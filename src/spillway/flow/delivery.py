@@ -285,12 +285,11 @@ class Delivery(Settling):
         and the newer image waits until its key is free."""
         began, looked_at, removed = self._clock.monotonic(), self.counters, 0
         self._uncompacted = False  # what is put from here on is for the next
+        size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 3)
+        most_keys = max(1, size_bytes // KEY_BYTES)
+        work = Compaction(most_keys, self.spec.partial_images, parts_for(self._compacted_to[0], most_keys))
         try:
-            size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 3)
             async with self._budget.lent(size_bytes):
-                most_keys = max(1, size_bytes // KEY_BYTES)
-                parts = parts_for(self._compacted_to[0], most_keys)
-                work = Compaction(most_keys, self.spec.partial_images, parts)
                 while not work.done and not self._stopping:
                     # Heads of lanes that are being read meanwhile may be gone, and are read again.
                     with contextlib.nullcontext() if work.below else self._removing():
@@ -298,12 +297,10 @@ class Delivery(Settling):
                         count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
                     removed += count
                     self.compacted += count
-                    self._metrics.compacted(self.name, count)
             self.reads_resolved += work.reads
-            self._spared = work.spared
             await self.refresh()
         finally:
-            self._pass_ended(began, looked_at, removed)
+            self._pass_ended(began, looked_at, removed, spared=work.spared)
 
     async def refresh(self) -> None:
         """Bring the counters up to date after a change that was made past `Write`."""

@@ -64,6 +64,7 @@ COMPACT_GROWTH = 1.01  # since the last pass: less is not worth another while mo
 COMPACT_SECONDS = 1.0  # between passes, and from the last newcomer to the last pass
 COMPACT_REST = 4  # a pass comes at least so many times as long after the last one as that took
 COMPACT_LONG_REST = 10  # if there is no hurry
+COMPACT_START_SECONDS = 30.0  # after a start, if nothing else calls for it: what was put before a crash
 COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
@@ -129,7 +130,8 @@ class Inflow:
         self.compacted = 0  # messages that compaction has removed, in this run
         self._compacting = False
         self._uncompacted = False  # something was put since the last pass began
-        self._spared = False  # that pass has left something because it was in flight
+        # When there is to be a pass though nothing was put: what was put in another run, or left being in flight.
+        self._look_again_at = process.clock.monotonic() + COMPACT_START_SECONDS
         # What was left of what the last pass looked at: messages and bytes.
         self._compacted_to = (state.counters.messages, state.counters.bytes)
         self._compacted_at = float("-inf")  # when the last pass ended
@@ -535,12 +537,13 @@ class Inflow:
 
     def _compaction_due(self, now: float) -> bool:
         """At the cap; when the backlog has doubled, so that it stays in proportion to its keys; and now and then, at
-        last when nothing comes any more. After a start only what comes from then on counts: it looks at nothing."""
+        last when nothing comes any more. A start looks at nothing; what was put before counts some time after."""
         if self._compacting:
             return False
+        if self.spec.limits.on_full != "compact":
+            return False
         if not self.may_be_compacted:
-            rest = max(COMPACT_SECONDS, self._compacted_for * COMPACT_REST)
-            return self._spared and self.counters.messages > 0 and now - self._compacted_at >= rest
+            return self.counters.messages > 0 and now >= self._look_again_at
         messages, size_bytes = self._compacted_to
         many = self.counters.messages >= 2 * messages + COMPACT_LEAST_MESSAGES
         many = many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES
@@ -550,12 +553,14 @@ class Inflow:
         rest = self._compacted_for * (COMPACT_REST if many or quiet else COMPACT_LONG_REST)
         return self.full is not None or now - self._compacted_at >= max(rest, 0.0 if many else COMPACT_SECONDS)
 
-    def _pass_ended(self, began: float, looked_at: Counters, removed: int) -> None:
+    def _pass_ended(self, began: float, looked_at: Counters, removed: int, *, spared: bool) -> None:
         now = self._clock.monotonic()
         left = min(looked_at.messages - removed, self.counters.messages)
         # Of what came meanwhile nothing is known. The bytes of what is left are taken for average ones.
         self._compacted_to = (left, self.counters.bytes * left // max(1, self.counters.messages))
         self._compacted_at, self._compacted_for = now, now - began
+        rest = max(COMPACT_SECONDS, self._compacted_for * COMPACT_REST)
+        self._look_again_at = now + rest if spared else float("inf")
         self._compacting = False
         self._judge_limits()
         self._wake.set()
