@@ -281,8 +281,9 @@ class Delivery(Settling):
 
     async def _compact(self) -> None:
         """One pass (spillway.store.compact). What is in flight is spared: were it rejected, its key would have lost its
-        back-off. Nothing else depends on that: what is resolved, parked or held after its row has gone is passed over,
-        and the newer image waits until its key is free."""
+        back-off. Nothing else of what is in memory depends on that: what is resolved, parked or held after its row has
+        gone is passed over, and the newer image waits until its key is free. What is only being read is another matter:
+        the newer image must not go out before it is in memory (`_removing`, `_try_newest`)."""
         began, looked_at, removed = self._clock.monotonic(), self.counters, 0
         self._uncompacted = False  # what is put from here on is for the next
         size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 3)
@@ -293,8 +294,10 @@ class Delivery(Settling):
                 while not work.done and not self._stopping:
                     # Heads of lanes that are being read meanwhile may be gone, and are read again.
                     with contextlib.nullcontext() if work.below else self._removing():
+                        self._compact_steps += 1
                         spare = frozenset(self.window.flying_rows())
                         count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
+                        self._compact_steps += 1
                     removed += count
                     self.compacted += count
             self.reads_resolved += work.reads
@@ -399,7 +402,7 @@ class Delivery(Settling):
 
     async def _try_newest(self) -> None:
         """While the stream is down to single probes: the newest message, whose kind may be mended already. Not beside a
-        page that is being read: it may bring an older one of that key, whose row compaction has removed since."""
+        page that may bring an older one of that key, since its reading began before compaction has removed that."""
         try:
             turns = self._turns
             left = min(self._share.available_bytes(), READ_BYTES)
@@ -412,7 +415,7 @@ class Delivery(Settling):
                     being_parked = self._diverted.union(parked)
                 if message is None or turns != self._turns or self._puts or not self.window.free([message]):
                     return
-                if self._reading:
+                if self._reading and self._steps_at_read != self._compact_steps:
                     return
                 if not being_parked.isdisjoint(message.keys):
                     return  # an earlier message of its key was still on its way to the lane while this was looked for

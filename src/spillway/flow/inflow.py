@@ -129,6 +129,7 @@ class Inflow:
         self.truncates_ignored = 0
         self.compacted = 0  # messages that compaction has removed, in this run
         self._compacting = False
+        self._compact_steps = 0  # counts before and after each step
         self._uncompacted = False  # something was put since the last pass began
         # When there is to be a pass though nothing was put: what was put in another run, or left being in flight.
         self._look_again_at = process.clock.monotonic() + COMPACT_START_SECONDS
