@@ -70,11 +70,11 @@ POISONS = {
     "SIGSEGV": ("import ctypes; ctypes.string_at(1)", "function_crashed", "by SIGSEGV"),
     "SIGKILL": ("import os; os.kill(os.getpid(), 9)", "function_crashed", "by SIGKILL"),
     "SIGSTOP": ("import os; os.kill(os.getpid(), 19)", "function_timeout", "did not let itself be stopped"),
-    "files closed": ("import os; os.closerange(0, 60)", "function_crashed", "the function has"),
+    "files closed": ("import os; os.closerange(0, 1024)", "function_crashed", "the function has"),
     "garbage in every file": (
         """
         import os
-        for n in range(3, 60):
+        for n in range(3, 1024):
             try: os.write(n, b'\\xff' * 4 + b'garbage')
             except OSError: pass
         """,
@@ -84,7 +84,7 @@ POISONS = {
     "files cut off": (
         """
         import os
-        for n in range(60):
+        for n in range(1024):
             try: os.ftruncate(n, 0)
             except OSError: pass
         raise ValueError('bad')
