@@ -129,7 +129,7 @@ class Capture:
         self._owing: set[asyncio.Task[None]] = set()
         self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
         self._turns: list[Turn] = []
-        self._names: dict[int, tuple[str, str]] = {}  # of tables, by OID, as they were named last
+        self._names: dict[int, tuple[str, str]] = {}  # of tables, by OID, their own names as they were last
         self.sent_lsn = 0  # the server was told that it is confirmed
         self._renew = False  # the connection, as soon as a transaction has ended
 
@@ -317,10 +317,10 @@ class Capture:
     async def _learn(self, connection: Connection, decoder: Decoder, relation: Relation) -> None:
         info = await connection.describe(relation)
         schema, table = info.root or (relation.schema, relation.table)
-        before = self._names.get(relation.oid)
-        if before is not None and before != (schema, table):
-            self._router.renamed(before, (schema, table), self.received_lsn)
-        self._names[relation.oid] = (schema, table)
+        own_name = (relation.schema, relation.table)
+        before, self._names[relation.oid] = self._names.get(relation.oid, own_name), own_name
+        if before not in self._names.values():  # nor has another table taken its place
+            self._router.renamed(before, own_name, self.received_lsn)
         wanted = self._router.learn(
             schema,
             table,
