@@ -20,7 +20,7 @@ from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
 from spillway.engine.related import Companion
 from spillway.engine.shadow import shadows
-from spillway.engine.shaping import is_routed, new_shaping
+from spillway.engine.shaping import is_routed, meta_of, new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
@@ -32,7 +32,7 @@ from spillway.flow.paging import Manners
 from spillway.flow.progress import Request
 from spillway.flow.refresh import Refresh
 from spillway.flow.route import Router, Subscription, filters_of_pages
-from spillway.pgoutput import DatabaseMeta, Decoder
+from spillway.pgoutput import Decoder
 from spillway.pgoutput.conditions import Condition
 from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
@@ -58,9 +58,7 @@ class Pipeline:
 
     def __init__(self, config: Config, database: Database, process: Process) -> None:
         self.database = database
-        self._meta = DatabaseMeta(
-            database.id, database.name, database.annotations, database.database, database.hostname
-        )
+        self._meta = meta_of(database)
         self._clock = process.clock
         self._store = process.store
         self._slot = database.slot.name

@@ -85,10 +85,10 @@ class Delivery(Settling):
                             await self._wake.wait()
         finally:
             with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(CLOSE_SECONDS):
-                    await self._sink.close()
-                    if self.shaping is not None:
-                        await self.shaping.close()
+                async with self._clock.timeout(CLOSE_SECONDS), contextlib.AsyncExitStack() as stack:
+                    stack.push_async_callback(self._sink.close)
+                    if self.shaping is not None:  # whatever the sink does then
+                        stack.push_async_callback(self.shaping.close)
 
     def stop(self) -> None:
         """Start nothing new; `run` returns when what is in flight is settled."""

@@ -49,7 +49,7 @@ from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import BatchFailed, Fetched
 from spillway.source.reselect import Rows
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import row_bytes
+from spillway.source.wrapped import as_object, row_bytes
 
 Table = tuple[str, str]
 Key = tuple[str, ...]
@@ -432,7 +432,7 @@ class Shaping:
         row = part.rows.get(place)
         suffix = self._steps.suffix
         if row is not None:
-            suffix = b',"enrichment":' + _object(row) + suffix[len(_NO_ENRICHMENT) :]
+            suffix = b',"enrichment":' + as_object(row) + suffix[len(_NO_ENRICHMENT) :]
         more = b"" if self._steps.metadata is None else self._steps.metadata(message)
         return message.change.body + more + suffix
 
@@ -472,10 +472,6 @@ def _by_table(part: _Part, places: Sequence[int]) -> dict[Table, list[int]]:
         if change.key is not None:
             tables.setdefault((change.schema, change.table), []).append(place)
     return tables
-
-
-def _object(row: Row) -> bytes:
-    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"
 
 
 def _merged(record: bytes, row: Row) -> bytes:

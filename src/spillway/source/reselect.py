@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-import orjson
-
 from spillway.errors import Finding, SpillwayError
 from spillway.pgoutput.conditions import Condition, compiled
 from spillway.pgoutput.filters import Check
@@ -29,7 +27,7 @@ from spillway.source.sessions import Sessions
 from spillway.source.shape import Selection, Shape, rows_of
 from spillway.source.snapshot import Seen
 from spillway.source.view import BY_LIST, no_primary_key, not_published
-from spillway.source.wrapped import Parameter, Question
+from spillway.source.wrapped import Parameter, Question, as_object
 
 __all__ = ["FETCH_FACTOR", "BatchFailed", "Reselect", "Rows", "Seen"]
 
@@ -100,7 +98,7 @@ class Reselect:
         for place in sorted(fetched.rows):
             key = keys[place]
             if key not in made:
-                made[key] = _record(fetched.rows[place])
+                made[key] = as_object(fetched.rows[place])
             fetched.rows[place].clear()
             records[place] = made[key]
         found = records.keys() | fetched.sizes.keys() | fetched.left
@@ -175,7 +173,3 @@ def _select(connection: Connection, shape: Shape, names: Sequence[str], key: tup
     assert rows is not None  # it has a primary key
     ordered = replace(rows, streamed=tuple(names))
     return ordered.by_arrays(columns).as_string(connection)
-
-
-def _record(row: dict[str, bytes]) -> bytes:
-    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"

@@ -19,9 +19,11 @@ Columns are referred to by name, so that a column more in a ``SELECT *`` does no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+import orjson
 
 from spillway.pgoutput.filters import Check
 from spillway.pgoutput.scalars import Renderer
@@ -39,6 +41,11 @@ _ALLOWED_BYTES: Final = 64 << 10  # at most
 HEAD, COST, COVERED, FIRST = range(4)
 
 INT8_OID: Final = 20
+
+
+def as_object(row: Mapping[str, bytes]) -> bytes:
+    """A row, whose values are JSON, as a JSON object."""
+    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"
 
 
 def row_bytes(values: Collection[bytes]) -> int:
