@@ -348,6 +348,27 @@ async def test_what_is_written_meanwhile_hides_nothing(index: Index) -> None:
     assert set(found) == {(str(i),) for i in range(6)}
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_a_walk_ends_whatever_is_written_meanwhile(index: Index, shards: int) -> None:
+    await index.create(settings={"number_of_shards": shards})
+    sink = index.sink()
+    await send(sink, [change({"id": i}, pks=(str(i),)) for i in range(6)])
+    found: list[tuple[str, ...]] = []
+    after: str | None = None
+    pages = 0
+    while True:
+        page, after = await sink.keys(TABLE, ["id"], after, 2, None)
+        found += page
+        pages += 1
+        if after is None:
+            break
+        assert pages < 20
+        new = [change({"id": i}, pks=(str(i),), lsn=LSN + 64 * pages) for i in range(100 * pages, 100 * pages + 9)]
+        await send(sink, new)
+        await sink.indexes.refresh(index.name)
+    assert set(found) >= {(str(i),) for i in range(6)}
+
+
 async def test_large_documents_come_in_smaller_pages(index: Index) -> None:
     sink = index.sink()
     keys = [("k" * 20_000 + str(i),) for i in range(40)]

@@ -302,7 +302,7 @@ async def test_no_version_of_a_page_is_foreign(server: Server, tmp_path: Path, s
 async def test_keys_that_cannot_be_read(server: Server, make: Make, reply: Reply, code: str) -> None:
     server.bulk = reply
     sink = make(auth_type="bearer", auth_value="s3cret")
-    for after in (None, "jobs/1/0/7"):
+    for after in (None, "jobs/1/0/7/9/other"):
         with pytest.raises(SpillwayError) as raised:
             await sink.keys(("public", "jobs"), ["id"], after, 10, None)
         assert raised.value.code == code

@@ -366,7 +366,7 @@ class Backfill(Paging):
         reader = await self._open_reader(state.id)
         try:
             columns = await reader.key_columns(Selection(*(await reader.relations(*table))[0]))
-            if state.sweep_after is None and not await self._sweep_held(reader):
+            if not await self._sweep_held(reader):  # after a restart, too: what was tried may come again
                 return False
             while await self._room():
                 try:

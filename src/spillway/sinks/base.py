@@ -133,7 +133,8 @@ class Readable(Protocol):
 
         ``below_version``: rows that the sink holds in this version (`spillway.position.version`) or a later one were
         written since and are left out; a sink without versions gives them, too. What is written while the pages are
-        read may be given or not; everything else is given, once or more often. A cursor stays good over a restart.
+        read may be given or not; everything else is given, once or more often. The pages end however much is written.
+        A cursor stays good over a restart.
 
         Raises SpillwayError: ``sink_unreachable`` where asking again may help, another where it will not.
         """

@@ -11,8 +11,9 @@ alias when that index is deleted, in the same request (``remove_index``): done w
 **An index is read** shard by shard in the order of ``_seq_no``, the number of a document's last write in its shard:
 ``preference=_shards:n``, a range query and a sort. No other order serves on both servers, at any size: sorting by
 ``_id`` loads all ids onto the heap and may be forbidden (``indices.id_field_data.enabled``), points in time differ
-between the two, and a scroll holds a context that dies with a pause. Here a cursor is two numbers, nothing is open
-between two pages, and nothing is missed: a document that is written meanwhile moves to the end of its shard.
+between the two, and a scroll holds a context that dies with a pause. Here a cursor is a few numbers, nothing is open
+between two pages, and nothing is missed: a document that is written meanwhile moves to the end of its shard. What is
+the end is asked for before a shard is read: else a walk under load would follow the writes for ever.
 
 Sources: "Aliases", "Search shard routing", "Optimistic concurrency control", "_id field" of the Elasticsearch
 reference; "Change the recommended tie-breaking fields from [_id] to [_seq_no, _shard]" (elastic/elasticsearch#25797).
@@ -196,35 +197,39 @@ class Indexes:
         settings = orjson.loads(cast(Answer, answer).body)[index]["settings"]
         return int(settings["index.number_of_shards"])
 
-    async def hits(self, index: str, shard: int, after_seq_no: int, limit: int, fields: Sequence[str]) -> list[Hit]:
-        """Documents of a shard behind the cursor (-1: from the beginning), with these fields of their source; none:
-        there are no more. At least one, but fewer than the limit where they are large."""
-        url = self.url(index, f"/_search?preference=_shards:{shard}&allow_partial_search_results=false")
+    async def last_seq_no(self, index: str, shard: int) -> int:
+        """Of the documents that searches see in a shard; -1: there are none."""
+        query = {"size": 1, "sort": _by_seq_no("desc"), "track_total_hits": False, "_source": False, "version": True}
+        hits = _hits_of(self._good(await self._search(index, shard, query, _ANSWER_BYTES), f"read {index}"))
+        return hits[0].seq_no if hits else -1
+
+    async def hits(
+        self, index: str, shard: int, after_seq_no: int, last_seq_no: int, limit: int, fields: Sequence[str]
+    ) -> list[Hit]:
+        """Documents of a shard behind the cursor (-1: from the beginning) up to the last, with these fields of their
+        source; none: there are no more. At least one, but fewer than the limit where they are large."""
         limit = min(limit, MAX_HITS)
         while True:
             query = {
                 "size": limit,
-                "query": {"range": {"_seq_no": {"gt": after_seq_no}}},
-                "sort": [{"_seq_no": {"order": "asc", "unmapped_type": "long"}}],  # an index that never had a document
+                "query": {"range": {"_seq_no": {"gt": after_seq_no, "lte": last_seq_no}}},
+                "sort": _by_seq_no("asc"),
                 "version": True,
                 "track_total_hits": False,
                 "_source": list(fields),
             }
-            answer = await self._http.request(
-                "POST",
-                url,
-                self._headers,
-                Body((orjson.dumps(query),)),
-                max_answer_bytes=_ANSWER_BYTES + _HIT_BYTES * limit,
-            )
+            answer = await self._search(index, shard, query, _ANSWER_BYTES + _HIT_BYTES * limit)
             if isinstance(answer, Answer) and answer.status == 200 and not answer.whole and limit > 1:
                 limit //= 2
                 continue
-            found = parsed(self._good(answer, f"read {index}").body)
-            return [
-                Hit(hit["_id"], int(hit["_version"]), int(hit["sort"][0]), hit.get("_source"))
-                for hit in cast("dict[str, dict[str, list[_Hit]]]", found)["hits"]["hits"]
-            ]
+            return _hits_of(self._good(answer, f"read {index}"))
+
+    async def _search(
+        self, index: str, shard: int, query: Mapping[str, object], max_answer_bytes: int
+    ) -> Answer | Failure:
+        url = self.url(index, f"/_search?preference=_shards:{shard}&allow_partial_search_results=false")
+        body = Body((orjson.dumps(query),))
+        return await self._http.request("POST", url, self._headers, body, max_answer_bytes=max_answer_bytes)
 
     async def documents(self, index: str, ids: Sequence[str], max_answer_bytes: int) -> dict[str, Found] | None:
         """What there is under these ids just now, whether refreshed or not. None: they need more bytes than that."""
@@ -282,6 +287,15 @@ class Indexes:
 
 OWNER = "spillway_reindex"
 ALREADY_THERE = "resource_already_exists_exception"
+
+
+def _by_seq_no(order: Literal["asc", "desc"]) -> list[dict[str, dict[str, str]]]:
+    return [{"_seq_no": {"order": order, "unmapped_type": "long"}}]  # unmapped: no document was ever there
+
+
+def _hits_of(answer: Answer) -> list[Hit]:
+    found = cast("dict[str, dict[str, list[_Hit]]]", parsed(answer.body))["hits"]["hits"]
+    return [Hit(hit["_id"], int(hit["_version"]), int(hit["sort"][0]), hit.get("_source")) for hit in found]
 
 
 def _unreachable(what: str, why: str) -> SpillwayError:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import base64
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,18 +75,24 @@ _KEY_OF_MESSAGE = ("metadata.table_schema", "metadata.table_name", "metadata.rec
 
 @dataclass(frozen=True, slots=True)
 class _Cursor:
+    """A place in a walk through an index. The end of a shard is good for the sink that has asked for it: after a
+    restart what is delivered again is behind it."""
+
     index: str
     shards: int
     shard: int
-    seq_no: int
+    seq_no: int = -1
+    last_seq_no: int | None = None  # of the shard when its first page was read
+    life: str = ""
 
     @classmethod
-    def of(cls, text: str) -> _Cursor:
-        index, *numbers = text.split("/")
-        return cls(index, *map(int, numbers))
+    def of(cls, text: str, life: str) -> _Cursor:
+        index, shards, shard, seq_no, last_seq_no, its_life = text.split("/")
+        last = int(last_seq_no) if its_life == life else None
+        return cls(index, int(shards), int(shard), int(seq_no), last, life)
 
     def __str__(self) -> str:
-        return f"{self.index}/{self.shards}/{self.shard}/{self.seq_no}"
+        return f"{self.index}/{self.shards}/{self.shard}/{self.seq_no}/{self.last_seq_no}/{self.life}"
 
 
 class SearchSink:
@@ -144,6 +151,7 @@ class SearchSink:
         self._mapping = mapping and context.base_dir / mapping
         self._definition: Definition | None = None
         self._prepared = False
+        self._life = secrets.token_hex(4)
         self._ready: set[str] = set()  # indices of routes that are there
 
     async def open(self) -> None:
@@ -249,25 +257,30 @@ class SearchSink:
         self, table: tuple[str, str], columns: Sequence[str], after: str | None, limit: int, below_version: int | None
     ) -> tuple[list[tuple[str, ...]], str | None]:
         """See `spillway.sinks.base.Readable`. Of documents that are rows nobody knows the table: all of the index count
-        as this one's. ``after`` names index, shard and place: a walk stays in its index when an alias moves."""
-        cursor = await self._beginning() if after is None else _Cursor.of(after)
+        as this one's. ``after`` names index, shard and place: a walk stays in its index when an alias moves, and ends
+        whatever is written meanwhile."""
+        cursor = await self._beginning() if after is None else _Cursor.of(after, self._life)
         if cursor is None:
             return [], None
         fields = columns if self._document == "record" else _KEY_OF_MESSAGE
         while True:
-            hits = await self.indexes.hits(cursor.index, cursor.shard, cursor.seq_no, limit, fields)
+            index, shard, last = cursor.index, cursor.shard, cursor.last_seq_no
+            if last is None:
+                await self.indexes.refresh(index)
+                last = await self.indexes.last_seq_no(index, shard)
+            hits = await self.indexes.hits(index, shard, cursor.seq_no, last, limit, fields)
             if hits:
                 break
-            if cursor.shard + 1 == cursor.shards:
+            if shard + 1 == cursor.shards:
                 return [], None
-            cursor = replace(cursor, shard=cursor.shard + 1, seq_no=-1)
+            cursor = _Cursor(index, cursor.shards, shard + 1, life=self._life)
         keys = [
             key
             for hit in hits
             if (below_version is None or hit.version < below_version)
             and (key := self._key(hit, table, columns)) is not None
         ]
-        return keys, str(replace(cursor, seq_no=hits[-1].seq_no))
+        return keys, str(replace(cursor, seq_no=hits[-1].seq_no, last_seq_no=last))
 
     async def _beginning(self) -> _Cursor | None:
         target = await self.indexes.target(self._index)
@@ -279,8 +292,7 @@ class SearchSink:
                 f"the alias {self._index} stands for {', '.join(target.indices)}, and none of them takes its writes",
                 'set "is_write_index": true for one of them',
             )
-        await self.indexes.refresh(target.write_index)
-        return _Cursor(target.write_index, await self.indexes.shards(target.write_index), 0, -1)
+        return _Cursor(target.write_index, await self.indexes.shards(target.write_index), 0, life=self._life)
 
     def _key(self, hit: Hit, table: tuple[str, str], columns: Sequence[str]) -> tuple[str, ...] | None:
         if self._document == "record":
