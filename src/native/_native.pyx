@@ -8,6 +8,7 @@ is made fast, in this order:
 - text: scanning, JSON escapes, UTF-8, numbers, base64, CRC-32
 - scalars: one renderer per frequent type; all others are the reference's functions, called with the value
 - reference: what is taken from it
+- paths: what stands at a path in JSON text
 - filters: what filters say of a row
 - plan: what is compiled once per relation
 - lines: rows of COPY taken apart
@@ -19,9 +20,10 @@ is made fast, in this order:
 
 Rules that keep it safe: a read of a frame is checked against the frame's end before it happens (in `Plan.split`,
 `Plan.split_key`, `after_new`, `split_line`, `unescape`, `Decoder._frame`, `_keepalive`, `_other`, `_message`, and
-`begin` and `logical_message` of the transaction; nothing else looks at a frame); a write is behind a `reserve` that covers it; Python's own containers keep
-their bounds checks. Values are slices of the frame, or of the scratch buffer of its escapes, and do not outlive it. A row that turns out to be too large leaves
-nothing behind; after an error the decoder is of no use.
+`begin` and `logical_message` of the transaction; nothing else looks at a frame, and `Walk` stays in its value); a write
+is behind a `reserve` that covers it; Python's own containers keep their bounds checks. Values are slices of the frame,
+or of the scratch buffer of its escapes, and do not outlive it. A row that turns out to be too large leaves nothing
+behind; after an error the decoder is of no use.
 """
 
 cimport cython
@@ -47,6 +49,7 @@ include "memory.pxi"
 include "text.pxi"
 include "scalars.pxi"
 include "reference.pxi"
+include "paths.pxi"
 include "filters.pxi"
 include "plan.pxi"
 include "lines.pxi"

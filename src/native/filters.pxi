@@ -1,22 +1,21 @@
-# Column filters, after spillway.pgoutput.filters. Null tests, integers, texts and moments are compared here; of all other
-# kinds the check's own function is asked.
+# Column filters, after spillway.pgoutput.filters. Null tests, integers, texts and moments are compared here, paths are
+# followed; of all other kinds the check's own function is asked.
 
 cdef enum:
     CHECKED_BYTES = 65536
+    KNOWN_BYTES = 64  # a value at a path, to be remembered
+    KNOWN_VALUES = 256
 
     NO = 0  # what a filter says
     YES = 1
     LEFT = 2
-
-cdef struct Slice:
-    const uint8_t* data
-    size_t size
 
 cdef enum CheckKind:
     CHECK_NULL
     CHECK_INTEGER
     CHECK_TEXT
     CHECK_MOMENT
+    CHECK_PATH
     CHECK_PYTHON
 
 cdef enum CheckOperator:
@@ -32,7 +31,8 @@ cdef enum CheckOperator:
     OP_PREFIX
 
 cdef dict CHECK_KINDS = {
-    "null": CHECK_NULL, "integer": CHECK_INTEGER, "text": CHECK_TEXT, "moment": CHECK_MOMENT, "python": CHECK_PYTHON,
+    "null": CHECK_NULL, "integer": CHECK_INTEGER, "text": CHECK_TEXT, "moment": CHECK_MOMENT, "path": CHECK_PATH,
+    "python": CHECK_PYTHON,
 }
 cdef dict CHECK_OPERATORS = {
     "": OP_NONE, "eq": OP_EQ, "ne": OP_NE, "lt": OP_LT, "lte": OP_LTE, "gt": OP_GT, "gte": OP_GTE, "in": OP_IN,
@@ -48,6 +48,9 @@ cdef struct Check:
     int count
     int64_t* integers
     Slice* texts
+    Step* steps  # of a path; as many as ``count``
+    bint absent  # what is told if nothing is there
+    PyObject* known  # what was told of values at the path
     PyObject* holds
 
 cdef struct Filter:
@@ -180,6 +183,27 @@ cdef bint text_holds(Check* check, Value value) noexcept nogil:
     return check.operator == OP_NOT_IN
 
 
+cdef bint path_holds(Check* check, Value value) except -1:
+    cdef Value found
+    cdef dict known
+    cdef bytes text
+    if not follow(value, check.steps, check.count, &found):
+        return (<object> check.holds)(value_bytes(value)) is not False
+    if found.data == NULL:
+        return check.absent
+    text = value_bytes(found)
+    if found.size > KNOWN_BYTES:
+        return (<object> check.holds).of_value(text) is not False
+    known = <dict> check.known
+    told = known.get(text)
+    if told is None:
+        told = (<object> check.holds).of_value(text) is not False
+        if len(known) >= KNOWN_VALUES:
+            known.clear()
+        known[text] = told
+    return <bint> told
+
+
 cdef bint check_holds(Check* check, Value value, bint null_is_unknown) except -1:
     cdef int64_t number
     if value.data == UNCHANGED:
@@ -194,6 +218,8 @@ cdef bint check_holds(Check* check, Value value, bint null_is_unknown) except -1
         return number_holds(check, number)
     if check.kind == CHECK_TEXT:
         return text_holds(check, value)
+    if check.kind == CHECK_PATH:
+        return path_holds(check, value)
     return (<object> check.holds)(value_bytes(value)) is not False
 
 

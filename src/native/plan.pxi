@@ -88,6 +88,7 @@ cdef class Plan:
             for index in range(filter.count):
                 PyMem_Free(filter.checks[index].integers)
                 PyMem_Free(filter.checks[index].texts)
+                PyMem_Free(filter.checks[index].steps)
         PyMem_Free(filter.checks)
 
     cdef uint32_t _bits(self, frozenset actions) except? 0xFFFFFFFF:
@@ -187,6 +188,9 @@ cdef class Plan:
             into.integers = <int64_t*> self._zeroed(len(check.values), sizeof(int64_t))
         elif into.kind == CHECK_TEXT:
             into.texts = <Slice*> self._zeroed(len(check.values), sizeof(Slice))
+        elif into.kind == CHECK_PATH:
+            self._set_path(into, holds)
+            return 0
         else:
             return 0
         into.count = len(check.values)
@@ -197,6 +201,19 @@ cdef class Plan:
                 into.texts[i] = self._keep(value)
             else:
                 into.integers[i] = value
+        return 0
+
+    cdef int _set_path(self, Check* into, told) except -1:
+        cdef int i
+        known = {}
+        self._kept.append(known)
+        into.known = <PyObject*> known
+        into.absent = told.absent
+        into.count = len(told.steps)
+        into.steps = <Step*> self._zeroed(into.count, sizeof(Step))
+        for i, (key, index) in enumerate(told.steps):
+            into.steps[i].key = self._keep(key)
+            into.steps[i].index = index
         return 0
 
     # Taking a row apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
@@ -69,6 +70,69 @@ def test_the_same_pages(case: test_twins_page.Case, filters: tuple[Given, ...]) 
     assert_same(
         [page_outcome(twin, GuardedConnection([relation]), GuardedConnection(lines), setting) for twin in TWINS]
     )
+
+
+KEYS = st.sampled_from(["a", "b", "0", "1", "", "é", 'q"', "a b"])
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", "a", "é", 'q"', "\\", "1"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(st.tuples(KEYS, inner), max_size=3).map(Pairs)),
+    max_leaves=12,
+)
+
+
+class Pairs(list[tuple[str, object]]):
+    """An object as it is written: its keys may come twice."""
+
+
+@st.composite
+def json_texts(draw: st.DrawFn) -> bytes:
+    ascii_only = draw(st.booleans())
+    blank = draw(st.sampled_from(["", " ", "\n\t"]))
+
+    def written(value: object) -> str:
+        if isinstance(value, Pairs):
+            members = [f"{json.dumps(k, ensure_ascii=ascii_only)}{blank}:{blank}{written(v)}" for k, v in value]
+            return "{" + blank + f"{blank},{blank}".join(members) + blank + "}"
+        if isinstance(value, list):
+            return "[" + blank + f"{blank},".join(map(written, value)) + blank + "]"
+        return json.dumps(value, ensure_ascii=ascii_only)
+
+    text = bytearray(blank + written(draw(VALUES)) + blank, "utf-8")
+    if draw(st.integers(0, 3)) == 0 and text:  # what no server sends
+        place = draw(st.integers(0, len(text) - 1))
+        text[place : place + draw(st.integers(0, 2))] = draw(
+            st.sampled_from([b"", b"\x00", b"\xff", b"{", b"]", b'"', b"\\u12", b"1e99999999999999999999", b"-", b"01"])
+        )
+    return bytes(text)
+
+
+@given(
+    st.lists(json_texts(), min_size=1, max_size=6),
+    st.lists(st.one_of(KEYS, st.sampled_from(["-1", "+1", "2"])), min_size=0, max_size=3).map(tuple),
+    st.sampled_from(["eq", "ne", "lt", "gte", "is_null", "is_not_null", "like"]),
+    st.sampled_from([1, 0.5, "a", "é", "1", True]),
+)
+@SLOW
+def test_the_same_at_paths(texts: list[bytes], path: tuple[str, ...], operator: str, value: object) -> None:
+    value = str(value) if operator == "like" else value
+    conditions = [If("data", operator, None if operator.startswith("is_") else value, path)]  # type: ignore[arg-type]
+    if operator in ("lt", "gte") and value is True:
+        return
+    relation = frames.relation([("id", 20), ("data", 114)])
+    rows = [frames.insert(b"1", text) for text in [*texts, *texts]]
+    sent = [bytes(frames.xlog(payload)) for payload in (relation, frames.begin(), *rows, frames.commit())]
+    setting = Setting(filters=(Given(tuple(conditions)),))
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
+
+
+def test_nesting_of_any_depth() -> None:
+    relation = frames.relation([("id", 20), ("data", 114)])
+    depths = (1, 499, 500, 501, 502, 900, 5000)
+    texts = [b'{"a":7,"b":' + b"[" * depth + b"]" * depth + b"}" for depth in depths]
+    rows = [frames.insert(b"1", text) for text in texts]
+    sent = [bytes(frames.xlog(payload)) for payload in (relation, frames.begin(), *rows, frames.commit())]
+    setting = Setting(filters=(Given((If("data", "eq", 7, ("a",)),)), Given((If("data", "eq", 8, ("a",)),))))
+    assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
 
 
 MOMENT = st.from_regex(

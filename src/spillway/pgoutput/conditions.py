@@ -130,10 +130,10 @@ def _check(place: int, type_oid: int, condition: Condition) -> Check:
     if condition.operator in ("is_null", "is_not_null"):
         wants_null = condition.operator == "is_null"
         if condition.path:
-            return Check(place, wants_null, paths.null_test(condition.path, wants_null=wants_null))
+            return Check(place, wants_null, paths.null_test(condition.path, wants_null=wants_null), "path")
         return Check(place, wants_null, lambda _: not wants_null, "null")
     if is_json:
-        return Check(place, False, _json_check(condition))
+        return Check(place, False, paths.Told(condition.path, _json_test(condition)), "path")
     if type_oid in _INTEGERS:
         least, most = _INTEGER_RANGES.get(type_oid, INT8)
         return _compared(place, condition, read_integer, lambda value: integer_of(value, least, most), "integer")
@@ -233,14 +233,14 @@ def _text_check(place: int, condition: Condition, *, trimmed: bool = False) -> C
 # JSON.
 
 
-def _json_check(condition: Condition) -> Callable[[bytes], bool | None]:
+def _json_test(condition: Condition) -> Callable[[object], bool]:
     if condition.operator == "like":
         matches = like(like_parts(text_of(condition.value).decode()))
-        return paths.told(condition.path, lambda value: isinstance(value, str) and matches(value))
+        return lambda value: isinstance(value, str) and matches(value)
     order = _ORDER.get(condition.operator)
     if order is not None:
         bound = paths.value_of(condition.value)
-        return paths.told(condition.path, lambda value: type(value) is type(bound) and bool(order(value, bound)))
+        return lambda value: type(value) is type(bound) and bool(order(value, bound))
     given = condition.value if condition.operator in ("in", "not_in") else (condition.value,)
     if not isinstance(given, tuple):
         raise UnfitError(f"{condition.operator} needs a list")
@@ -249,11 +249,9 @@ def _json_check(condition: Condition) -> Callable[[bytes], bool | None]:
     if None in given and condition.operator != "in":
         return lambda _: False
 
-    def told(value: object) -> bool:
-        return (
-            value is not None
-            and value is not paths.ABSENT
-            and any(paths.same(value, known) for known in values) == wanted
-        )
+    def test(value: object) -> bool:
+        if value is None or value is paths.ABSENT:
+            return False
+        return any(paths.same(value, known) for known in values) == wanted
 
-    return paths.told(condition.path, told)
+    return test

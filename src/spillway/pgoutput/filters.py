@@ -31,9 +31,9 @@ from spillway.pgoutput.relation import Relation, TableInfo
 CHECKED_BYTES = 65_536
 
 # How the compiled decoder evaluates a check: "null" looks at no value; "integer", "text" and "moment" (microseconds)
-# compare with `values`, "text" without blanks at the end if ``trimmed``; for "python", and for a moment that is not of
-# the usual form, it calls ``holds``.
-CheckKind = Literal["null", "integer", "text", "moment", "python"]
+# compare with `values`, "text" without blanks at the end if ``trimmed``; for "path" ``holds`` is a
+# `spillway.pgoutput.paths.Told`; for "python", and for what is not of the usual form, it calls ``holds``.
+CheckKind = Literal["null", "integer", "text", "moment", "path", "python"]
 CheckOperator = Literal["eq", "ne", "lt", "lte", "gt", "gte", "in", "not_in", "prefix", ""]
 
 # Stands for the value of an unchanged TOAST column. Compared by identity: a value may read the same.

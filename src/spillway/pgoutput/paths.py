@@ -1,4 +1,9 @@
-"""What stands at a path inside of a JSON text, and what can be told of it."""
+"""What stands at a path inside of a JSON text, and what can be told of it.
+
+`Told` is the reference, which parses the whole text. The compiled decoder (src/native/paths.pxi) walks through it instead
+and lets `Told.of_value` parse what it finds there; it asks the reference wherever it is not sure: keys with escapes,
+indices from the end, deep nesting, text that is no JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,54 @@ from typing import Final
 from spillway.pgoutput.literals import UnfitError
 
 ABSENT: Final = object()
-_read_json = json.JSONDecoder(parse_float=Decimal, parse_int=Decimal).decode
 _INDEX = re.compile(r"[+-]?[0-9]{1,9}", re.ASCII)
 
 
-def _at_path(text: bytes, path: Sequence[str]) -> object:
-    """What is there; `ABSENT`. Raises ValueError, RecursionError and InvalidOperation."""
-    value = _read_json(text.decode("utf-8", "surrogateescape"))
+class _Number(str):
+    """As it is written: some are beyond everything, which concerns only who asks for them."""
+
+    __slots__ = ()
+
+
+_read_json = json.JSONDecoder(parse_float=_Number, parse_int=_Number).decode
+
+
+class Told:
+    """What is told of the value at a path: true, false, or None where nobody can say.
+
+    ``steps`` are the path's: the key in UTF-8, and the index of an array that it is (-1: none; -2: from the end).
+    """
+
+    def __init__(self, path: Sequence[str], tell: Callable[[object], bool]) -> None:
+        """``tell`` gets str, Decimal, bool, None or `ABSENT`; of an object or array what equals none of these."""
+        self._path = tuple(path)
+        self._tell = tell
+        self.steps = tuple((step.encode(), _index(step)) for step in path)
+        self.absent = tell(ABSENT)
+
+    def __call__(self, text: bytes) -> bool | None:
+        return self._of(text, self._path)
+
+    def of_value(self, text: bytes) -> bool | None:
+        """Of the JSON text of the value itself."""
+        return self._of(text, ())
+
+    def _of(self, text: bytes, path: Sequence[str]) -> bool | None:
+        try:
+            value = _at_path(_read_json(text.decode("utf-8", "surrogateescape")), path)
+            return self._tell(Decimal(value) if isinstance(value, _Number) else value)
+        except (ValueError, RecursionError, InvalidOperation):  # nested too deeply, a number beyond everything
+            return None
+
+
+def _index(step: str) -> int:
+    if not _INDEX.fullmatch(step):
+        return -1
+    return int(step) if int(step) >= 0 else -2
+
+
+def _at_path(value: object, path: Sequence[str]) -> object:
+    """What is there; `ABSENT`."""
     for step in path:
         if isinstance(value, dict):
             value = value.get(step, ABSENT)
@@ -29,18 +75,8 @@ def _at_path(text: bytes, path: Sequence[str]) -> object:
     return value
 
 
-def told(path: Sequence[str], tell: Callable[[object], bool]) -> Callable[[bytes], bool | None]:
-    def holds(text: bytes) -> bool | None:
-        try:
-            return tell(_at_path(text, path))
-        except (ValueError, RecursionError, InvalidOperation):  # nested too deeply, a number beyond everything
-            return None
-
-    return holds
-
-
-def null_test(path: Sequence[str], *, wants_null: bool) -> Callable[[bytes], bool | None]:
-    return told(path, lambda value: (value is None or value is ABSENT) == wants_null)
+def null_test(path: Sequence[str], *, wants_null: bool) -> Told:
+    return Told(path, lambda value: (value is None or value is ABSENT) == wants_null)
 
 
 def value_of(value: object) -> str | Decimal | bool:
