@@ -72,16 +72,16 @@ def test_the_same_pages(case: test_twins_page.Case, filters: tuple[Given, ...]) 
     )
 
 
+class Pairs(list[tuple[str, object]]):
+    """An object as it is written: its keys may come twice."""
+
+
 KEYS = st.sampled_from(["a", "b", "0", "1", "", "é", 'q"', "a b"])
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", "a", "é", 'q"', "\\", "1"])),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(st.tuples(KEYS, inner), max_size=3).map(Pairs)),
     max_leaves=12,
 )
-
-
-class Pairs(list[tuple[str, object]]):
-    """An object as it is written: its keys may come twice."""
 
 
 @st.composite

@@ -1,8 +1,8 @@
 """What stands at a path inside of a JSON text, and what can be told of it.
 
-`Told` is the reference, which parses the whole text. The compiled decoder (src/native/paths.pxi) walks through it instead
-and lets `Told.of_value` parse what it finds there; it asks the reference wherever it is not sure: keys with escapes,
-indices from the end, deep nesting, text that is no JSON.
+`Told` is the reference, which parses the whole text. The compiled decoder (src/native/paths.pxi) walks through it
+instead and lets `Told.of_value` parse what it finds there; it asks the reference wherever it is not sure: keys with
+escapes, indices from the end, deep nesting, text that is no JSON.
 """
 
 from __future__ import annotations
