@@ -1,5 +1,5 @@
 # cython: language_level=3, cdivision=True
-"""The compiled twin of `spillway.pgoutput.decoder` and `spillway.columns`: the same bytes, without an object per row.
+"""The compiled twin of `spillway.pgoutput.decoder`, `spillway.columns` and `spillway.members`: the same bytes, faster.
 
 The Python is the reference: what is promised is said there, and one suite of tests holds for both. Here stands how it
 is made fast, in this order:
@@ -9,6 +9,7 @@ is made fast, in this order:
 - scalars: one renderer per frequent type; all others are the reference's functions, called with the value
 - reference: what is taken from it
 - paths: what stands at a path in JSON text
+- members: JSON objects taken apart
 - filters: what filters say of a row
 - plan: what is compiled once per relation
 - lines: rows of COPY taken apart
@@ -40,6 +41,7 @@ from struct import error as StructError
 
 import orjson
 
+from spillway import members as reference_members
 from spillway.change import ACTIONS, table_prefix
 from spillway.chunk import Chunk
 from spillway.errors import Finding
@@ -50,6 +52,7 @@ include "text.pxi"
 include "scalars.pxi"
 include "reference.pxi"
 include "paths.pxi"
+include "members.pxi"
 include "filters.pxi"
 include "plan.pxi"
 include "lines.pxi"

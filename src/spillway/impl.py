@@ -10,6 +10,7 @@ import os
 from types import ModuleType
 
 from spillway import columns
+from spillway import members as slices
 from spillway.errors import SpillwayError
 
 
@@ -39,3 +40,7 @@ gather = columns.gather if native is None else native.gather
 join = columns.join if native is None else native.join
 by_kind = columns.by_kind if native is None else native.by_kind
 bulk = columns.bulk if native is None else native.bulk
+
+members = slices.members if native is None else native.members
+end_of_value = slices.end_of_value if native is None else native.end_of_value
+joined = slices.joined if native is None else native.joined

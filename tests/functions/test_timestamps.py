@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from servers.postgres import Postgres
 from sinks.messages import SUFFIX, batch_of, change
-from spillway.functions.members import joined, members
 from spillway.functions.timestamps import as_numbers
+from spillway.members import joined, members
 from spillway.pgoutput.scalars import timestamp, timestamptz
 
 TEXTS = (

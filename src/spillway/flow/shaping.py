@@ -44,7 +44,7 @@ from spillway.flow.attempt import BLOCKED, Answer, each
 from spillway.flow.budget import Share
 from spillway.flow.lending import Credit, Lending
 from spillway.functions.base import Failure, Functions, Outcome, Output
-from spillway.functions.members import end_of_value, joined, members
+from spillway.impl import end_of_value, joined, members
 from spillway.sinks.base import OK, Result, reject, sink_down
 from spillway.source.enrich import BatchFailed, Fetched
 from spillway.source.reselect import Rows

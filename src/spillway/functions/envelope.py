@@ -37,7 +37,7 @@ from spillway import __version__
 from spillway.change import ACTIONS, RECORD_START, Action
 from spillway.chunk import ACTION, FLAGS, INDEX, LARGE, LOW, LSN, TIME, WHOLE, Message
 from spillway.clock import Clock
-from spillway.functions.members import end_of_value, joined, members
+from spillway.impl import end_of_value, joined, members
 from spillway.pgoutput.plan import DatabaseMeta
 
 Format = Literal["record", "debezium", "cloudevents"]

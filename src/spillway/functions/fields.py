@@ -13,50 +13,66 @@
 
 Null stays null under `mask` and `hash`. A column that is not there is passed over: not every table has every column,
 and an update may come without its TOAST columns.
+
+Values are moved as slices of the message's text (`spillway.members`), so that not a digit of them changes; only what is
+hashed is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 
+import orjson
+
+from spillway.change import RECORD_START
 from spillway.functions import jsontext
 from spillway.functions.spec import FieldOperation
+from spillway.impl import end_of_value, joined, members
+from spillway.members import named
 
-Row = dict[str, object]
+Row = dict[bytes, bytes]  # by name, in its quotes; JSON
 Change = Callable[[Row], Row]
 
-MASK = "***"
+MASK = b'"***"'
+_CHANGES = b',"changes":'
 
 
-def apply(operations: Sequence[FieldOperation]) -> Callable[[Row], Row]:
-    """A function that changes a message (its object) by these; the object is used up."""
+def apply(operations: Sequence[FieldOperation]) -> Callable[[bytes], bytes]:
+    """A function that changes a message by these."""
     on_record = [_operation(one) for one in operations]
     on_changes = [_operation(one) for one in operations if one.kind != "set"]
 
-    def change(message: Row) -> Row:
-        for part, steps in (("record", on_record), ("changes", on_changes)):
-            row = message.get(part)
-            if isinstance(row, dict):
-                for step in steps:
-                    row = step(row)
-                message[part] = row
-        return message
+    def change(message: bytes) -> bytes:
+        record_end = end_of_value(message, RECORD_START)
+        changes_start = record_end + len(_CHANGES)
+        changes_end = end_of_value(message, changes_start)
+        record = _changed(message[RECORD_START:record_end], on_record)
+        changes = _changed(message[changes_start:changes_end], on_changes)
+        return b"".join((message[:RECORD_START], record, _CHANGES, changes, message[changes_end:]))
 
     return change
 
 
+def _changed(text: bytes, steps: Sequence[Change]) -> bytes:
+    if not text.startswith(b"{"):
+        return text
+    row = dict(members(text))
+    for step in steps:
+        row = step(row)
+    return joined(row.items())
+
+
 def _operation(one: FieldOperation) -> Change:
-    columns = tuple(dict.fromkeys(one.columns))
+    columns = frozenset(map(_quoted, one.columns))
     match one.kind:
         case "select":
-            kept = frozenset(columns)
-            return lambda row: {name: value for name, value in row.items() if name in kept}
+            return lambda row: {name: value for name, value in row.items() if name in columns}
         case "drop":
-            left_out = frozenset(columns)
-            return lambda row: {name: value for name, value in row.items() if name not in left_out}
+            return lambda row: {name: value for name, value in row.items() if name not in columns}
         case "rename":
-            return lambda row: _rename(row, one.names)
+            names = {_quoted(old): _quoted(new) for old, new in one.names.items()}
+            return lambda row: _rename(row, names)
         case "mask":
             return lambda row: _replace(row, columns, lambda _: MASK)
         case "hash":
@@ -64,31 +80,39 @@ def _operation(one: FieldOperation) -> Change:
         case "flatten":
             return lambda row: _flatten(row, columns)
         case "set":
-            return lambda row: {**row, **one.values}
+            values = {_quoted(name): jsontext.dumps(value) for name, value in one.values.items()}
+            return lambda row: {**row, **values}
 
 
-def _rename(row: Row, names: Mapping[str, str]) -> Row:
+def _quoted(name: str) -> bytes:
+    """As the decoder writes the names of columns."""
+    return orjson.dumps(name)
+
+
+def _rename(row: Row, names: Mapping[bytes, bytes]) -> Row:
     taken = {new for old, new in names.items() if old in row}
     return {names.get(name, name): value for name, value in row.items() if name in names or name not in taken}
 
 
-def _replace(row: Row, columns: Sequence[str], by: Callable[[object], object]) -> Row:
+def _replace(row: Row, columns: Iterable[bytes], by: Callable[[bytes], bytes]) -> Row:
     for name in columns:
         value = row.get(name)
-        if value is not None:
+        if value is not None and value != b"null":
             row[name] = by(value)
     return row
 
 
-def _hash(value: object) -> str:
-    text = value.encode(errors="surrogatepass") if isinstance(value, str) else jsontext.dumps(value)
-    return sha256(text).hexdigest()
+def _hash(text: bytes) -> bytes:
+    if text.startswith((b'"', b"{", b"[")):
+        value = jsontext.loads(text)
+        text = value.encode(errors="surrogatepass") if isinstance(value, str) else jsontext.dumps(value)
+    return b'"%b"' % sha256(text).hexdigest().encode()
 
 
-def _flatten(row: Row, columns: Sequence[str]) -> Row:
+def _flatten(row: Row, columns: Iterable[bytes]) -> Row:
     flat: Row = {}
     for name, value in row.items():
-        if name in columns and isinstance(value, dict):
+        if name in columns and value.startswith(b"{"):
             for inner, leaf in _leaves(name, value):
                 if inner not in row:
                     flat[inner] = leaf
@@ -97,11 +121,12 @@ def _flatten(row: Row, columns: Sequence[str]) -> Row:
     return flat
 
 
-def _leaves(prefix: str, value: Row) -> list[tuple[str, object]]:
-    leaves: list[tuple[str, object]] = []
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            leaves += _leaves(f"{prefix}_{name}", inner)
+def _leaves(prefix: bytes, text: bytes) -> list[tuple[bytes, bytes]]:
+    leaves: list[tuple[bytes, bytes]] = []
+    for name, value in named(members(text)).items():
+        path = b"%b_%b" % (prefix[:-1], name[1:])
+        if value.startswith(b"{"):
+            leaves += _leaves(path, value)
         else:
-            leaves.append((f"{prefix}_{name}", inner))
+            leaves.append((path, value))
     return leaves

@@ -25,7 +25,7 @@ import orjson
 
 from spillway.change import RECORD_START
 from spillway.functions.base import Failure, Outcome, Output
-from spillway.functions.members import end_of_value, members
+from spillway.impl import end_of_value, members
 
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from traceback import extract_tb
 from typing import Final
 
+import orjson
+
 from spillway.functions import jsontext
 from spillway.functions.fields import apply
 from spillway.functions.made import (
@@ -26,6 +28,8 @@ from spillway.functions.made import (
 )
 from spillway.functions.message import RoutedMessage
 from spillway.functions.spec import FieldOperations, FunctionSpec, PathExpression
+from spillway.impl import members
+from spillway.members import named
 
 UserFunction = Callable[[object, object, object, object], object]
 Route = Mapping[str, object]
@@ -148,24 +152,17 @@ def _built_in(spec: FunctionSpec) -> Callable[[bytes], bytes] | None:
     """A path or field operations: the message to the body."""
     match spec.transform:
         case PathExpression(path):
-            parts = path.split(".")
+            names = [orjson.dumps(part) for part in path.split(".")]
 
             def extract(message: bytes) -> bytes:
-                value = jsontext.loads(message)
-                for part in parts:
-                    value = value.get(part) if isinstance(value, dict) else None
-                return jsontext.dumps(value)
+                value = message
+                for name in names:
+                    value = named(members(value)).get(name, b"null") if value.startswith(b"{") else b"null"
+                return value
 
             return extract
         case FieldOperations(operations):
-            change = apply(operations)
-
-            def changed(message: bytes) -> bytes:
-                value = jsontext.loads(message)
-                assert isinstance(value, dict)
-                return jsontext.dumps(change(value))
-
-            return changed
+            return apply(operations)
         case _:
             return None
 

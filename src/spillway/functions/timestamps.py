@@ -22,7 +22,7 @@ import orjson
 
 from spillway.change import BODY_START, RECORD_START
 from spillway.chunk import INDEX, Message
-from spillway.functions.members import end_of_value, joined, members
+from spillway.impl import end_of_value, joined, members
 
 _CHANGES: Final = b',"changes":'
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
