@@ -526,11 +526,11 @@ class Message:
             record[FLAGS] |= WHOLE
         return Message(Span(Chunk(1, body, bytes(record), keys, chunk.tables, chunk.groups), self.span.keying), 0)
 
-    def with_record(self, record: bytes) -> Message:
-        """The same change with another row, a whole one."""
+    def with_record(self, record: Sequence[bytes]) -> Message:
+        """The same change with another row, a whole one. It comes in parts, which are copied once: it may be large."""
         change = self.change
-        body = BODY_START + record + change.body[RECORD_START + change.record_bytes :]
-        return self.with_body(body, len(record), whole=True)
+        body = b"".join([BODY_START, *record, change.body[RECORD_START + change.record_bytes :]])
+        return self.with_body(body, sum(map(len, record)), whole=True)
 
     def as_delete(self) -> Message:
         """In place of an update that came without its TOAST columns: the delete of its row; where the update moves a

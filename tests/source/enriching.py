@@ -10,8 +10,9 @@ from spillway.pgoutput.conditions import Condition
 from spillway.source.enrich import Enricher
 from spillway.source.origin import Expected
 from spillway.source.reading import Fetched
-from spillway.source.reselect import Reselect, Rows
+from spillway.source.reselect import Reselect
 from spillway.source.snapshot import Seen
+from spillway.source.wrapped import object_parts
 
 NOTHING = Seen((), 0)
 T = ("public", "t")
@@ -57,5 +58,10 @@ async def enriched(enricher: Enricher, *keys: Key, credit_bytes: int = MANY) -> 
     return await enricher.fetch(T, keys, NOTHING, credit_bytes, credit_bytes)
 
 
-async def reselected(reselect: Reselect, *keys: Key, credit_bytes: int = MANY) -> Rows:
+async def reselected(reselect: Reselect, *keys: Key, credit_bytes: int = MANY) -> Fetched:
     return await reselect.fetch(T, keys, NOTHING, credit_bytes, credit_bytes)
+
+
+def records(fetched: Fetched) -> dict[int, bytes]:
+    """The rows as JSON objects."""
+    return {place: b"".join(object_parts(row)) for place, row in fetched.rows.items()}

@@ -17,8 +17,9 @@ from source.test_page_shape import UNUSUAL
 from spillway.cli.run import _bound_the_allocator
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.source import bykeys
+from spillway.source.bykeys import FETCH_FACTOR, BatchFailed
 from spillway.source.connect import connect_query
-from spillway.source.enrich import FETCH_FACTOR, BatchFailed, Enricher
+from spillway.source.enrich import Enricher
 from spillway.source.origin import Expected
 from spillway.source.snapshot import Seen
 

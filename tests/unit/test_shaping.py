@@ -16,12 +16,14 @@ from spillway.chunk import MOVED, WHOLE, Batch, ChunkBuilder, Keying, Message, S
 from spillway.errors import SourceUnavailable
 from spillway.flow.attempt import BLOCKED, Answer
 from spillway.flow.budget import SHAPING_EIGHTHS, Budget
-from spillway.flow.shaping import Shaping, Steps
+from spillway.flow.outgoing import Steps
+from spillway.flow.shaping import Shaping
 from spillway.functions.base import Failure, Outcome, Output
 from spillway.sinks.base import OK, Result, reject, sink_down
-from spillway.source.enrich import BatchFailed, Fetched
-from spillway.source.reselect import Rows
+from spillway.source.bykeys import BatchFailed
+from spillway.source.reading import Fetched
 from spillway.source.snapshot import Seen
+from spillway.source.wrapped import Row
 
 SUFFIX = b',"enrichment":null,"consumer":{"name":"s"}}}'
 LIMIT_BYTES = 64 << 20
@@ -71,7 +73,7 @@ class Source:
             raise SourceUnavailable("unreachable", "nobody there")
         if set(texts) & set(self.poison):
             raise BatchFailed("enrichment_failed", "division by zero")
-        rows: dict[int, dict[str, bytes]] = {}
+        rows: dict[int, Row] = {}
         sizes: dict[int, int] = {}
         total = 0
         for place, key in enumerate(texts):
@@ -91,14 +93,12 @@ class Source:
 
 @dataclass
 class Reread:
-    records: dict[str, bytes]
+    records: dict[str, Row]
 
     async def fetch(
         self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
-    ) -> Rows:
-        found = {place: self.records[key] for place, (key,) in enumerate(keys) if key in self.records}
-        missing = {place for place, (key,) in enumerate(keys) if key not in self.records}
-        return Rows(records=found, sizes={}, missing=missing, kept_bytes=0, seconds=0.0, queries=1)
+    ) -> Fetched:
+        return Fetched({place: self.records[key] for place, (key,) in enumerate(keys) if key in self.records})
 
     async def close(self) -> None:
         pass
@@ -311,7 +311,7 @@ def test_in_order_what_stands_behind_a_failure_of_its_key_is_blocked() -> None:
 
 def test_rows_without_toast_columns_are_read_anew_and_nothing_else_is_touched() -> None:
     sent = Sent()
-    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Reread({"2": b'{"id":"2","big":"x"}'}))
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Reread({"2": {"id": b'"2"', "big": b'"x"'}}))
     batch = a_batch("1", "2", "3", not_whole=("2", "3"))
     assert shape(batch, steps, sent) is OK
     assert sent.bodies == [batch[0].change.body, batch[1].change.body.replace(b'{"id":"2"}', b'{"id":"2","big":"x"}')]
@@ -342,13 +342,13 @@ def test_a_key_that_cannot_be_asked_for_is_that_messages_error() -> None:
     class Picky(Reread):
         async def fetch(
             self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
-        ) -> Rows:
+        ) -> Fetched:
             if ("x",) in keys:
                 raise BatchFailed("reselect_failed", "invalid input syntax for type integer")
             return await super().fetch(table, keys, seen, credit_bytes, row_bytes)
 
     sent = Sent()
-    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Picky({"1": b"{}", "2": b"{}"}))
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Picky({"1": {}, "2": {}}))
     answer = shape(a_batch("1", "x", "2", not_whole=("1", "x", "2")), steps, sent)
     assert not isinstance(answer, Result)
     assert [result.reason for result in answer] == ["", "reselect_failed", ""]
@@ -375,7 +375,7 @@ def test_in_order_what_the_sink_refuses_in_one_part_blocks_the_next() -> None:
 @pytest.mark.parametrize("value", [b'"\\ud800"', b"[" * 2000 + b"]" * 2000, b"12345678901234567890123.10"])
 def test_no_value_of_a_row_is_read_or_changed(value: bytes) -> None:
     """json may hold what no parser takes."""
-    record = b'{"id":"1","j":' + value + b"}"
+    record = {"id": b'"1"', "j": value}
     steps = Steps(SUFFIX, keeps_rows=True, as_record=True, enrich=Source({"1": b'"one"'}), reread=Reread({"1": record}))
     sent = Sent()
     assert shape(a_batch("1", "2", not_whole=("1",)), steps, sent) is OK
@@ -525,15 +525,13 @@ def test_a_row_that_is_read_anew_and_enriched_has_credit_for_both() -> None:
     class Counted(Reread):
         async def fetch(
             self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
-        ) -> Rows:
-            size = len(self.records["1"])
+        ) -> Fetched:
+            size = len(self.records["1"]["big"])
             if size > min(credit_bytes, row_bytes):
-                return Rows(records={}, sizes={0: size}, missing=set(), kept_bytes=0, seconds=0.0, queries=1)
-            return Rows(
-                records={0: self.records["1"]}, sizes={}, missing=set(), kept_bytes=size, seconds=0.0, queries=1
-            )
+                return Fetched(sizes={0: size}, queries=1)
+            return Fetched({0: self.records["1"]}, kept_bytes=size, queries=1)
 
-    record = b'{"id":"1","big":"' + b"x" * 50_000 + b'"}'
+    record = {"id": b'"1"', "big": b'"' + b"x" * 50_000 + b'"'}
     source, sent = Counts({"1": b'"' + b"y" * 30_000 + b'"'}), Sent()
     steps = Steps(SUFFIX, keeps_rows=True, as_record=True, reread=Counted({"1": record}), enrich=source)
     assert shape(a_batch("1", not_whole=("1",)), steps, sent) is OK
@@ -546,7 +544,7 @@ def test_a_row_read_anew_that_the_filters_leave_out_is_deleted() -> None:
 
     class Filtered(Reread):
         async def fetch(self, table, keys, seen, credit_bytes, row_bytes):  # type: ignore[no-untyped-def]
-            return Rows({0: b'{"id":"1","big":"x"}'}, {}, {2, 4}, 0, 0.0, 1, left={1, 3})
+            return Fetched({0: {"id": b'"1"', "big": b'"x"'}}, left={1, 3})
 
     def fetched(keying: int) -> list[tuple[str, str | None, str | None]]:
         builder = ChunkBuilder()

@@ -10,7 +10,8 @@ from spillway.config import Config, Database, Function, Search, Sink, Sqlite
 from spillway.errors import SpillwayError
 from spillway.flow.budget import REREAD_EIGHTHS, SHAPING_EIGHTHS, Budget
 from spillway.flow.inflow import Process
-from spillway.flow.shaping import Shaping, Steps
+from spillway.flow.outgoing import Steps
+from spillway.flow.shaping import Shaping
 from spillway.functions.base import Functions
 from spillway.functions.build import build
 from spillway.functions.envelope import envelope

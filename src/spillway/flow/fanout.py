@@ -22,7 +22,7 @@ from spillway.chunk import HASH, LARGE, LSN, TIME, Batch, Keying
 from spillway.clock import Clock
 from spillway.config.shape import Related
 from spillway.flow.budget import Spare
-from spillway.flow.shaping import LONG_SECONDS
+from spillway.flow.rows import LONG_SECONDS
 from spillway.sinks.base import OK, Result, Semantics, reject
 from spillway.source.parents import PAGE_BYTES, Parents, QuestionFailed, Values
 from spillway.source.snapshot import Seen

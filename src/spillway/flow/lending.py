@@ -1,7 +1,8 @@
 """Credit for shaping: how many messages of a batch are shaped together, and what that may take.
 
 A *part* of a batch is planned by what is known of its rows: their sizes where the source has told them, else a guess
-that follows what was seen. A batch is planned whole if there can ever be credit for it: each part costs a query.
+that follows what was seen. A batch is planned whole if there can ever be credit for it: each part costs a query. What
+is left of it is summed up once (`_Sums`), so that a plan for any credit is a search in these sums.
 
 Nobody waits for another sink's server (I6): a sink waits for credit only while its own batches hold it, which end by
 their deadline, or for its first message alone. While others hold what it lacks, it takes a smaller part.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from spillway.chunk import Batch, Message
 from spillway.flow.budget import Share
-from spillway.source.enrich import FETCH_FACTOR
+from spillway.source.bykeys import FETCH_FACTOR
 
 COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
 LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
@@ -45,6 +48,18 @@ class _Plan:
     rows_bytes: int
     row_bytes: int
     cost_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of the first 1, 2, 3 ... of the messages that are left."""
+
+    bodies_bytes: Sequence[int]
+    known_bytes: Sequence[int]  # of rows that the source has told of
+    largest_bytes: Sequence[int]
+    reread: Sequence[int]  # rows of which nothing is known but what others of their kind had
+    enriched: Sequence[int]
+    growth: float
 
 
 @dataclass(slots=True)
@@ -79,7 +94,6 @@ class Lending:
         self.share = share
         self.reread = Guess()
         self.enriched = Guess()
-        self.growth = 1.0  # bytes of what functions make of a message, for each of its own
         self._suffix_bytes = suffix_bytes
         self._result_bytes = result_bytes
         self._rereads = rereads
@@ -89,23 +103,12 @@ class Lending:
 
     @contextlib.asynccontextmanager
     async def lent(
-        self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int]
+        self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], growth: float
     ) -> AsyncIterator[Credit]:
         """Credit for all of these (places of messages), or for the first of them. ``known``: sizes of their rows, as
-        far as the source has told them."""
-        most = self.share.most_bytes
-        while True:
-            plan = self._plan(messages, left, known, most)
-            if self.share.try_take(plan.cost_bytes):
-                break
-            if self._lending:
-                self._given.clear()
-                await self._given.wait()
-                continue
-            plan = self._plan(messages, left, known, min(most, self.share.available_bytes()))
-            if not self.share.try_take(plan.cost_bytes):
-                await self.share.take(plan.cost_bytes)
-            break
+        far as the source has told them. ``growth``: bytes of what functions make, for each byte of what they see."""
+        sums = self._sums(messages, left[:MOST_IN_PART], known, growth)
+        plan = await self._taken(sums)
         credit = Credit(self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given)
         self._lending += 1
         try:
@@ -123,31 +126,51 @@ class Lending:
         """What a batch needs while it is sent: itself, and one encoded copy."""
         return 2 * batch.body_bytes + MESSAGE_BYTES * len(batch)
 
-    def _plan(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], most: int) -> _Plan:
-        """For the first of these, and as many more as so much credit is enough for."""
-        bodies = rows = largest = 0
-        plan: _Plan | None = None
-        for count, place in enumerate(left[:MOST_IN_PART], 1):
-            message = messages[place]
-            size = known[place] if place in known else self._guessed(message)
-            bodies += message.body_bytes + self._suffix_bytes
-            rows, largest = rows + size, max(largest, size)
-            rows_bytes, row_bytes = _spread(rows, largest, count)
-            cost = self._cost(count, bodies, rows_bytes, row_bytes, self.growth)
-            if plan is not None and cost > most:
+    async def _taken(self, sums: _Sums) -> _Plan:
+        while True:
+            plan = self._plan(sums, self.share.most_bytes)
+            if self.share.try_take(plan.cost_bytes):
+                return plan
+            if not self._lending:
                 break
-            plan = _Plan(count, rows_bytes, row_bytes, cost)
-        assert plan is not None, "something is left"
-        if plan.cost_bytes > self.share.most_bytes:  # the first alone: its row is asked for by what there can be
-            row_bytes = max(
-                0, int((self.share.most_bytes - self.needed(messages[left[0]], 0)) / (2 * COPIES + FETCH_FACTOR))
-            )
-            plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
+            self._given.clear()
+            await self._given.wait()
+        plan = self._plan(sums, self.share.available_bytes())
+        if not self.share.try_take(plan.cost_bytes):
+            await self.share.take(plan.cost_bytes)
         return plan
 
-    def _guessed(self, message: Message) -> int:
-        reread = self._rereads and not message.whole
-        return reread * int(self.reread.bytes) + self._enriches * int(self.enriched.bytes)
+    def _sums(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], growth: float) -> _Sums:
+        some = [messages[place] for place in left]
+        unknown = [place not in known for place in left]
+        return _Sums(
+            list(accumulate(message.body_bytes + self._suffix_bytes for message in some)),
+            list(accumulate(known.get(place, 0) for place in left)),
+            list(accumulate((known.get(place, 0) for place in left), max)),
+            list(accumulate(self._rereads and one and not m.whole for one, m in zip(unknown, some, strict=True))),
+            list(accumulate(self._enriches and one for one in unknown)),
+            growth,
+        )
+
+    def _plan(self, sums: _Sums, most: int) -> _Plan:
+        """For the first of these, and as many more as so much credit is enough for."""
+
+        def of(count: int) -> _Plan:
+            at = count - 1
+            reread, enriched = int(self.reread.bytes), int(self.enriched.bytes)
+            rows_bytes = sums.known_bytes[at] + sums.reread[at] * reread + sums.enriched[at] * enriched
+            guessed = bool(sums.reread[at]) * reread + bool(sums.enriched[at]) * enriched
+            rows_bytes, row_bytes = _spread(rows_bytes, max(sums.largest_bytes[at], guessed), count)
+            cost = self._cost(count, sums.bodies_bytes[at], rows_bytes, row_bytes, sums.growth)
+            return _Plan(count, rows_bytes, row_bytes, cost)
+
+        counts = range(1, len(sums.bodies_bytes) + 1)
+        plan = of(max(1, bisect_right(counts, most, key=lambda count: of(count).cost_bytes)))
+        if plan.cost_bytes > self.share.most_bytes:  # the first alone: its row is asked for by what there can be
+            left = self.share.most_bytes - self._cost(1, sums.bodies_bytes[0], 0, 0, 1.0)
+            row_bytes = max(0, int(left / (2 * COPIES + FETCH_FACTOR)))
+            plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
+        return plan
 
     def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
         """Functions see whole messages before they make others, which are ``growth`` times as large."""

@@ -1,4 +1,4 @@
-"""Rows for keys, on behalf of changes: what `spillway.source.enrich` and `spillway.source.reselect` have in common.
+"""Rows by key, on behalf of changes: `spillway.source.enrich` and `spillway.source.reselect` say which.
 
 One call is one question for all keys of a batch (`spillway.source.wrapped`), by the extended protocol, prepared once
 per connection and table. Several calls at a time are as many connections at work (`spillway.source.sessions`).
@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import psycopg
@@ -83,28 +84,22 @@ class _AgainError(Exception):
         self.reason = reason
 
 
-class ByKeys:
-    """``what`` is the prefix of the errors' codes, ``subject`` what they are said of, ``question`` makes a table's
-    question of the catalogue; it is asked again every now and then."""
+class ByKeys(ABC):
+    """Opened by the first `fetch`. ``what`` is the prefix of the errors' codes, ``subject`` what they are said of."""
 
-    def __init__(
-        self,
-        sessions: Sessions,
-        question: Callable[[Connection, tuple[str, str]], Awaitable[Question]],
-        what: str,
-        subject: str,
-        remedy: str,
-        visible_seconds: float = VISIBLE_SECONDS,
-    ) -> None:
+    def __init__(self, sessions: Sessions, what: str, subject: str, remedy: str, visible_seconds: float) -> None:
         self._sessions = sessions
-        self._question = question
         self._what = what
         self._subject = subject
         self._remedy = remedy
         self._visible_seconds = visible_seconds
 
+    @abstractmethod
+    async def _question(self, connection: Connection, table: tuple[str, str]) -> Question:
+        """A table's, by the catalogue; asked for again every now and then."""
+
     async def columns(self, table: tuple[str, str]) -> tuple[str, ...]:
-        """Those of the question, which is prepared and planned for it and not run."""
+        """Those of the question, for whoever checks it: it is prepared and planned, and not run. Raises as `fetch`."""
         async with self._sessions.one(fresh=True) as session:
             try:
                 return (await self._prepare(session, table)).columns
@@ -114,6 +109,10 @@ class ByKeys:
     async def fetch(
         self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
     ) -> Fetched:
+        """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
+        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
+        times as much besides. Raises BatchFailed, SourceUnavailable, SpillwayError (see the module); what the server
+        is found not to be, as `spillway.source.origin` says it."""
         until = time.monotonic() + self._visible_seconds
         pause_seconds = _FIRST_PAUSE_SECONDS
         seconds, queries, tried = 0.0, 0, False

@@ -16,25 +16,23 @@ again and what an error means is said in `spillway.source.bykeys`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from spillway.errors import SpillwayError
-from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys
+from spillway.source.bykeys import VISIBLE_SECONDS, BatchFailed, ByKeys
 from spillway.source.connect import Connection
 from spillway.source.origin import Expected
 from spillway.source.queries import fetch
-from spillway.source.reading import Fetched
 from spillway.source.refusal import quoted
 from spillway.source.sessions import Sessions
-from spillway.source.snapshot import Seen
 from spillway.source.wrapped import Parameter, Question
 
-__all__ = ["FETCH_FACTOR", "BatchFailed", "Enricher", "Fetched", "Seen"]
+__all__ = ["BatchFailed", "Enricher"]
 
 
-class Enricher:
-    """One enrichment function on one server. Opened by the first `fetch`. ``expected`` says what the server must be
-    and may raise SourceUnavailable while that is not known."""
+class Enricher(ByKeys):
+    """One enrichment function on one server. `fetch` raises ``enrichment_failed``, ``enrichment_key``,
+    ``enrichment_columns``, ``enrichment_parameters``, ``enrichment_timeout``."""
 
     def __init__(
         self,
@@ -61,24 +59,7 @@ class Enricher:
             settings={},
         )
         remedy = f"correct the SQL of function {name}; spillway functions test {name} runs it"
-        self._by_keys = ByKeys(sessions, self._question, "enrichment", f"enrichment {name}", remedy, visible_seconds)
-
-    async def fetch(
-        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
-    ) -> Fetched:
-        """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
-        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
-        times as much besides. Raises BatchFailed,
-        SourceUnavailable (``not_visible``, ``enrichment_timeout``, ...), SpillwayError ``enrichment_failed``,
-        ``enrichment_key``, ``enrichment_columns``, ``enrichment_parameters``."""
-        return await self._by_keys.fetch(table, keys, seen, credit_bytes, row_bytes)
-
-    async def columns(self, table: tuple[str, str]) -> tuple[str, ...]:
-        """What the SQL selects, for whoever checks it: it is prepared and planned, and not run. Raises as `fetch`."""
-        return await self._by_keys.columns(table)
-
-    async def close(self) -> None:
-        await self._by_keys.close()
+        super().__init__(sessions, "enrichment", f"enrichment {name}", remedy, visible_seconds)
 
     async def _question(self, connection: Connection, table: tuple[str, str]) -> Question:
         schema, name = table

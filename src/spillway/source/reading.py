@@ -17,7 +17,7 @@ from spillway.pgoutput.filters import admits
 from spillway.pgoutput.scalars import text, to_text
 from spillway.source.sessions import Session
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, ROW_BYTES, VALUE_BYTES, Prepared, row_bytes
+from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, ROW_BYTES, VALUE_BYTES, Prepared, Row, row_bytes
 
 # What JSON writes with six bytes, and what with two.
 _TWO_IN_JSON: Final = b'\b\t\n\f\r"\\'
@@ -27,9 +27,9 @@ _LARGE_BYTES: Final = 64 << 10  # of a row that is looked at for them
 
 @dataclass(slots=True)
 class Fetched:
-    """By place among the keys."""
+    """By place among the keys. A key that is nowhere here has no row."""
 
-    rows: dict[int, dict[str, bytes]] = field(default_factory=dict)  # column -> JSON
+    rows: dict[int, Row] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)  # of rows that the credit did not allow for: what they need
     several: set[int] = field(default_factory=set)  # keys with more than one row
     left: set[int] = field(default_factory=set)  # keys whose row does not pass the question's checks

@@ -12,44 +12,28 @@ Freshness, memory and errors are those of `spillway.source.bykeys`; row security
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from spillway.errors import Finding, SpillwayError
 from spillway.pgoutput.conditions import Condition, compiled
 from spillway.pgoutput.filters import Check
 from spillway.source import catalog
-from spillway.source.bykeys import FETCH_FACTOR, VISIBLE_SECONDS, BatchFailed, ByKeys
+from spillway.source.bykeys import VISIBLE_SECONDS, ByKeys
 from spillway.source.connect import Connection
 from spillway.source.origin import Expected
 from spillway.source.queries import fetch_one
 from spillway.source.sessions import Sessions
 from spillway.source.shape import Selection, Shape, rows_of
-from spillway.source.snapshot import Seen
 from spillway.source.view import BY_LIST, no_primary_key, not_published
-from spillway.source.wrapped import Parameter, Question, as_object
-
-__all__ = ["FETCH_FACTOR", "BatchFailed", "Reselect", "Rows", "Seen"]
+from spillway.source.wrapped import Parameter, Question
 
 _TEXT_ARRAY_OID: Final = 1009
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """By place among the keys."""
-
-    records: dict[int, bytes]  # the row's JSON object
-    sizes: dict[int, int]  # of rows that the credit did not allow for: what they need
-    missing: set[int]
-    kept_bytes: int  # of credit that the records have taken
-    seconds: float
-    queries: int
-    left: set[int] = field(default_factory=set)  # of rows that do not meet the conditions
-
-
-class Reselect:
-    """For one publication on one server. Opened by the first `fetch`. ``expected`` says what the server must be and may
-    raise SourceUnavailable while that is not known."""
+class Reselect(ByKeys):
+    """For one publication on one server. `fetch` raises ``reselect_failed``, ``not_published``, ``no_primary_key``,
+    ``reselect_columns``, ``reselect_timeout``, or what is wrong with the conditions."""
 
     def __init__(
         self,
@@ -76,37 +60,7 @@ class Reselect:
             settings={"row_security": "off", **dict.fromkeys(BY_LIST, "off")},
         )
         remedy = "use toast: omit for this sink, or REPLICA IDENTITY FULL"
-        self._by_keys = ByKeys(sessions, self._question, "reselect", "rows read anew", remedy, visible_seconds)
-
-    async def fetch(
-        self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
-    ) -> Rows:
-        """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
-        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
-        times as much besides. Raises BatchFailed,
-        SourceUnavailable (``not_visible``, ``reselect_timeout``, ...), SpillwayError ``reselect_failed``,
-        ``not_published``, ``no_primary_key``, ``reselect_columns``, or what is wrong with the conditions."""
-        fetched = await self._by_keys.fetch(table, keys, seen, credit_bytes, row_bytes)
-        if fetched.several:
-            raise BatchFailed(
-                "reselect_failed",
-                f"table {table[0]}.{table[1]} has several rows of one primary key in its partitions",
-                "give the partitioned table a primary key",
-            )
-        records: dict[int, bytes] = {}
-        made: dict[tuple[str, ...], bytes] = {}  # a key that was asked for twice has its row twice
-        for place in sorted(fetched.rows):
-            key = keys[place]
-            if key not in made:
-                made[key] = as_object(fetched.rows[place])
-            fetched.rows[place].clear()
-            records[place] = made[key]
-        found = records.keys() | fetched.sizes.keys() | fetched.left
-        missing = {place for place in range(len(keys)) if place not in found}
-        return Rows(records, fetched.sizes, missing, fetched.kept_bytes, fetched.seconds, fetched.queries, fetched.left)
-
-    async def close(self) -> None:
-        await self._by_keys.close()
+        super().__init__(sessions, "reselect", "rows read anew", remedy, visible_seconds)
 
     async def _question(self, connection: Connection, table: tuple[str, str]) -> Question:
         shape = await self._shape(connection, *table)

@@ -19,7 +19,7 @@ Columns are referred to by name, so that a column more in a ``SELECT *`` does no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,9 +43,22 @@ HEAD, COST, COVERED, FIRST = range(4)
 INT8_OID: Final = 20
 
 
-def as_object(row: Mapping[str, bytes]) -> bytes:
-    """A row, whose values are JSON, as a JSON object."""
-    return b"{" + b",".join([orjson.dumps(name) + b":" + value for name, value in row.items()]) + b"}"
+Row = Mapping[str, bytes]  # values as JSON, by column
+
+
+def object_parts(row: Row) -> list[bytes]:
+    """A row as a JSON object, to be joined with what stands around it: a large value is copied once then."""
+    return parts((orjson.dumps(name), value) for name, value in row.items())
+
+
+def parts(members: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """The object of these, as `object_parts`; their names have their quotes."""
+    found: list[bytes] = []
+    before = b"{"
+    for name, value in members:
+        found += (before + name + b":", value)
+        before = b","
+    return [*found, b"}"] if found else [b"{}"]
 
 
 def row_bytes(values: Collection[bytes]) -> int:
