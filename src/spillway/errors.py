@@ -57,3 +57,12 @@ class SourceUnavailable(SpillwayError):
 
 class StoreFailed(SpillwayError):
     """The state file could not be written or fsynced. The process ends: what was not confirmed is read again."""
+
+
+def first_of(group: BaseExceptionGroup[SpillwayError]) -> SpillwayError:
+    """What a task group is said to have failed of: one error of several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SpillwayError)
+    return error

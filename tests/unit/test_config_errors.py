@@ -287,7 +287,6 @@ def test_http_endpoints(tmp_path: Path, extra: str, expected: str) -> None:
 
 
 OPENSEARCH = "{type: opensearch, endpoint_url: 'http://h:9200', index_name: i}"
-SQLITE_SINK = "{type: sqlite, path: x.db}"
 TABLE = 'must be a table: schema.table, with "..." around a part that holds a dot'
 
 

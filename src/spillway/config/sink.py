@@ -176,12 +176,12 @@ class Sink(Section):
         destination = info.data.get("destination")
         return destination.batch_size or value if isinstance(destination, Search) else value
 
-    @field_validator("on_reject")
+    @field_validator("on_reject", "toast")
     @classmethod
-    def _latest_wins(cls, value: str, info: ValidationInfo) -> str:
+    def _of_state(cls, value: str, info: ValidationInfo) -> str:
         destination = info.data.get("destination")
-        if value == "latest_wins" and destination is not None and not destination.state:
-            raise ValueError(f"latest_wins {_OF_STATE}")
+        if value in ("latest_wins", "reselect") and destination is not None and not destination.state:
+            raise ValueError(f"{value} {_OF_STATE}")
         return value
 
     @field_validator("backlog")
@@ -190,14 +190,6 @@ class Sink(Section):
         destination = info.data.get("destination")
         if value.on_full == "compact" and destination is not None and not destination.state:
             raise Wrong("on_full", f"compact {_OF_STATE}")
-        return value
-
-    @field_validator("toast")
-    @classmethod
-    def _reselect(cls, value: str, info: ValidationInfo) -> str:
-        destination = info.data.get("destination")
-        if value == "reselect" and destination is not None and not destination.state:
-            raise ValueError(f"reselect {_OF_STATE}")
         return value
 
     @field_validator("on_truncate")

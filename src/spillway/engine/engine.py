@@ -26,7 +26,7 @@ from spillway.engine.reindexes import Reindexes
 from spillway.engine.related import COMPANION, Companion
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import new_budget
-from spillway.errors import SpillwayError
+from spillway.errors import SpillwayError, first_of
 from spillway.flow.delivery import Delivery
 from spillway.flow.inflow import Process
 from spillway.metrics import Metrics
@@ -96,7 +96,7 @@ class Engine:
                 for task in background:
                     task.cancel()
         except* SpillwayError as group:
-            raise _first(group) from None
+            raise first_of(group) from None
         finally:
             await asyncio.to_thread(self._store.close)
 
@@ -386,11 +386,3 @@ PAGE_MESSAGES = 100
 def _page_bytes(delivery: Delivery) -> int:
     """What a page for people can hold: the store's page, or one message."""
     return 2 * max(PEOPLE_BYTES, delivery.spec.max_message_bytes)
-
-
-def _first(group: BaseExceptionGroup[SpillwayError]) -> SpillwayError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SpillwayError)
-    return error

@@ -48,7 +48,6 @@ class Reindexes:
         dismiss: Dismiss,
     ) -> None:
         self._config = config
-        self._pipelines = pipelines
         self._store = store
         self._spare = spare
         self._clock = clock

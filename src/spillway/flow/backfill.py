@@ -26,7 +26,7 @@ import structlog
 
 from spillway.change import key_values, table_prefix
 from spillway.clock import Clock
-from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
+from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed, first_of
 from spillway.flow.attempt import UNCHANGED_TOAST
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
@@ -163,7 +163,7 @@ class Backfill(Paging):
                 for _ in range(readers):
                     tasks.create_task(self._read_parts(parts))
         except* SpillwayError as group:
-            raise _first(group) from None
+            raise first_of(group) from None
         if not all(part.done and not part.again for part in self.state.parts or ()):
             return  # it was paused for a moment
         if self.active and await self._more_parts():
@@ -504,9 +504,3 @@ class Backfill(Paging):
         await self._delivery.note(
             BackfillDocument(state.id, state.as_json(), state.has_ended and not state.is_owed), covering=True
         )
-
-
-def _first(group: BaseExceptionGroup[SpillwayError]) -> SpillwayError:
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an empty group")

@@ -386,7 +386,7 @@ class Delivery(Settling):
         """This sink cannot go on before there is more memory; the others can (I6)."""
         now = self._clock.monotonic()
         self.breaker.failed(now, error.code, str(error))
-        self._note(error.code, str(error), now)
+        self._note(error.code, str(error))
 
     async def _retry_batch(self, heads: Batch, removals: int) -> list[Message]:
         """Returns what went through. Nothing is sent if anything was removed since it was read: it may be gone."""

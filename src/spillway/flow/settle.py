@@ -42,7 +42,6 @@ class Settling(Readback):
         self.queue_throttle = Throttle(narrow)
         self.lane_throttle = Throttle(narrow)
         self.last_error: str | None = None
-        self.last_failure_at = 0.0
         self.last_progress_at = float("-inf")
         self.delivered = 0
         # By table of which a backfill brings all rows: has the rows with these primary keys read once more.
@@ -57,7 +56,7 @@ class Settling(Readback):
         ok, failed, down, why = self._sort(batch, self._blame(answer, batch, now))
         if why is not None:
             self.breaker.failed(now, why.reason, why.detail, why.retry_after_seconds)
-            self._note(why.reason, why.detail, now)
+            self._note(why.reason, why.detail)
         elif self.breaker.open:
             self.breaker.succeeded()
         if ok:
@@ -80,7 +79,7 @@ class Settling(Readback):
         covered = [one for one, result in failed if result is BLOCKED and _is_covered(one, truncates)]
         failed = [(one, result) for one, result in failed if one not in covered]
         if failed:
-            await self._settle_failed(failed, now, lane=lane)
+            await self._settle_failed(failed, lane=lane)
         for one in covered:  # not sent, and not to be sent any more
             await self._settle_ok(one, lane=lane)
         for truncate in truncates:  # last, so that what was parked of its own batch is gone with it
@@ -199,7 +198,7 @@ class Settling(Readback):
             await self._commit(Write(self.name, drop_table_below=below))
         await self._settle_ok(truncate, lane=lane)
 
-    async def _settle_failed(self, failed: list[tuple[Batch, Result]], now: float, *, lane: bool) -> None:
+    async def _settle_failed(self, failed: list[tuple[Batch, Result]], *, lane: bool) -> None:
         park: list[Park] = []
         bury: list[Park] = []
         blocked: list[Batch] = []
@@ -212,7 +211,7 @@ class Settling(Readback):
             (message,) = one
             let_go.append(one)
             self._metrics.rejected(self.name, result.reason, 1)
-            self._note(result.reason, result.detail, now)
+            self._note(result.reason, result.detail)
             attempts = message.attempts + 1
             limit = self.spec.max_retry_count
             if message.superseded and lane:  # by `latest_wins`, in place of the head
@@ -269,9 +268,8 @@ class Settling(Readback):
                 times += span.column(TIME, start, stop)
         self._metrics.delivery_seconds(self.name, self._clock.wall(), times)
 
-    def _note(self, reason: str, detail: str, now: float) -> None:
+    def _note(self, reason: str, detail: str) -> None:
         self.last_error = f"{reason}: {detail}" if detail else reason
-        self.last_failure_at = now
 
 
 def _reads(batch: Batch) -> int:

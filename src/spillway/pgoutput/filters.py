@@ -87,7 +87,7 @@ def admits(checks: Sequence[Check], row: Row, *, partial: bool = False) -> bool:
     return True
 
 
-def said_of_row(filters: Sequence[Filter], count: int, row: Row, *, partial: bool = False) -> bytes:
+def said_of_row(filters: Sequence[Filter], count: int, row: Row, *, partial: bool) -> bytes:
     """What ``count`` filters say of an insert, a delete or an existing row. Those that have nothing about the table say
     yes."""
     said = bytearray([YES]) * count

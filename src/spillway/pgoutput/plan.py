@@ -91,13 +91,13 @@ class TablePlan:
         self.filters = filters
         self.filters_of = [[one for one in filters if action in one.actions] for action in ACTIONS]  # by its code
         self.wanted = self.always.union(code for code, some in enumerate(self.filters_of) if some)
-        self._checked = sorted({check.column for one in filters for check in one.checks})
         # What a row costs beyond its bytes: the names of its columns are not in its frame.
         self.overhead_bytes = sum(2 * len(column.name) + 8 for column in relation.columns)
         self.own_name = (relation.schema, relation.table)
         self.name = self.schema, self.table = info.root or self.own_name
         index_of = {column.name: index for index, column in enumerate(relation.columns)}
         self._pk = [index_of[name] for name in primary_key(relation, info)]
+        self._checked = sorted({*self._pk, *(check.column for one in filters for check in one.checks)})
         self._groups = [None if columns is None else [index_of.get(name) for name in columns] for columns in groups]
         self._key_indexes = sorted({*self._pk, *(i for group in self._groups for i in group or () if i is not None)})
         self._column_count = len(relation.columns)
@@ -139,6 +139,16 @@ class TablePlan:
 
     def split_key(self, payload: memoryview, position: int) -> tuple[Row, int]:
         """As `split` for a row that is too large: of other columns than the key's nothing is copied (None)."""
+        return self._split_some(payload, position, self._key_indexes, len(payload))
+
+    def split_checked(self, payload: memoryview, position: int) -> tuple[Row, int]:
+        """As `split_key`, of what checks look at: long values are taken as not known."""
+        return self._split_some(payload, position, self._checked, CHECKED_BYTES)
+
+    def _split_some(
+        self, payload: memoryview, position: int, indexes: Sequence[int], most_bytes: int
+    ) -> tuple[Row, int]:
+        """Of these columns alone; `UNCHANGED` where a value is longer."""
         row: Row = [None] * self._column_count
         position = self._start(payload, position)
         for index in range(self._column_count):
@@ -146,11 +156,12 @@ class TablePlan:
             position += 1
             if kind == _TEXT:
                 start = position + 4
-                position = start + _length_at(payload, position)[0]
+                length = _length_at(payload, position)[0]
+                position = start + length
                 if position > len(payload):
                     raise ProtocolError(f"a row ends at byte {position} of a frame of {len(payload)}")
-                if index in self._key_indexes:
-                    row[index] = bytes(payload[start:position])
+                if index in indexes:
+                    row[index] = bytes(payload[start:position]) if length <= most_bytes else UNCHANGED
             elif kind == _UNCHANGED:
                 row[index] = UNCHANGED
         return row, position
@@ -178,28 +189,8 @@ class TablePlan:
                 row[index] = lines.unescaped(bytes(line[start:end]))
         return row, size_bytes
 
-    # What checks look at, of a row that is too large: long values are taken as not known.
-
-    def split_checked(self, payload: memoryview, position: int) -> tuple[Row, int]:
-        """As `split_key`."""
-        row: Row = [None] * self._column_count
-        position = self._start(payload, position)
-        for index in range(self._column_count):
-            kind = payload[position]
-            position += 1
-            if kind == _TEXT:
-                start = position + 4
-                length = _length_at(payload, position)[0]
-                position = start + length
-                if position > len(payload):
-                    raise ProtocolError(f"a row ends at byte {position} of a frame of {len(payload)}")
-                if index in self._checked or index in self._pk:
-                    row[index] = bytes(payload[start:position]) if length <= CHECKED_BYTES else UNCHANGED
-            elif kind == _UNCHANGED:
-                row[index] = UNCHANGED
-        return row, position
-
     def split_line_checked(self, line: memoryview) -> Row:
+        """As `split_checked`."""
         row: Row = [None] * self._column_count
         for index, (start, end, length) in enumerate(lines.fields(line, self._column_count)):
             if length is not None and index in self._checked:

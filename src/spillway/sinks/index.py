@@ -90,7 +90,7 @@ class _Hit(TypedDict):
 class Indexes:
     """Of one server. ``headers`` authorize; ``secret`` is never repeated in an error."""
 
-    def __init__(self, http: Http, root: httpx.URL, headers: Mapping[str, str], secret: str = "") -> None:
+    def __init__(self, http: Http, root: httpx.URL, headers: Mapping[str, str], secret: str) -> None:
         self._http = http
         self._root = root
         self._headers = headers

@@ -80,7 +80,7 @@ async def connect_replication(conninfo: str, slot: str = "") -> Connection:
 
 
 @contextlib.asynccontextmanager
-async def querying(conninfo: str, slot: str = "", *, lock_timeout_seconds: int = 0) -> AsyncIterator[Connection]:
+async def querying(conninfo: str, slot: str, *, lock_timeout_seconds: int = 0) -> AsyncIterator[Connection]:
     """A query connection for one piece of work; closed at its end."""
     connection = await connect_query(conninfo, slot, lock_timeout_seconds=lock_timeout_seconds)
     try:

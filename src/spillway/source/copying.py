@@ -7,11 +7,7 @@ on nothing else may use the connection.
 
 from __future__ import annotations
 
-import array
-import asyncio
 import contextlib
-import fcntl
-import termios
 
 import psycopg
 from psycopg.pq import ExecStatus
@@ -19,7 +15,8 @@ from psycopg.pq.abc import PGresult
 
 from spillway.pgoutput import Decoder, Full
 from spillway.source.connect import Connection
-from spillway.source.stream import TLS_HIDDEN_READS, TLS_RECHECK_SECONDS
+from spillway.source.readiness import Readiness
+from spillway.source.stream import TLS_HIDDEN_READS
 
 BITE_READS = 8  # of at least 8 kB each: what libpq may hold beside a large row
 CANCEL_TIMEOUT_SECONDS = 5.0  # a cancel request that does not get through: the rows are read to their end
@@ -33,13 +30,12 @@ class CopyOut:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._pgconn = connection.pgconn
-        self._socket = connection.pgconn.socket
-        self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
+        self._socket = Readiness(connection.pgconn)
 
     async def start(self, statement: bytes) -> None:
         self._pgconn.send_query(statement)
         while self._pgconn.flush():
-            await self._wait(writing=True)
+            await self._socket.wait(writing=True)
         result = await self._result()
         if result is None or result.status != ExecStatus.COPY_OUT:
             while await self._result() is not None:
@@ -90,34 +86,11 @@ class CopyOut:
         return psycopg.errors.error_from_result(result, "utf-8")
 
     async def _bite(self) -> None:
-        await self._wait(writing=False)
+        await self._socket.wait(writing=False)
         for _ in range(BITE_READS):
             self._pgconn.consume_input()
-            if not self._queued_bytes():
+            if not self._socket.queued_bytes():
                 break
-        if self._encrypted:
+        if self._socket.encrypted:
             for _ in range(TLS_HIDDEN_READS):
                 self._pgconn.consume_input()
-
-    def _queued_bytes(self) -> int:
-        size = array.array("i", [0])
-        fcntl.ioctl(self._socket, termios.FIONREAD, size)
-        return size[0]
-
-    async def _wait(self, *, writing: bool) -> None:
-        """Until the socket is ready or (TLS) it is time to look again."""
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        recheck = loop.call_later(TLS_RECHECK_SECONDS, wake) if self._encrypted and not writing else None
-        (loop.add_writer if writing else loop.add_reader)(self._socket, wake)
-        try:
-            await ready
-        finally:
-            if recheck is not None:
-                recheck.cancel()
-            (loop.remove_writer if writing else loop.remove_reader)(self._socket)

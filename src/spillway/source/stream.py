@@ -28,11 +28,8 @@ publications, and from 14 on ``messages``, without which annotations would not c
 
 from __future__ import annotations
 
-import array
 import asyncio
-import fcntl
 import struct
-import termios
 import time
 from collections.abc import Sequence
 
@@ -44,13 +41,12 @@ from spillway.pgoutput import Committed, Decoder, Ended, Full, Keepalive, Relati
 from spillway.position import format_lsn
 from spillway.source.connect import Connection, connect_replication
 from spillway.source.pace import Pace
+from spillway.source.readiness import Readiness
 from spillway.source.refusal import missing_publication, quoted, slot_refusal, stream_refusal
 
 READ_BYTES = 128 * 1024
 LIBPQ_BUFFER_BYTES = 16 * 1024  # what libpq's buffer starts with
 START_TIMEOUT_SECONDS = 30
-# TLS may hold decrypted bytes that the socket does not show, and libpq has no call to ask for them.
-TLS_RECHECK_SECONDS = 0.05
 # A TLS record is at most 16 kB and libpq makes at least 8 kB of room: so many reads empty what OpenSSL holds.
 TLS_HIDDEN_READS = 2
 
@@ -67,8 +63,7 @@ class Stream:
         self.publications = publications
         self._connection = connection
         self._pgconn = connection.pgconn
-        self._socket = connection.pgconn.socket
-        self._encrypted = bool(connection.pgconn.ssl_in_use or connection.pgconn.used_gssapi)
+        self._socket = Readiness(connection.pgconn)
         self._flush_sent = start_lsn
         self._pace: Pace | None = None  # once the stream has started
         self._taken_frames = 0  # since the last bite
@@ -77,7 +72,6 @@ class Stream:
         self._hidden_reads = 0  # worth trying although the socket is silent (TLS)
         self._lost: SpillwayError | None = None
         self._skipped = ""  # PostgreSQL 18's warning that it skips the publication
-        self._waiting: set[asyncio.Future[None]] = set()
         self._open = True
         connection.add_notice_handler(self._notice)
 
@@ -115,7 +109,7 @@ class Stream:
             result = pgconn.get_result()
             if result is None or result.status != ExecStatus.COPY_BOTH:
                 raise _error_of(result, "the server did not start the stream")
-            self._pace = Pace(self._socket)
+            self._pace = Pace(self._socket.descriptor)
         except psycopg.Error as error:
             raise slot_refusal(error, self.slot, self._connection.info.dbname) from error
 
@@ -167,7 +161,7 @@ class Stream:
         if queued_bytes == 0 and await self._pace.nap():
             queued_bytes = self._queued_bytes()
         if queued_bytes:
-            self._hidden_reads = TLS_HIDDEN_READS if self._encrypted else 0
+            self._hidden_reads = TLS_HIDDEN_READS if self._socket.encrypted else 0
         elif self._hidden_reads:
             self._hidden_reads -= 1
         else:
@@ -206,13 +200,13 @@ class Stream:
         if sent == 0:
             raise self._lose(SourceUnavailable("connection_lost", f"slot {self.slot}: libpq takes no more feedback"))
         if blocked:
-            self._wake()  # libpq reads while it cannot write: a frame may be whole although the socket is silent
+            self._socket.wake()  # libpq reads while it cannot write: a frame may be whole although the socket is silent
 
     async def flush(self) -> None:
         """Wait until the feedback has left this process."""
         try:
             while self._lost is None and self._pgconn.flush():
-                self._wake()
+                self._socket.wake()
                 await self._wait(writing=True)
         except psycopg.Error as error:
             raise self._lose(stream_refusal(error, self.slot, self.publications)) from error
@@ -231,11 +225,8 @@ class Stream:
     def _finish(self) -> None:
         if not self._open:
             return
-        # Before the descriptor is closed: its number may be another connection's a moment later.
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._socket)
-        loop.remove_writer(self._socket)
         self._open = False
+        self._socket.close()
         self._lose(SourceUnavailable("closed", f"slot {self.slot}: the stream was closed"))
         if self._pace is not None:
             self._pace.close()
@@ -245,13 +236,8 @@ class Stream:
         """Remember why the stream is over and let those who wait find out."""
         if self._lost is None:
             self._lost = error
-        self._wake()
+        self._socket.wake()
         return error
-
-    def _wake(self) -> None:
-        for ready in self._waiting:
-            if not ready.done():
-                ready.set_result(None)
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         text = diagnostic.message_primary or ""
@@ -259,35 +245,12 @@ class Stream:
             self._skipped = text
 
     def _queued_bytes(self) -> int:
-        """How much the kernel holds for us. 0 also at the end of the stream, which `_wait` reports as readable."""
-        if self._lost is not None:
-            return 0
-        size = array.array("i", [0])
-        fcntl.ioctl(self._socket, termios.FIONREAD, size)
-        return size[0]
+        return self._socket.queued_bytes() if self._lost is None else 0
 
     async def _wait(self, *, writing: bool) -> None:
         """Until the socket is ready, the stream is lost, or (TLS) it is time to look again."""
-        if self._lost is not None:
-            return
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        recheck = loop.call_later(TLS_RECHECK_SECONDS, wake) if self._encrypted and not writing else None
-        self._waiting.add(ready)
-        (loop.add_writer if writing else loop.add_reader)(self._socket, wake)
-        try:
-            await ready
-        finally:
-            self._waiting.discard(ready)
-            if recheck is not None:
-                recheck.cancel()
-            if self._open:
-                (loop.remove_writer if writing else loop.remove_reader)(self._socket)
+        if self._lost is None:
+            await self._socket.wait(writing=writing)
 
 
 def start_command(slot: str, publications: Sequence[str], start_lsn: int, server_version: int) -> bytes:
