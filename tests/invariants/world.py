@@ -661,6 +661,7 @@ class World:
             list(deliveries.values()),
             budget,
             reserve,
+            lambda *_: None,
             clock,  # type: ignore[arg-type, return-value]
         )
         moved.append(capture.moved)

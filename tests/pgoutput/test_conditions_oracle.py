@@ -30,7 +30,7 @@ ALPHABET = "aàAbB ~é😀%_\\\t0"
 NUMBERS = ["0", "-0", "1", "-1", "1.0", "1.10", "0.1", "-0.1", "9.99", "1e3", "123456789.123456789", "0.30000001192",
            "NaN", "Infinity", "-Infinity", "1e-7", "3.4e38", "-2.5", "16777217", "0.1000000014901161"]  # fmt: skip
 MOMENTS = ["2024-01-02", "2024-02-29", "0044-03-15 BC", "0001-01-01", "0001-12-31 BC", "infinity", "-infinity",
-           "10000-01-01", "1969-12-31", "1970-01-01", "4713-01-01 BC"]  # fmt: skip
+           "10000-01-01", "1969-12-31", "1970-01-01", "4713-01-01 BC", "294276-12-31"]  # fmt: skip
 CLOCKS = ["", " 00:00:00", " 23:59:59.999999", "T12:34:56", " 12:34:56.5", " 12:34"]
 JSONS = ['{"a": 1}', '{"a": 1.0}', '{"a": "1"}', '{"a": null}', "{}", '{"a": [10, "x", null, {"b": true}]}', "7", '"a"',
          '{"a": true}', '{"a": 12345678901234567890.5}', '{"a": "aé"}', "[1, 2]", "null", '{"0": 5}',
@@ -75,7 +75,7 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("char(5)", _words(r, 5), like=True)
     yield Kind("name", _words(r, 3), like=True)
     yield Kind("uuid", [*_uuids(r), _uuids(r)[0].upper(), "{" + _uuids(r)[1].replace("-", "") + "}"])
-    yield Kind("date", MOMENTS)
+    yield Kind("date", [*MOMENTS, "5874897-12-31"])
     yield Kind("timestamp", [day.replace(" BC", "") + time + (" BC" if "BC" in day else "")
                              for day in MOMENTS if "inf" not in day for time in CLOCKS] + ["infinity"])  # fmt: skip
     yield Kind("timestamptz", ["2024-01-02T03:04:05Z", "2024-01-02 03:04:05+00", "2024-01-02 03:04:05-0130",

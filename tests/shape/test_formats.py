@@ -99,6 +99,19 @@ def test_timestamps_of_a_column_that_is_added(database: str, tmp_path: Path) -> 
         assert p.came("numbers", 2)[1]["record"]["later"] == 1767225600500000
 
 
+def test_timestamps_of_a_column_whose_type_changes(database: str, tmp_path: Path) -> None:
+    numbers = file_sink("numbers", [T], timestamp_format="unix_microsecond")
+    with Shaped(database, tmp_path, [numbers], schema=SCHEMA) as p:
+        p.begin()
+        p.sql("insert into t values (1, '2026-01-01 00:00:00.5Z', '2026-01-01 00:00:00.5+00')")
+        first = p.came("numbers", 1)[0]["record"]
+        assert (first["v"], first["at"]) == ("2026-01-01 00:00:00.5Z", 1767225600500000)
+        p.sql("alter table t alter v type timestamptz using v::timestamptz", "update t set id = 2")
+        assert p.came("numbers", 2)[1]["record"]["v"] == 1767225600500000
+        p.sql("alter table t alter at type text using '2026-01-01T00:00:00Z'", "update t set id = 3")
+        assert p.came("numbers", 3)[2]["record"]["at"] == "2026-01-01T00:00:00Z"
+
+
 def test_a_document_is_whole_though_its_toast_did_not_come(
     database: str, tmp_path: Path, opensearch: OpenSearch
 ) -> None:

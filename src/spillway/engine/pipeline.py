@@ -42,6 +42,7 @@ from spillway.source.page import PageReader
 from spillway.source.reread import Rereader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
+from spillway.source.timestamps import TimestampColumns
 from spillway.store.base import Identity
 
 LAG_SECONDS = 1.0
@@ -74,6 +75,7 @@ class Pipeline:
         self.companions: dict[str, Companion] = {}  # by the sink that has related tables
         self._config = config
         self._process = process
+        self._timestamps = TimestampColumns(database.conninfo(), self._slot)
         for sink in self.sinks:
             self._add(sink)
         for shadow, told_as in shadows(self.sinks, self._store):
@@ -87,6 +89,7 @@ class Pipeline:
             self.flowing,
             process.budget,
             self._reserve_mark,
+            self._timestamps.forget,
             self._clock,
             len(config.databases),
         )
@@ -183,7 +186,7 @@ class Pipeline:
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
         state = self._store.open_sink(sink.name, self._slot)
-        shaping = new_shaping(config, self.database, sink, built, suffix, self._system_id, process)
+        shaping = new_shaping(config, self.database, sink, built, suffix, self._system_id, process, self._timestamps)
         delivery = Delivery(_spec(sink, built), built, state, process, self._moved, shaping)
         delivery.paused = sink.status == "paused" if state.paused is None else state.paused
         self.deliveries.append(delivery)

@@ -97,6 +97,7 @@ class Capture:
         deliveries: Sequence[Delivery],
         budget: Budget,
         reserve_mark: Callable[[int], Awaitable[None]],
+        reshaped: Callable[[str, str], None],
         clock: Clock,
         slots: int = 1,
     ) -> None:
@@ -107,6 +108,7 @@ class Capture:
         self._deliveries = deliveries
         self._pool = budget.capture
         self._reserve_mark = reserve_mark  # returns when a durable mark covers the position (I9)
+        self._reshaped = reshaped  # is told of each table, by the name that messages have, whose shape has come
         self._clock = clock
         self.watermark = Watermark(0)
         self.received_lsn = 0
@@ -317,6 +319,7 @@ class Capture:
     async def _learn(self, connection: Connection, decoder: Decoder, relation: Relation) -> None:
         info = await connection.describe(relation)
         schema, table = info.root or (relation.schema, relation.table)
+        self._reshaped(schema, table)
         own_name = (relation.schema, relation.table)
         before, self._names[relation.oid] = self._names.get(relation.oid, own_name), own_name
         if before not in self._names.values():  # nor has another table taken its place
@@ -327,6 +330,7 @@ class Capture:
             lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key),
             self.received_lsn,
             lambda conditions: compiled(relation, info, conditions),
+            None if info.root is None else own_name,
         )
         decoder.learn(relation, info, wanted)
 

@@ -33,7 +33,6 @@ from spillway.pgoutput.filters import Check, CheckKind, CheckOperator
 from spillway.pgoutput.like import Wild, like, like_parts
 from spillway.pgoutput.literals import (
     DATE,
-    ENDLESS,
     INT8,
     TIMESTAMP,
     TIMESTAMPTZ,
@@ -184,7 +183,7 @@ def _compared(
     if None in given and condition.operator != "in":  # as in SQL: nothing is unequal to null
         return Check(place, False, lambda _: False)
     holds = _comparison(condition.operator, read, values)
-    if kind == "python" or (kind == "moment" and any(abs(value) >= ENDLESS for value in values)):  # type: ignore[arg-type]
+    if kind == "python" or (kind == "moment" and not all(abs(value) < 1 << 63 for value in values)):  # type: ignore[arg-type]
         return Check(place, False, holds)
     told: CheckOperator = condition.operator  # type: ignore[assignment]
     return Check(place, False, holds, kind, told, tuple(values), trimmed)  # type: ignore[arg-type]
