@@ -87,6 +87,7 @@ def new_shaping(
     suffix: bytes,
     system_id: Callable[[], str],
     process: Process,
+    timestamps: TimestampColumns,
 ) -> Shaping | None:
     """None: the sink takes its messages as they are. ``system_id`` raises SourceUnavailable as long as the source was
     not reached."""
@@ -129,7 +130,7 @@ def new_shaping(
         checked=partial(checked, sink.destination.type),
         envelope=None if sink.format == "sequin" else envelope(sink.format, meta_of(database), process.clock),
         metadata=_tx if sink.tx else None,
-        timestamps=None if sink.timestamp_format == "iso8601" else _timestamps(database),
+        timestamps=None if sink.timestamp_format == "iso8601" else _timestamps(timestamps),
     )
     return Shaping(
         steps, share, process.clock, sink.max_message_bytes, in_order=built.semantics in ("ordered", "atomic")
@@ -144,9 +145,7 @@ def _tx(message: Message) -> bytes:
     return tx(message, message.span.chunk.total(message.span.indices[message.place]))
 
 
-def _timestamps(database: Database) -> Callable[[Message], Awaitable[Message]]:
-    columns = TimestampColumns(database.conninfo(), database.slot.name)
-
+def _timestamps(columns: TimestampColumns) -> Callable[[Message], Awaitable[Message]]:
     async def converted(message: Message) -> Message:
         table = message.span.chunk.table(message.span.indices[message.place])
         return as_numbers(message, await columns.of(*table, columns_of(message)))
