@@ -85,7 +85,11 @@ class Companion:
         state = self._store.open_sink(spec.name, database.slot.name)
         self.delivery = Delivery(spec, fan_out, state, process, moved)
         self.subscription = Subscription(
-            self.delivery, self.source.selects, group_columns=group_columns(related), applies_truncate=True
+            self.delivery,
+            self.source.selects,
+            group_columns=group_columns(related),
+            applies_truncate=True,
+            truncates_of_partitions=True,
         )
 
     @property

@@ -8,14 +8,18 @@ was seen to in part and comes again asks for the same once more, which changes n
 Of the changes nothing but the values of some columns is used, as keys of groups have them
 (``Subscription.group_columns``): those of all related entries of a table together, each of which takes its own. A
 change of them has both, the old and the new; a table whose replica identity does not bring the old ones is refused, as
-for any sink.
+for any sink. What is in the store may be of a time when these were other columns (``others_below``): it does not say
+which rows are concerned, and counts as a TRUNCATE does.
 
-A TRUNCATE says nothing of rows: all documents of the table that is refreshed are due (`EVERYTHING`).
+A TRUNCATE says nothing of rows: all documents of the table that is refreshed are due (`EVERYTHING`). Partitions that
+are published by themselves are emptied under their own names. Of which table one is, or was, need not be known by the
+time it is told (it may be gone): all documents of the sink are due then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from spillway.change import group_values
 from spillway.chunk import HASH, LARGE, LSN, TIME, Batch, Keying
@@ -56,9 +60,13 @@ class FanOut:
         spare: Spare,
         ask: Callable[[AskedRefreshes], Awaitable[None]],
         clock: Clock,
+        others_below: Mapping[Table, int] = MappingProxyType({}),
     ) -> None:
-        """``ask`` returns when it is durable."""
+        """``ask`` returns when it is durable. ``others_below``: up to this LSN changes of a table may have values of
+        columns other than the entries name."""
         self._related = related
+        self._others_below = others_below
+        self._tables = {(entry.table.schema, entry.table.table) for entry in related}
         self._groups = group_columns(related)
         self._by_primary_key = {(one.table.schema, one.table.table) for one in related if one.columns is None}
         self._parents = parents
@@ -74,9 +82,7 @@ class FanOut:
             wanted, emptied, seen = self._read(batch)
         except QuestionFailed as error:
             return reject(error.code, str(error))
-        for table in emptied:
-            await self._ask(AskedRefreshes(table, [EVERYTHING]))
-        if wanted:
+        if wanted or emptied:
             while not self._spare.try_take(PAGE_BYTES):
                 await self._clock.sleep(LOOK_SECONDS)
             try:
@@ -85,6 +91,8 @@ class FanOut:
                 return reject(error.code, str(error))
             finally:
                 self._spare.give(PAGE_BYTES)
+        for table in emptied:  # not before there is a snapshot that sees why
+            await self._take(table, [EVERYTHING])
         return OK
 
     async def close(self) -> None:
@@ -110,9 +118,7 @@ class FanOut:
                     xids.add(chunk.word(index, LARGE) >> _XID_SHIFT)
                     lsn = max(lsn, chunk.word(index, LSN))
                 if chunk.action(index) == "truncate":
-                    for entry in self._related:
-                        if (entry.table.schema, entry.table.table) == table:
-                            emptied[entry.refreshes.schema, entry.refreshes.table] = None
+                    emptied |= dict.fromkeys(self._refreshed_with(table))
                     continue
                 keys = chunk.key_texts(index)
                 if not keys[0] and table in self._by_primary_key:
@@ -121,7 +127,11 @@ class FanOut:
                         f"a change of related table {'.'.join(table)} does not tell its primary key",
                         "add one that its replica identity has, or name columns",
                     )
-                for by_group, at in ((False, 0), (True, group)):
+                places = [(False, 0), (True, group)]
+                if chunk.word(index, LSN) <= self._others_below.get(table, -1):
+                    emptied |= dict.fromkeys(self._refreshed_with(table, by_columns=True))
+                    del places[1]
+                for by_group, at in places:
                     texts.setdefault((table, by_group), {}).update(dict.fromkeys(filter(None, keys[at : at + 2])))
         wanted: list[tuple[Related, list[Values]]] = []
         for entry in self._related:
@@ -131,6 +141,16 @@ class FanOut:
                 wanted.append((entry, values))
         xids.discard(0)
         return wanted, list(emptied), Seen(xids, lsn)
+
+    def _refreshed_with(self, table: Table, *, by_columns: bool = False) -> list[Table]:
+        """What is refreshed by a related table, or by the one that this is a partition of; or by those entries of it
+        alone that name columns."""
+        return [
+            (entry.refreshes.schema, entry.refreshes.table)
+            for entry in self._related
+            if table == (entry.table.schema, entry.table.table) or table not in self._tables
+            if not by_columns or entry.columns is not None
+        ]
 
     def _values(self, entry: Related, table: Table, texts: dict[bytes, None]) -> list[Values]:
         found = (group_values(*table, text.decode()) for text in texts)

@@ -65,6 +65,7 @@ class Subscription:
     needs_key: bool = False  # keeps rows: ordered by the primary key always, refuses tables without one
     splits_key_change: bool = False  # state sinks: delete of the old key, index of the new one
     applies_truncate: bool = False
+    truncates_of_partitions: bool = False  # takes these as well, of partitions that are published by themselves
     filters: tuple[Condition, ...] = ()  # of all its tables
     wants_totals: bool = False  # how many operations a transaction has
     prefix: str | None = None  # of logical messages that it wants (spillway.pgoutput.emitted)
@@ -151,11 +152,19 @@ class Router:
         return found
 
     def learn(
-        self, schema: str, table: str, unkeyable: Unkeyable, lsn: int = 0, compile_checks: Compile = lambda _: ()
+        self,
+        schema: str,
+        table: str,
+        unkeyable: Unkeyable,
+        lsn: int = 0,
+        compile_checks: Compile = lambda _: (),
+        partition: tuple[str, str] | None = None,
     ) -> frozenset[Action]:
-        """A table's shape is known as of ``lsn``: decide its routes. Returns the actions of which some sink wants all
-        rows."""
+        """A table's shape is known as of ``lsn``: decide its routes. ``partition``: its own name, if it is one that is
+        published by itself; its rows go by the name of its root, its TRUNCATE by this. Returns the actions of which
+        some sink wants all rows."""
         routes: list[_Route] = []
+        emptied: list[_Route] = []
         wanted: set[Action] = set()
         for subscription in self._subscriptions:
             if not subscription.wants_table(schema, table):
@@ -185,7 +194,11 @@ class Router:
                 wanted.add("delete")
             kinds = _kinds(subscription, filtered=number >= 0)
             routes.append(_Route(subscription.delivery, kinds, number, not subscription.applies_truncate))
+            if subscription.truncates_of_partitions:
+                emptied.append(_Route(subscription.delivery, {_TRUNCATE: None}, -1, False))
         self._routes[schema, table] = routes
+        if partition is not None:
+            self._routes[partition] = emptied
         return frozenset(wanted)
 
     def renamed(self, was: tuple[str, str], now: tuple[str, str], lsn: int) -> None:
