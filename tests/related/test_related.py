@@ -284,6 +284,31 @@ def test_a_table_may_be_related_to_itself_and_several_times(database: str, tmp_p
             site.wait(right, f"the documents after {statement}")
 
 
+def test_partitions_that_are_published_by_themselves_are_emptied(database: str, tmp_path: Path) -> None:
+    """A TRUNCATE names them and not their root, whether it was one of them or all."""
+    with Board(database, tmp_path, [jobs_sink()]) as board:
+        board.sql(
+            TABLES.replace(
+                "job_id int, name text not null);", "job_id int, name text not null) partition by range (id);"
+            ),
+            "create table skills_a partition of skills for values from (0) to (100)",
+            "create table skills_b partition of skills for values from (100) to (200)",
+            "alter table skills_a replica identity full",
+            "alter table skills_b replica identity full",
+            "insert into companies values (1, 'one')",
+            "insert into jobs select n, 1, 'job ' || n from generate_series(1, 30) n",
+        )
+        board.begin()
+        for statement in ("truncate skills_a", "truncate skills"):
+            board.sql(
+                "delete from skills", "insert into skills select n * 10, n % 5 + 1, 'x' from generate_series(1, 19) n"
+            )
+            board.wait_right()
+            board.sql(statement)
+            board.wait_right()
+        board.wait(lambda: board.due == 0, "everything to be done")
+
+
 def test_commits_that_become_visible_late(tmp_path: Path) -> None:
     """A commit is streamed some 200 ms before anybody sees it, as with a synchronous standby far away."""
     with (
