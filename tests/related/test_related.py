@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from backfill.load import commit_late
@@ -330,6 +331,37 @@ def test_commits_that_become_visible_late(tmp_path: Path) -> None:
             thread.join()
         board.wait_right()
         board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def test_a_row_that_the_replica_has_not_yet(tmp_path: Path) -> None:
+    """It was sent before what it is joined with has changed; where it is to be read again it does not exist so far, or
+    does not meet the sink's filter."""
+    filtered = jobs_sink(filters=[{"column": "title", "operator": "ne", "value": "no"}])
+    with (
+        Postgres("18") as primary,
+        Standby(primary) as standby,
+        Board(primary.create_database("app"), tmp_path, [filtered]) as board,
+    ):
+        board.sql(
+            TABLES, "insert into companies values (1, 'one')", "insert into jobs values (1, 1, 'job 1'), (2, 1, 'no')"
+        )
+        standby.wait_replayed()
+        with_replica(board, standby.dsn("app"), filtered)
+        board.begin()
+        board.wait(lambda: 1 in board.documents(), "the first document")
+        replay(standby, "pause")
+        board.sql("insert into jobs values (3, 1, 'new')", "update jobs set title = 'yes' where id = 2")
+        board.wait_right()
+        board.sql("update companies set name = 'renamed' where id = 1")
+        board.wait(lambda: board.renamed() == 1, "the first document to be made anew")
+        replay(standby, "resume")
+        board.wait_right()
+        board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def replay(standby: Standby, verb: str) -> None:
+    with psycopg.connect(standby.dsn("app"), autocommit=True) as connection:
+        connection.execute(f"select pg_wal_replay_{verb}()".encode())
 
 
 @pytest.mark.parametrize("enrichment_from", ["primary", "replica"])

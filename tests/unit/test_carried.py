@@ -366,3 +366,15 @@ def test_stale_is_what_the_last_unseen_change_that_the_sink_took_says(
         assert found.again == {names.index(key) for key, whole in newest.items() if not whole}
     carried.unwatch(T)
     assert pool.held_bytes == 0
+
+
+def test_rows_that_a_page_has_not_and_the_stream_has_brought(carried: Carried) -> None:
+    stream = Stream()
+    stream.add(1, "insert", "seen").add(2, "insert", "new").add(2, "delete", "gone").add(2, "insert", "back")
+    stream.add(3, "delete", "new again").move(3, "away", "here").add(4, "insert", "new again").add(4, "delete", "back")
+    carried.add(stream.chunk())
+    keys = [b"seen", b"new", b"gone", b"back", b"new again", b"away", b"here", b"never"]
+    assert carried.brought(keys, seeing(1)) == {b"new", b"new again", b"here"}
+    assert carried.brought(keys, seeing(1, 2, 3)) == {b"new again"}
+    assert carried.brought(keys, seeing(1, 2, 4)) == {b"here"}
+    assert carried.brought([b"gone"], nothing) == set()

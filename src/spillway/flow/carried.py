@@ -18,7 +18,7 @@ caller then waits until whatever ran at that moment has ended (spillway.flow.pag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from spillway.change import ACTIONS
 from spillway.chunk import ACTION, FLAGS, HASH, LARGE, LSN, MOVED, OLD, TOO_LARGE, WAS, WHOLE, Chunk
@@ -153,6 +153,17 @@ class Carried:
                     if whole is not None:
                         (found.dropped if whole else found.again).add(place)
         return found
+
+    def brought(self, absent: Collection[bytes], sees: Sees) -> set[bytes]:
+        """Those of these keys, of rows that a page has not, of which the stream has brought the row: there is one, by
+        the last change of it that the page does not see."""
+        found: dict[bytes, bool] = {}
+        for part, index in self._unseen(sees):
+            key, was = part.key_texts(index)[:2]
+            if part.byte(index, FLAGS) & MOVED:
+                found[was] = False
+            found[key] = part.byte(index, ACTION) != _DELETE
+        return {key for key in absent if found.get(key)}
 
     def _unseen(self, sees: Sees) -> Iterator[tuple[Chunk, int]]:
         """Changes of transactions that are not seen, in stream order."""

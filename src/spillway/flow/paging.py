@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 from spillway.change import ACTIONS, key_values
@@ -238,10 +239,12 @@ class Paging:
         relation: tuple[str, str] | None = None,
         advance: Callable[[Placing], None] | None = None,
         least_lsn: int = 0,
+        asked: Mapping[bytes, Cursor] = MappingProxyType({}),
     ) -> Placing | None:
-        """Its place in the stream, not below ``least_lsn``. None: it cannot be judged any more, or its credit was
-        wanted: to be read again."""
-        placing = Placing(page, relation, self._subscription, self._keying, self._capture, began, advance)
+        """Its place in the stream, not below ``least_lsn``. ``asked``: what it was read for, by the texts of the keys,
+        if that is to be told of what it has not. None: it cannot be judged any more, or its credit was wanted: to be
+        read again."""
+        placing = Placing(page, relation, self._subscription, self._keying, self._capture, began, advance, asked)
         turn = Turn(max(page.snapshot.lsn, least_lsn), placing)
         waits = asyncio.ensure_future(self._capture.placed(turn))
         started = self._clock.monotonic()
@@ -314,9 +317,10 @@ class Placing:
         capture: Capture,
         began: int,
         advance: Callable[[Placing], None] | None,
+        asked: Mapping[bytes, Cursor],
     ) -> None:
-        """``advance``: is called as soon as it is placed, before anything is awaited: who is cancelled then must not
-        have the page read again. No cursor is saved without what was placed."""
+        """``asked``: as `Paging._place` has it. ``advance``: is called as soon as it is placed, before anything is
+        awaited: who is cancelled then must not have the page read again. No cursor is saved without what was placed."""
         self._page = page
         self._advance = advance
         self._relation = relation
@@ -329,19 +333,27 @@ class Placing:
         self.span: Span | None = None  # what the sink was given, if anything was left
         self.dropped = 0
         self.again: list[Cursor] = []
+        self._asked = asked
         self._stale: set[int] = set()
+        self._brought: list[Cursor] = []
         self.placed_at = 0.0
         self.reads = 0  # of the sink, this page's included
 
     @property
     def stale(self) -> list[Cursor]:
-        """The keys of those rows that were not placed: the sink has something newer."""
-        return [_cursor(self._page.chunk, place) for place in self._stale]
+        """The keys of those rows that were not placed: the sink has something newer. So it has of what was asked for
+        and is not in the page at all, but was brought by a change that the page does not see."""
+        return [*(_cursor(self._page.chunk, place) for place in self._stale), *self._brought]
 
     def _void(self) -> bool:
         """Nobody wants it any more, the sink takes no part, or what it is judged by was forgotten."""
         taken = self._subscription.delivery.participates
         return self.abandoned or not taken or self._carried.began != self._began or not self._carried.remembers
+
+    def _brought_since(self) -> list[Cursor]:
+        chunk = self._page.chunk
+        absent = self._asked.keys() - {chunk.key_texts(place)[0] for place in range(chunk.count)} if self._asked else ()
+        return [self._asked[key] for key in self._carried.brought(absent, self._page.snapshot.sees)] if absent else []
 
     async def __call__(self, received_lsn: int) -> bool:
         delivery = self._subscription.delivery
@@ -376,6 +388,7 @@ class Placing:
         self.reads = delivery.reads_taken
         self.span = span
         self._stale = stale.dropped | stale.again
+        self._brought = self._brought_since()
         self.dropped = len(stale.dropped)
         self.again = [_cursor(chunk, place) for place in sorted(stale.again)]
         self.placed = True

@@ -7,8 +7,10 @@ grows with what is due: a fan-out of millions is rows of the store, and a page o
 
 **Done** is what was placed, and is resolved or durable: its refreshes are taken away then, together with the sink's
 position. A crash before repeats the page. A row that was not placed, because the stream had brought a newer one that
-the page did not see, stays due: what made that one may not have seen what the refresh is for. A row that is gone needs
-nothing: its delete is in the stream.
+the page did not see, stays due: what made that one may not have seen what the refresh is for. So does one that the page
+has not, but the stream has: it is new, or came into the sink's filter, since the page's snapshot (a replica's may be
+old), or it went from one partition to another between their pages. A row that is gone needs nothing: its delete is in
+the stream.
 
 **Fresh.** A refresh is due after a snapshot of the source has seen the change that it is for, and its rows are read and
 placed later; never before the place of that change in the stream (``behind``), so that whoever makes documents of them
@@ -30,7 +32,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from spillway.change import key_values
+from spillway.change import key_values, make_key
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed
 from spillway.flow.budget import Spare
@@ -244,7 +246,8 @@ class Refresh(Paging):
         try:
             page = await reader.read_keys(Selection(*relation), keys, credit_bytes, self._manners.timeout_seconds)
             self._carried.saw(view, page.snapshot.sees)
-            placing = await self._place(reader, page, began, relation, least_lsn=self._behind() + 1)
+            asked = {make_key(*self.table, key).encode(): key for key in keys}
+            placing = await self._place(reader, page, began, relation, least_lsn=self._behind() + 1, asked=asked)
         finally:
             self._carried.close(view)
         if placing is None:
