@@ -97,8 +97,14 @@ async def test_what_an_update_did_not_bring(source: SourceDatabase) -> None:
         assert (await reselected(reselect, updated.pks)).rows == {}
 
 
-async def test_what_the_filters_leave_out(source: SourceDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_pieces", [False, True])
+async def test_what_the_filters_leave_out(
+    source: SourceDatabase, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("spillway.source.bykeys.LOOK_SECONDS", 0.0)
+    if in_pieces:
+        monkeypatch.setattr("spillway.source.wrapped.WHOLE_BYTES", 0)
+        monkeypatch.setattr("spillway.source.wrapped.PIECE_BYTES", 3)
     await source.execute(
         "CREATE TABLE public.t (data jsonb, id int PRIMARY KEY, n int)",
         """INSERT INTO public.t VALUES ('{"kind": "a"}', 1, 1), ('{"kind": "b"}', 2, 1), (NULL, 3, 1)""",

@@ -364,7 +364,7 @@ def test_in_order_what_the_sink_refuses_in_one_part_blocks_the_next() -> None:
         return [reject("no")] + [OK] * (len(batch) - 1) if len(sent) == 1 else OK
 
     steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=Source({"1": big, "2": big}))
-    shaping, _ = a_shaping(steps, in_order=True, limit_bytes=96 << 20)
+    shaping, _ = a_shaping(steps, in_order=True, limit_bytes=48 << 20)
     answer = asyncio.run(shaping(a_batch("1", "2", "1", keying=Keying.EVENTS), refuses_the_first))
     assert not isinstance(answer, Result)
     assert len(sent) > 1

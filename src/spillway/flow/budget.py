@@ -9,6 +9,8 @@ store), *window* (unresolved changes in memory), *delivery* (batches: pages read
 - The window pool is never waited for: what does not fit goes to the store.
 - The delivery pool is divided, and so is the shaping pool: a quarter is split into one guaranteed `Share` per sink, so
   that a sink with a batch in flight can never be starved by the others; the rest is common, first come, first served.
+- What the shaping pool lacks may come from the common part of the delivery pool (`ShapingShare`): as long as nobody
+  waits for that; and for one large row, in its line.
 
 Shared bytes are charged once: a chunk held by several windows is charged to the window pool when the first takes it and
 given back by the last (``Chunk.holders``); what each of them adds is its own. A sink's own ceiling (``max_memory_mb``)
@@ -215,6 +217,84 @@ class Share:
         return max(0, self.held_bytes + size_bytes - self.guaranteed_bytes - self._from_common)
 
 
+class ShapingShare:
+    """A sink's part of the shaping pool, and what it has borrowed of the delivery pool's common part: up to half of
+    that while nobody waits for it; or as much as a row needs that fits in no other way, in line (`take_alone`)."""
+
+    def __init__(self, own: Share, common: Pool, wake_all: Callable[[], None], limit_bytes: int) -> None:
+        self.own = own
+        self._common = common
+        self._wake_all = wake_all
+        self._limit_bytes = limit_bytes
+        self._borrowed_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return self.own.held_bytes + self._borrowed_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest request that `try_take` can ever grant."""
+        return self.own.most_bytes + self._common.limit_bytes // 2
+
+    @property
+    def most_alone_bytes(self) -> int:
+        return self.own.most_bytes + self._common.limit_bytes
+
+    def limit_for(self, size_bytes: int) -> int:
+        """The process limit with which `take_alone` could grant so much."""
+        return -(-self._limit_bytes * size_bytes // self.most_alone_bytes)
+
+    def available_bytes(self) -> int:
+        """What ``try_take`` would grant just now."""
+        return self.own.available_bytes() + self._spare_bytes
+
+    def try_take(self, size_bytes: int) -> bool:
+        lacking = max(0, size_bytes - self.own.available_bytes())
+        if lacking > self._spare_bytes or not self.own.try_take(size_bytes - lacking):
+            return False
+        if lacking:
+            borrowed = self._common.try_take(lacking)
+            assert borrowed, "that much is spare"
+            self._borrowed_bytes += lacking
+        return True
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait for so much of the shaping pool."""
+        await self.own.take(size_bytes)
+
+    async def take_alone(self, size_bytes: int) -> None:
+        """More than the shaping pool has. Who asks holds nothing of the shaping pool, and gives up after a while: what
+        else its batches hold of the delivery pool may be what others wait for in the same way."""
+        lacking = size_bytes - self.own.most_bytes
+        self._wake_all()  # to drop what is a cache only
+        await self._common.take(lacking)
+        self._borrowed_bytes += lacking
+        try:
+            await self.own.take(self.own.most_bytes)
+        except BaseException:
+            self._give_back(lacking)
+            raise
+
+    def give(self, size_bytes: int) -> None:
+        borrowed = min(size_bytes, self._borrowed_bytes)
+        if borrowed:
+            self._give_back(borrowed)
+        self.own.give(size_bytes - borrowed)
+
+    @property
+    def _spare_bytes(self) -> int:
+        if self._common.waited_for:
+            return 0
+        free_bytes = self._common.limit_bytes - self._common.held_bytes
+        return max(0, min(free_bytes, self._common.limit_bytes // 2 - self._borrowed_bytes))
+
+    def _give_back(self, size_bytes: int) -> None:
+        self._borrowed_bytes -= size_bytes
+        self._common.give(size_bytes)
+        self._wake_all()
+
+
 class Budget:
     """The process limit, divided. ``held_bytes`` never exceeds ``limit_bytes``. ``shaped``: how many of the sinks have
     a share of the shaping pool, which has so many eighths of the limit."""
@@ -229,7 +309,7 @@ class Budget:
         self.shaping = Pool("shaping", shaping - shaping // 4)
         self._shaped = shaped
         self._shaping_guaranteed_bytes = shaping // 4 // max(1, shaped)
-        self._shaping_shares: list[Share] = []
+        self._shaping_shares: list[ShapingShare] = []
         self.pages = Spare(self.capture, self.capture.limit_bytes // 3)
         self._sinks = sinks
         self._guaranteed_bytes = delivery // 4 // max(1, sinks)
@@ -239,12 +319,12 @@ class Budget:
 
     @property
     def held_bytes(self) -> int:
-        shares = (*self._shares, *self._shaping_shares)
+        shares = (*self._shares, *(share.own for share in self._shaping_shares))
         guaranteed = sum(min(share.held_bytes, share.guaranteed_bytes) for share in shares)
         pools = (self.capture, self.window, self.common, self.shaping)
         return guaranteed + sum(pool.held_bytes for pool in pools)
 
-    def shaping_share(self) -> Share:
+    def shaping_share(self) -> ShapingShare:
         """Another sink's share of the shaping pool. Raises SpillwayError where nothing was shaped at the start."""
         if not self._shaped:
             raise SpillwayError(
@@ -253,11 +333,12 @@ class Budget:
                 "restart spillway",
             )
         guaranteed_bytes = self._shaping_guaranteed_bytes if len(self._shaping_shares) < self._shaped else 0
-        share = Share(self.shaping, guaranteed_bytes, lambda: None)
+        own = Share(self.shaping, guaranteed_bytes, lambda: None)
+        share = ShapingShare(own, self.common, self._wake_all, self.limit_bytes)
         self._shaping_shares.append(share)
         return share
 
-    def unshare_shaping(self, share: Share) -> None:
+    def unshare_shaping(self, share: ShapingShare) -> None:
         """Its sink is no more."""
         share.give(share.held_bytes)
         self._shaping_shares.remove(share)

@@ -4,8 +4,13 @@ A *part* of a batch is planned by what is known of its rows: their sizes where t
 that follows what was seen. A batch is planned whole if there can ever be credit for it: each part costs a query. What
 is left of it is summed up once (`_Sums`), so that a plan for any credit is a search in these sums.
 
+What a part takes is the more of two: while it is made, its messages and rows, once, and twice what is just being made;
+while it is sent, itself and one encoded copy (spillway.sinks.base). So a sink asks for rows while it sends others, if
+its credit is enough for both.
+
 Nobody waits for another sink's server (I6): a sink waits for credit only while its own batches hold it, which end by
-their deadline, or for its first message alone. While others hold what it lacks, it takes a smaller part.
+their deadline, or for its first message alone. While others hold what it lacks, it takes a smaller part. A row that is
+larger than the shaping pool waits for what it lacks of the delivery pool, alone, and not for long (`NoRoomError`).
 """
 
 from __future__ import annotations
@@ -18,14 +23,21 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from spillway.chunk import Batch, Message
-from spillway.flow.budget import Share
-from spillway.source.bykeys import FETCH_FACTOR
+from spillway.clock import Clock
+from spillway.flow.budget import ShapingShare
+from spillway.source.bykeys import making_bytes
 
-COPIES = 1.2  # of what is made, at once: each step lets go of what the one before has made
-LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making costs `FETCH_FACTOR` times that
+LARGEST_PART = 16  # of many rows each may be this part of all: what is in the making is covered by that
 MESSAGE_BYTES = 2048  # what objects of one message take besides
 FIRST_GUESS_BYTES = 16 << 10  # of a row that is fetched, before any was seen
 MOST_IN_PART = 5000  # messages: what one query is asked for
+ALONE_SECONDS = 10.0  # that a large row may wait
+JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
+STEP_BYTES = 64 << 10  # to which the largest row is found out
+
+
+class NoRoomError(Exception):
+    """For a large row, just now."""
 
 
 @dataclass(slots=True)
@@ -66,7 +78,7 @@ class _Sums:
 class Credit:
     """What was taken for a plan. ``given``: to be set when something is given back."""
 
-    share: Share
+    share: ShapingShare
     held_bytes: int
     count: int
     rows_bytes: int
@@ -89,9 +101,17 @@ class Lending:
     """Of one sink. ``result_bytes``: what functions may make of one message; None: there are none."""
 
     def __init__(
-        self, share: Share, suffix_bytes: int, result_bytes: int | None, *, rereads: bool, enriches: bool
+        self,
+        share: ShapingShare,
+        clock: Clock,
+        suffix_bytes: int,
+        result_bytes: int | None,
+        *,
+        rereads: bool,
+        enriches: bool,
     ) -> None:
         self.share = share
+        self._clock = clock
         self.reread = Guess()
         self.enriched = Guess()
         self._suffix_bytes = suffix_bytes
@@ -106,7 +126,8 @@ class Lending:
         self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], growth: float
     ) -> AsyncIterator[Credit]:
         """Credit for all of these (places of messages), or for the first of them. ``known``: sizes of their rows, as
-        far as the source has told them. ``growth``: bytes of what functions make, for each byte of what they see."""
+        far as the source has told them. ``growth``: bytes of what functions make, for each byte of what they see.
+        Raises NoRoomError for a first message whose row is large."""
         sums = self._sums(messages, left[:MOST_IN_PART], known, growth)
         plan = await self._taken(sums)
         credit = Credit(self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given)
@@ -118,13 +139,13 @@ class Lending:
             credit.keep(0)
             self._given.set()
 
-    def needed(self, message: Message, size_bytes: int) -> int:
-        """For this message alone, whose rows have this size."""
-        return self._cost(1, message.body_bytes + self._suffix_bytes, size_bytes, size_bytes, 1.0)
+    def needed(self, body_bytes: int, size_bytes: int) -> int:
+        """For a message alone, whose rows have this size."""
+        return self._cost(1, body_bytes + self._suffix_bytes, size_bytes, size_bytes, 1.0)
 
     def sending(self, batch: Batch) -> int:
-        """What a batch needs while it is sent: itself, and one encoded copy."""
-        return 2 * batch.body_bytes + MESSAGE_BYTES * len(batch)
+        """What a batch needs while it is sent."""
+        return _sending(batch.body_bytes, len(batch))
 
     async def _taken(self, sums: _Sums) -> _Plan:
         while True:
@@ -136,8 +157,16 @@ class Lending:
             self._given.clear()
             await self._given.wait()
         plan = self._plan(sums, self.share.available_bytes())
-        if not self.share.try_take(plan.cost_bytes):
+        if self.share.try_take(plan.cost_bytes):
+            return plan
+        if plan.cost_bytes <= self.share.own.most_bytes:
             await self.share.take(plan.cost_bytes)
+            return plan
+        try:
+            async with self._clock.timeout(ALONE_SECONDS):
+                await self.share.take_alone(plan.cost_bytes)
+        except TimeoutError as error:
+            raise NoRoomError from error
         return plan
 
     def _sums(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], growth: float) -> _Sums:
@@ -166,18 +195,29 @@ class Lending:
 
         counts = range(1, len(sums.bodies_bytes) + 1)
         plan = of(max(1, bisect_right(counts, most, key=lambda count: of(count).cost_bytes)))
-        if plan.cost_bytes > self.share.most_bytes:  # the first alone: its row is asked for by what there can be
-            left = self.share.most_bytes - self._cost(1, sums.bodies_bytes[0], 0, 0, 1.0)
-            row_bytes = max(0, int(left / (2 * COPIES + FETCH_FACTOR)))
-            plan = _Plan(1, row_bytes, row_bytes, self.share.most_bytes)
+        if plan.cost_bytes > self.share.most_alone_bytes:  # its row is asked for by what there can be
+            most = self.share.most_alone_bytes
+            body_bytes = sums.bodies_bytes[0] - self._suffix_bytes
+            sizes = range(0, most, STEP_BYTES)
+            fits = bisect_right(sizes, most, key=lambda size: self.needed(body_bytes, size))
+            plan = _Plan(1, sizes[max(0, fits - 1)], sizes[max(0, fits - 1)], most)
         return plan
 
     def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
-        """Functions see whole messages before they make others, which are ``growth`` times as large."""
-        made = seen = bodies_bytes + rows_bytes
+        """Each step lets go of what the one before has made: beside the whole there are a row and what is made of it,
+        or bodies that are being joined. Only functions see all messages of a part while its rows are there, before they
+        make others, which are ``growth`` times as large."""
+        held = made = seen = bodies_bytes + rows_bytes
         if self._result_bytes is not None:
-            made = seen + int(min(growth * seen, self._result_bytes * count))
-        return MESSAGE_BYTES * count + int(COPIES * made) + FETCH_FACTOR * row_bytes
+            made = max(seen, int(min(growth * seen, self._result_bytes * count)))
+            held = 2 * seen + made
+        row_copies = 2 if self._rereads and self._enriches else 1
+        making = max(making_bytes(row_bytes), row_copies * row_bytes, min(made, JOINED_BYTES))
+        return max(MESSAGE_BYTES * count + held + making, _sending(made, count))
+
+
+def _sending(bodies_bytes: int, count: int) -> int:
+    return 2 * bodies_bytes + MESSAGE_BYTES * count
 
 
 def _spread(rows_bytes: int, largest_bytes: int, count: int) -> tuple[int, int]:

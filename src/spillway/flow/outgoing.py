@@ -15,6 +15,7 @@ import orjson
 from spillway.change import RECORD_START
 from spillway.chunk import Batch, Message, Piece, Route, reshaped
 from spillway.errors import SpillwayError
+from spillway.flow.lending import JOINED_BYTES
 from spillway.flow.rows import ByKeys, Part
 from spillway.functions.base import Failure, Functions, Outcome, Output
 from spillway.impl import end_of_value, members
@@ -22,7 +23,6 @@ from spillway.sinks.base import Result, reject
 from spillway.source.wrapped import Row, object_parts, parts
 
 MADE_BYTES = 256 << 10  # then the loop has a turn
-JOINED_BYTES = 1 << 20  # bodies that become one chunk: so much is there twice
 
 _NO_ENRICHMENT = b',"enrichment":null'
 _AS_IT_IS = (Output(None),)

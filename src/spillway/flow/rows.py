@@ -175,7 +175,7 @@ class Reselected(RowStep):
         part.messages[place] = part.messages[place].with_record(object_parts(row))
 
     def _absent(self, part: Part, place: int, *, filtered: bool) -> None:
-        """Of a row that is gone the delete follows in the stream; of its new key, if this update would have moved it."""
+        """Of a row that is gone the delete follows in the stream, but of its new key, if this update has moved it."""
         message = part.messages[place]
         moves = message.change.was is not None and message.span.keying != Keying.STATE
         if filtered or moves:

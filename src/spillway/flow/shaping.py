@@ -36,12 +36,14 @@ from spillway.chunk import Batch, Message
 from spillway.clock import Clock
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import BLOCKED, Answer, Send, each
-from spillway.flow.budget import Share
-from spillway.flow.lending import Lending
+from spillway.flow.budget import ShapingShare
+from spillway.flow.lending import Lending, NoRoomError
 from spillway.flow.outgoing import Making, Steps
 from spillway.flow.rows import Enriched, Part, Reselected
-from spillway.sinks.base import OK, Result, reject, sink_down
+from spillway.sinks.base import OK, Result, reject, retry, sink_down
 
+MIB = 1 << 20
+LIMIT_PART = 8  # of memory.limit_mb is the most that max_message_bytes may be (spillway.config)
 _SEVERITY = {"ok": 0, "retry": 1, "reject": 2, "sink_down": 3}
 
 
@@ -73,13 +75,16 @@ class _Work:
 class Shaping:
     """Of one sink. ``in_order``: the sink applies its batches in order."""
 
-    def __init__(self, steps: Steps, share: Share, clock: Clock, max_message_bytes: int, *, in_order: bool) -> None:
+    def __init__(
+        self, steps: Steps, share: ShapingShare, clock: Clock, max_message_bytes: int, *, in_order: bool
+    ) -> None:
         self.share = share
         self._steps = steps
         self._max_message_bytes = max_message_bytes
         self._in_order = in_order
         self._lending = Lending(
             share,
+            clock,
             len(steps.suffix),
             None if steps.functions is None else steps.result_bytes,
             rereads=steps.reread is not None,
@@ -125,7 +130,10 @@ class Shaping:
         while work.left:
             before = work.progress
             try:
-                await self._next_part(work, send)
+                try:
+                    await self._next_part(work, send)
+                except NoRoomError:
+                    self._no_room(work)
                 if work.progress == before:
                     raise SpillwayError(
                         "shaping_stuck", "what was read did not come within its credit, twice", "report it"
@@ -168,21 +176,38 @@ class Shaping:
         elif self._in_order:  # what follows in other parts waits, too
             work.blocked.update(key for p in places if results[p].outcome != "ok" for key in messages[p].keys)
 
+    def _no_room(self, work: _Work) -> None:
+        """For the row of the first message: it comes again, and the others go on."""
+        first, *work.left = work.left
+        what = "its row is large, and what memory it lacks was not free for a while"
+        work.results[first] = retry("no_memory", what)
+        if self._in_order:
+            work.blocked.update(work.messages[first].keys)
+
     def _note_sizes(self, part: Part, work: _Work) -> None:
         """Of what comes later; what can never come is decided."""
-        most = self.share.most_bytes
         for place, size in list(part.later.items()):
             if size:
                 work.known[place] = max(size, work.known.get(place, 0))
-            needed = self._lending.needed(work.messages[place], size)
-            if size > self._max_message_bytes:
-                why = "more than the sink's max_message_bytes"
-            elif needed > most:
-                why = f"which takes {needed >> 20} MB of the {most >> 20} MB that memory.limit_mb leaves"
-            else:
-                continue
-            del part.later[place]
-            part.results[place] = reject("row_too_large", f"what is read for it has {size} bytes, {why}")
+            why = self._why_never(work.messages[place].body_bytes, size)
+            if why:
+                del part.later[place]
+                part.results[place] = reject("row_too_large", f"what is read for it has {size} bytes, {why}")
+
+    def _why_never(self, body_bytes: int, size: int) -> str:
+        if size > self._max_message_bytes:
+            least_mb = -(-size // MIB)
+            return (
+                f"more than the sink's max_message_bytes; {least_mb}MB would do, with memory.limit_mb at least"
+                f" {LIMIT_PART * least_mb}"
+            )
+        needed = self._lending.needed(body_bytes, size)
+        if needed <= self.share.most_alone_bytes:
+            return ""
+        return (
+            f"which takes {needed // MIB} MB of the {self.share.most_alone_bytes // MIB} MB that memory.limit_mb"
+            f" leaves; {-(-self.share.limit_for(needed) // MIB)} would do"
+        )
 
 
 def _block(work: _Work, places: Iterable[int], results: dict[int, Result]) -> None:

@@ -11,8 +11,8 @@ visibility follows replay: its position is read *before* the question, which is 
 
 **Memory.** The server never sends more than ``credit_bytes``, nor a row of more than ``row_bytes``, and of what was
 sent only what is within the credit once it is JSON is kept, too (a control character takes six bytes there). Rows come
-one by one: beside those that are kept there is one in libpq and in the making, which is why a caller takes
-`FETCH_FACTOR` times ``row_bytes`` beside the credit.
+one by one, and of large ones a piece at a time: beside what is kept there is one row, or piece, in libpq and in the
+making, which is why a caller takes `making_bytes` beside the credit.
 
 **What fails whom.** `BatchFailed`: a value in one row is wrong for the question (division by zero, a text that is no
 number, a key that is not of its column's type any more, an exception that a function raises), and the others suffer
@@ -33,7 +33,7 @@ from typing import Final
 import psycopg
 from psycopg import generators, waiting
 from psycopg.abc import PQGen
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGconn, PGresult
 
 from spillway.errors import SourceUnavailable, SpillwayError
@@ -43,18 +43,18 @@ from spillway.position import parse_lsn
 from spillway.source.catalog import types as catalogue_types
 from spillway.source.connect import Connection
 from spillway.source.origin import check_standby
+from spillway.source.pieces import streamed
 from spillway.source.queries import fetch_one
 from spillway.source.reading import Fetched, Reading
 from spillway.source.refusal import query_refusal
 from spillway.source.sessions import Session, Sessions
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import INT8_OID, Prepared, Question, statement, types_of
+from spillway.source.wrapped import INT8_OID, WHOLE_BYTES, Prepared, Question, statement, types_of
 
-__all__ = ["FETCH_FACTOR", "BatchFailed", "ByKeys"]
+__all__ = ["BatchFailed", "ByKeys", "making_bytes"]
 
-# Credit to take for each byte of `row_bytes`. Measured with one row that is all of it (tests/source/test_enrich.py):
-# libpq's buffer, the row in libpq or as JSON, its values. Of many rows little more than what is kept is ever there.
-FETCH_FACTOR: Final = 4
+# libpq's buffer, the row in libpq or as JSON, its values.
+_FETCH_FACTOR: Final = 4
 
 VISIBLE_SECONDS: Final = 30.0
 LOOK_SECONDS: Final = 2.0  # for so long a question counts as found to be the same
@@ -70,6 +70,12 @@ _OUTDATED: Final = ("0A", "42", "26")
 _LATER: Final = ("53", "55", "57", "58", "XX")  # resources, not ready, intervention, system, corruption
 _SHUTDOWN: Final = ("57P01", "57P02", "57P03", "57P05")
 _CANCELLED: Final = "57014"
+
+
+def making_bytes(row_bytes: int) -> int:
+    """Credit to take for rows of at most so many bytes, beside what is kept of them (measured by
+    tests/source/test_enrich.py)."""
+    return _FETCH_FACTOR * min(row_bytes, WHOLE_BYTES)
 
 
 class BatchFailed(SpillwayError):
@@ -110,9 +116,9 @@ class ByKeys(ABC):
         self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
     ) -> Fetched:
         """``keys``: values of the primary key in column order, as `change.key_values` gives them. ``credit_bytes``:
-        what the rows may take, and ``row_bytes`` what one of them may, of which the caller has taken `FETCH_FACTOR`
-        times as much besides. Raises BatchFailed, SourceUnavailable, SpillwayError (see the module); what the server
-        is found not to be, as `spillway.source.origin` says it."""
+        what the rows may take, and ``row_bytes`` what one of them may; the caller has taken `making_bytes` besides.
+        Raises BatchFailed, SourceUnavailable, SpillwayError (see the module); what the server is found not to be, as
+        `spillway.source.origin` says it."""
         until = time.monotonic() + self._visible_seconds
         pause_seconds = _FIRST_PAUSE_SECONDS
         seconds, queries, tried = 0.0, 0, False
@@ -166,10 +172,13 @@ class ByKeys(ABC):
                 )
             reading = Reading(session, prepared, keys, seen, limits)
             session.connection.pgconn.send_query_prepared(
-                prepared.statement, [*question.literals(reading.distinct), *(str(limit).encode() for limit in limits)]
+                prepared.statement,
+                [*question.literals(reading.distinct), *(str(limit).encode() for limit in limits)],
+                result_format=Format.BINARY,
             )
             session.connection.pgconn.set_single_row_mode()
             await session.connection.wait(_rows(session.connection.pgconn, reading.take))
+            reading.end()
         except psycopg.Error as error:
             raise self._failure(error, session, prepared_before=prepared_before) from error
         except SourceUnavailable as error:  # of a look into the catalogue
@@ -219,13 +228,14 @@ class ByKeys(ABC):
         types = ((await _result(connection)).get_value(0, 0) or b"").decode()
         oids = [int(oid) for oid in types.split(",")]
         infos: dict[int, TypeInfo] = await catalogue_types(connection, oids)
-        utf8 = connection.info.parameter_status("server_encoding") == "UTF8"
-        pgconn.send_prepare(
-            around, statement(question, columns, 1 if utf8 else 3).encode(), [*question.types, INT8_OID, INT8_OID]
-        )
-        await _result(connection)
         renderers = tuple(renderer_for(oid, infos) for oid in oids)
-        prepared = Prepared(question, name, around, columns, types, renderers, time.monotonic())
+        looked_at = {check.column for check in question.checks}
+        collected = frozenset(i for i, one in enumerate(renderers) if i in looked_at or not streamed(one))
+        encoding = connection.info.parameter_status("server_encoding") or ""
+        around_sql = statement(question, columns, encoding, collected)
+        pgconn.send_prepare(around, around_sql.encode(), [*question.types, INT8_OID, INT8_OID])
+        await _result(connection)
+        prepared = Prepared(question, name, around, columns, types, renderers, collected, time.monotonic())
         session.prepared[table] = prepared
         return prepared
 

@@ -2,7 +2,8 @@
 
 The first row says whether the answer counts. Of a row that is within the credit as the server counts it, what it takes
 as JSON is looked at before it is made, where that may be much, and once it is: what is above the credit then is let go
-of, and told by its size as if it had stayed on the server.
+of, and told by its size as if it had stayed on the server. A row above `WHOLE_BYTES` comes in pieces
+(`spillway.source.pieces`) and is let go of as soon as they are above the credit.
 """
 
 from __future__ import annotations
@@ -15,9 +16,25 @@ from psycopg.pq.abc import PGresult
 
 from spillway.pgoutput.filters import admits
 from spillway.pgoutput.scalars import text, to_text
+from spillway.source.pieces import Pieces
 from spillway.source.sessions import Session
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import COST, COVERED, FIRST, HEAD, ROW_BYTES, VALUE_BYTES, Prepared, Row, row_bytes
+from spillway.source.wrapped import (
+    COLUMN,
+    COST,
+    COVERED,
+    FIRST,
+    HEAD,
+    IN_PIECES,
+    NO_COLUMN,
+    PIECE,
+    ROW_BYTES,
+    VALUE_BYTES,
+    WHOLE,
+    Prepared,
+    Row,
+    row_bytes,
+)
 
 # What JSON writes with six bytes, and what with two.
 _TWO_IN_JSON: Final = b'\b\t\n\f\r"\\'
@@ -38,8 +55,20 @@ class Fetched:
     queries: int = 0  # how often it was asked
 
 
+@dataclass(slots=True)
+class _Row:
+    """One that is being taken: its values as they came, and those that come in pieces (by column, from 1 on)."""
+
+    places: list[int]
+    cost_bytes: int
+    values: list[bytes | None]
+    pieces: dict[int, Pieces] = field(default_factory=dict)
+    others_bytes: int = 0  # what the values beside the pieces take as JSON
+    dropped: bool = False  # it is above the credit: no more than its size is found out
+
+
 class Reading:
-    """See the module. ``limits``: what all rows may take, and what one may."""
+    """See the module. ``limits``: what all rows may take, and what one may. `take` every result, then `end`."""
 
     def __init__(
         self,
@@ -59,6 +88,7 @@ class Reading:
             self._places.setdefault(key, []).append(place)
         self._seen = seen
         self._left_bytes, self._row_bytes = limits
+        self._row: _Row | None = None
 
     @property
     def distinct(self) -> Sequence[tuple[str, ...]]:
@@ -68,11 +98,39 @@ class Reading:
     def take(self, result: PGresult) -> None:
         values = [result.get_value(0, i) for i in range(result.nfields)]
         result.clear()
+        if (column := values[COLUMN]) != NO_COLUMN:
+            self._take_piece(int(column or b""), values[PIECE] or b"")
+            return
+        self.end()
         if (head := values[HEAD]) is not None:
             self._begin(head.decode())
-        cost = values[COST]
-        if cost is None or not self.visible or self.outdated:
+        if values[COST] is not None and self.visible and not self.outdated:
+            self._take_row(values)
+
+    def end(self) -> None:
+        """The row that came last is complete."""
+        row, self._row = self._row, None
+        if row is None:
             return
+        if not row.dropped and not self._admits(row):
+            self.fetched.left.update(row.places)
+            return
+        size_bytes = row.cost_bytes
+        if row.pieces:
+            size_bytes = _size_bytes(row)
+        elif size_bytes > _LARGE_BYTES:
+            size_bytes = max(size_bytes, self._needed(row.values))
+        if not row.dropped and self._fits(size_bytes, row.places):
+            made = self._rendered(row)
+            size_bytes = max(size_bytes, row_bytes(made.values()))
+            if self._fits(size_bytes, row.places):
+                self._left_bytes -= size_bytes * len(row.places)
+                self.fetched.kept_bytes += size_bytes * len(row.places)
+                self.fetched.rows.update(dict.fromkeys(row.places, made))
+                return
+        self.fetched.sizes.update(dict.fromkeys(row.places, max(size_bytes, row.cost_bytes)))
+
+    def _take_row(self, values: list[bytes | None]) -> None:
         key_values = [values[FIRST + i] for i in self._prepared.key_places]
         key = tuple(to_text(value) for value in key_values if value is not None)
         places = self._places.get(key)
@@ -86,27 +144,40 @@ class Reading:
                 fetched.sizes.pop(place, None)
                 fetched.several.add(place)
             return
-        needed_bytes = int(cost)
-        if values[COVERED] == b"t":
-            self._session.largest_row_bytes = max(self._session.largest_row_bytes, needed_bytes)
-            if not admits(self._prepared.question.checks, values[FIRST:]):
-                fetched.left.update(places)
-                return
-            if needed_bytes > _LARGE_BYTES:
-                needed_bytes = max(needed_bytes, self._needed(values))
-            if self._fits(needed_bytes, len(places)):
-                row = self._rendered(values)
-                needed_bytes = max(needed_bytes, row_bytes(row.values()))
-                if self._fits(needed_bytes, len(places)):
-                    self._left_bytes -= needed_bytes * len(places)
-                    fetched.kept_bytes += needed_bytes * len(places)
-                    fetched.rows.update(dict.fromkeys(places, row))
-                    return
-        fetched.sizes.update(dict.fromkeys(places, needed_bytes))
+        cost_bytes = int(values[COST] or b"")
+        if values[COVERED] in (WHOLE, IN_PIECES):
+            self._row = _Row(places, cost_bytes, values)
+        else:
+            fetched.sizes.update(dict.fromkeys(places, cost_bytes))
 
-    def _fits(self, needed_bytes: int, places: int) -> bool:
+    def _take_piece(self, column: int, piece: bytes) -> None:
+        """Of the row that came last, unless that is nobody's."""
+        row = self._row
+        if row is None:
+            return
+        pieces = row.pieces.get(column)
+        if pieces is None:
+            renderer = self._prepared.renderers[column - 1]
+            collected = column - 1 in self._prepared.collected
+            pieces = row.pieces[column] = Pieces(renderer, collected=collected)
+            row.others_bytes = row.others_bytes or self._needed(row.values)
+        pieces.add(piece)
+        if row.dropped or not self._fits(_size_bytes(row), row.places):
+            row.dropped = True
+            for each in row.pieces.values():
+                each.drop()
+
+    def _admits(self, row: _Row) -> bool:
+        """A value that came in pieces is known as a whole if a check looks at it."""
+        checks = self._prepared.question.checks
+        values = row.values[FIRST:]
+        for column in {check.column + 1 for check in checks} & row.pieces.keys():
+            values[column - 1] = row.pieces[column].raw()
+        return admits(checks, values)
+
+    def _fits(self, needed_bytes: int, places: Sequence[int]) -> bool:
         """What is made of a row is made for each of those who asked for it."""
-        return needed_bytes <= self._row_bytes and needed_bytes * places <= self._left_bytes
+        return needed_bytes <= self._row_bytes and needed_bytes * len(places) <= self._left_bytes
 
     def _begin(self, head: str) -> None:
         snapshot, recovery, *types = head.split(" ")
@@ -128,10 +199,19 @@ class Reading:
                     needed_bytes += len(value) - len(value.translate(None, _TWO_IN_JSON))
         return needed_bytes
 
-    def _rendered(self, values: list[bytes | None]) -> dict[str, bytes]:
+    def _rendered(self, row: _Row) -> dict[str, bytes]:
         """Each value is let go of as soon as it is JSON."""
-        row: dict[str, bytes] = {}
-        for i, (name, renderer) in enumerate(zip(self._prepared.columns, self._prepared.renderers, strict=True), FIRST):
-            value, values[i] = values[i], None
-            row[name] = b"null" if value is None else value if renderer is None else renderer(value)
-        return row
+        made: dict[str, bytes] = {}
+        for number, (name, renderer) in enumerate(zip(self._prepared.columns, self._prepared.renderers, strict=True)):
+            value, row.values[FIRST + number] = row.values[FIRST + number], None
+            pieces = row.pieces.get(number + 1)
+            if pieces is not None:
+                made[name] = pieces.end()
+            else:
+                made[name] = b"null" if value is None else value if renderer is None else renderer(value)
+        return made
+
+
+def _size_bytes(row: _Row) -> int:
+    """Of one with pieces, as far as they have come."""
+    return row.others_bytes + sum([pieces.size_bytes for pieces in row.pieces.values()])

@@ -9,8 +9,7 @@ are at work waits. What differs from other query connections (`spillway.source.c
   and its like then have their schema where the path makes it necessary;
 - the server was found to be the one that is expected (`spillway.source.origin`).
 
-A connection whose work was broken off in the middle is closed, and so is one that has received a row above
-`RENEW_BYTES`: libpq keeps a buffer of that size as long as it lives.
+A connection whose work was broken off in the middle is closed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
 from spillway.source.wrapped import Prepared
 
-RENEW_BYTES: Final = 8 << 20
 GRACE_SECONDS: Final = 30.0  # on top of what the server is told to keep to; then the connection counts as dead
 
 _OURS: Final[Mapping[str, str]] = {
@@ -48,7 +46,6 @@ class Session:
     standby: bool  # the server is in recovery
     prepared: dict[tuple[str, str], Prepared] = field(default_factory=dict)  # by table
     numbered: int = 0  # names given to prepared statements
-    largest_row_bytes: int = 0
     served: bool = False  # it has done a piece of work before
 
     def number(self) -> int:
@@ -112,7 +109,7 @@ class Sessions:
     async def _give_back(self, session: Session) -> None:
         session.served = True
         usable = session.connection.pgconn.transaction_status == TransactionStatus.IDLE
-        if usable and not self._closed and session.largest_row_bytes <= RENEW_BYTES:
+        if usable and not self._closed:
             self._idle.append(session)
         else:
             await session.connection.close()

@@ -9,6 +9,8 @@ be of any number and size, so it never runs as it stands. The statement around i
 - sums what the rows cost so far, in a window, and leaves away all values but the key's of a row with which the sum is
   above the credit, or which is larger than one row may be (and so does not count). WindowAgg hands its rows on as they
   come, so the server holds none of them back;
+- gives the long values of a large row in pieces, in rows of their own that follow it, as bytes: libpq never has more
+  than a piece, and what is made of it is begun before the rest is there (`spillway.source.pieces`);
 - says in its first row, which comes even if the question has none, what the statement's own snapshot sees, whether the
   server is in recovery, and of which types the values are. After an ALTER TABLE the server plans the question anew
   without a word, since all that comes out of the statement is text: by the types it is noticed.
@@ -35,10 +37,17 @@ ROW_BYTES: Final = 512
 _ALLOWED_BYTES_BY_VALUE: Final = 16
 _ALLOWED_PART: Final = 8
 _ALLOWED_BYTES: Final = 64 << 10  # at most
+COLLECTED: Final = 3  # times a long value that is made as a whole, besides: it, and what stands between it and JSON
 
-# Of the statement's columns: what the snapshot sees (in the first row), what the row costs (null: there is no row),
-# whether it came within the credit; then the question's.
-HEAD, COST, COVERED, FIRST = range(4)
+WHOLE_BYTES: Final = 512 << 10  # of a row that comes as one
+PIECE_BYTES: Final = 256 << 10
+
+# Of the statement's columns, all of them text but PIECE: what the snapshot sees (in the first row), what the row costs
+# (null: there is no row), whether it came within the credit (`WHOLE`, `IN_PIECES` or none of these), of which column a
+# piece is (0: this is no piece) and the piece; then the question's.
+HEAD, COST, COVERED, COLUMN, PIECE, FIRST = range(6)
+WHOLE, IN_PIECES = b"w", b"p"
+NO_COLUMN = b"0"
 
 INT8_OID: Final = 20
 
@@ -102,6 +111,7 @@ class Prepared:
     columns: tuple[str, ...]
     types: str
     renderers: tuple[Renderer | None, ...]
+    collected: frozenset[int]  # columns of which a long value is made as a whole
     looked_at: float  # when the question was last found to be the same, by the monotonic clock
     key_places: tuple[int, ...] = field(init=False)
 
@@ -122,36 +132,62 @@ def as_subquery(text: str) -> str:
     return "(\n" + _SEMICOLON_AT_END.sub("", text) + "\n)"
 
 
-def statement(question: Question, columns: Sequence[str], character_bytes: int) -> str:
-    """``character_bytes``: how much longer a text may be as UTF-8. The last two parameters are the credit, and what one
-    row may take of it."""
+def statement(question: Question, columns: Sequence[str], encoding: str, collected: Collection[int]) -> str:
+    """``encoding``: the server's. ``collected``: columns (by number) whose long values are not made piece by piece. The
+    last two parameters are the credit, and what one row may take of it."""
     numbers = range(len(columns))
     credit, largest = (f"${len(question.parameters) + i}" for i in (1, 2))
-    covered = f"w.cost <= {largest} AND w.total <= {credit}"
+    covered = f"(w.cost <= {largest} AND w.total <= {credit})"
+    pieces = f"({covered} AND w.bytes > {WHOLE_BYTES})"
+    long_bytes = WHOLE_BYTES // len(columns)  # what remains of a row when these are gone is within WHOLE_BYTES
+    characters = 1 if encoding == "UTF8" else 3  # how much longer a text may be as UTF-8
     values = [
         f"CASE WHEN u.{_quoted(c)} IS DISTINCT FROM NULL THEN pg_catalog.concat(u.{_quoted(c)}) END AS c{i}"
         for i, c in enumerate(columns)
     ]
-    lengths = " + ".join(f"COALESCE(pg_catalog.octet_length(t.c{i}), 0)::pg_catalog.int8" for i in numbers)
+    lengths = [f"COALESCE(pg_catalog.octet_length(t.c{i}), 0)::pg_catalog.int8" for i in numbers]
+    weights = [
+        f"{characters} * {length}"
+        + (f" + {COLLECTED} * GREATEST({characters} * {length} - {long_bytes}, 0)" if i in collected else "")
+        for i, length in enumerate(lengths)
+    ]
     fixed_bytes = ROW_BYTES + (VALUE_BYTES + _ALLOWED_BYTES_BY_VALUE) * len(columns)
     cost = f"t.bytes + LEAST(t.bytes / {_ALLOWED_PART}, {_ALLOWED_BYTES}) + {fixed_bytes}"
+    is_long = [f"{characters} * pg_catalog.octet_length(w.c{i}) > {long_bytes}" for i in numbers]
     shown = [
-        f"w.c{i}" if column in question.key else f"CASE WHEN {covered} THEN w.c{i} END"
+        f"CASE WHEN p.number = 0 THEN w.c{i} END"
+        if column in question.key
+        else f"CASE WHEN p.number = 0 AND {covered} AND NOT ({pieces} AND {is_long[i]}) THEN w.c{i} END"
         for i, column in enumerate(columns)
     ]
+    divided = [(i + 1, i) for i, column in enumerate(columns) if column not in question.key]
+    array = ", ".join(f"CASE WHEN {is_long[i]} THEN {number} END" for number, i in divided) or "NULL::pg_catalog.int4"
+    value = "CASE n " + " ".join(f"WHEN {number} THEN w.c{i}" for number, i in divided) + " END" if divided else "''"
+    target = "SQL_ASCII" if encoding == "SQL_ASCII" else "UTF8"
     return f"""
-SELECT CASE WHEN COALESCE(w.number, 1) = 1
+SELECT CASE WHEN COALESCE(w.number, 1) = 1 AND p.number = 0
             THEN pg_catalog.concat_ws(' ', pg_catalog.txid_current_snapshot(), pg_catalog.pg_is_in_recovery(), w.types)
-       END, w.cost, {covered}, {", ".join(shown)}
+       END,
+       w.cost::pg_catalog.text,
+       CASE WHEN {pieces} THEN '{IN_PIECES.decode()}' WHEN {covered} THEN '{WHOLE.decode()}' END,
+       p.number::pg_catalog.text, p.piece, {", ".join(shown)}
   FROM (SELECT 1) AS one
   LEFT JOIN (
        SELECT s.*, pg_catalog.row_number() OVER running AS number,
               pg_catalog.sum(CASE WHEN s.cost <= {largest} THEN s.cost ELSE 0 END) OVER running AS total
          FROM (SELECT t.*, {cost} AS cost
-                 FROM (SELECT t.*, {character_bytes} * ({lengths}) AS bytes
+                 FROM (SELECT t.*, {" + ".join(weights)} AS bytes
                          FROM (SELECT {_types(columns)} AS types, {", ".join(values)}
                                  FROM {as_subquery(question.sql)} AS u OFFSET 0) AS t OFFSET 0) AS t OFFSET 0) AS s
-       WINDOW running AS (ROWS UNBOUNDED PRECEDING)) AS w ON true"""
+       WINDOW running AS (ROWS UNBOUNDED PRECEDING)) AS w ON true
+ CROSS JOIN LATERAL (
+       SELECT 0 AS number, NULL::pg_catalog.bytea AS piece
+        UNION ALL
+       SELECT v.n, pg_catalog.substr(v.value, {PIECE_BYTES} * g + 1, {PIECE_BYTES})
+         FROM (SELECT n, pg_catalog.convert_to({value}, '{target}') AS value
+                 FROM pg_catalog.unnest(ARRAY[{array}]) AS n
+                WHERE {pieces} AND n IS NOT NULL OFFSET 0) AS v,
+              pg_catalog.generate_series(0, (pg_catalog.octet_length(v.value) - 1) / {PIECE_BYTES}) AS g) AS p"""
 
 
 def types_of(question: Question, columns: Sequence[str]) -> str:
