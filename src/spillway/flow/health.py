@@ -65,10 +65,13 @@ class Health:
             self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")
             self.remedy = self.remedy or "mend what keeps the slot from being read"
         if self.refused and state in ("idle", "caught_up", "behind"):
-            state = "gap"  # what comes of these tables passes by; on record once it is mended
+            state = "gap"  # acknowledged, but what comes of these tables passes by still
         if beside := [*self.refused, *self.owed]:
-            self.reason = "; ".join(filter(None, [self.reason, *(f.what for f in beside)]))
-            self.remedy = "; ".join(dict.fromkeys(filter(None, [self.remedy, *(f.remedy for f in beside)])))
+            told = [f.what for f in beside if f.what not in self.reason]
+            self.reason = "; ".join(filter(None, [self.reason, *told]))
+            # What is refused is to be mended first.
+            remedies = [*(f.remedy for f in self.refused), self.remedy, *(f.remedy for f in self.owed)]
+            self.remedy = "; ".join(dict.fromkeys(filter(None, remedies)))
         if state != self.state or not self.since:
             if self.since:
                 note_state(delivery.name, state, self.state, self.reason)

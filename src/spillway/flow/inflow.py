@@ -602,7 +602,8 @@ class Inflow:
         self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
 
     def missed(self, first_lsn: int, last_lsn: int, reason: str, table: tuple[str, str]) -> None:
-        """Changes of a table in this range were not for this sink to have, though it should have had them: a gap."""
+        """Changes of a table in this range were not for this sink to have, though it should have had them: a gap, which
+        is durable before what comes next can be confirmed."""
         since = self._clock.wall()
         tables: tuple[tuple[str, str], ...] | None = (table,)
         if self.gap is not None:
@@ -612,7 +613,7 @@ class Inflow:
             known = self.gap.tables
             tables = None if known is None else tuple(sorted({*known, table}))
         self.gap = Gap(first_lsn, last_lsn, since, reason, tables)
-        self._commit(Write(self.name, gap=self.gap))
+        self._write_gap(last_lsn)
 
 
 def stored_cost(span: Span) -> int:

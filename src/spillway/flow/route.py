@@ -179,14 +179,12 @@ class Router:
             if isinstance(checks, Finding):
                 finding = finding or checks
             if finding is not None:
-                self.refused[name, schema, table] = finding
-                self._refused_since.setdefault((name, schema, table), lsn)
+                self._refuse(subscription.delivery, (schema, table), finding, lsn)
                 continue
             mended = self.refused.pop((name, schema, table), None)
             if mended is not None:
                 since = self._refused_since.pop((name, schema, table))
-                reason = f"table {schema}.{table} was refused: {mended.what}"
-                subscription.delivery.missed(since, lsn, reason, (schema, table))
+                subscription.delivery.missed(since, lsn, mended.what, (schema, table))
             number = self._filters.index(subscription.filters) if checks else -1
             if number < 0:
                 wanted |= subscription.actions
@@ -207,12 +205,19 @@ class Router:
         for subscription in self._subscriptions:
             if subscription.wants_table(*was) and not subscription.wants_table(*now):
                 name, old, new = subscription.delivery.name, ".".join(was), ".".join(now)
-                self.refused[name, *was] = Finding(
+                finding = Finding(
                     "table_renamed",
                     f"table {old} is called {new} now: its changes pass by",
                     f"rename it back, or name {new} in the sink's source; then: spillway backfill start {name}",
                 )
-                self._refused_since.setdefault((name, *was), lsn)
+                self._refuse(subscription.delivery, was, finding, lsn)
+
+    def _refuse(self, delivery: Delivery, table: tuple[str, str], finding: Finding, lsn: int) -> None:
+        """Its changes pass by from here on. None is confirmed before that is on record: whoever mends it may do so with
+        the process stopped."""
+        self.refused[delivery.name, *table] = finding
+        since = self._refused_since.setdefault((delivery.name, *table), lsn)
+        delivery.missed(since, lsn, finding.what, table)
 
     def route(self, chunk: Chunk) -> list[tuple[Delivery, Span]]:
         """The span of each sink that gets something."""
