@@ -199,6 +199,58 @@ def test_a_change_for_which_the_sql_fails_waits_alone(board: Board) -> None:
     board.wait(lambda: "division" not in board.status("jobs")["reason"], "the end of the finding")
 
 
+def test_what_is_due_outlives_the_sql_that_asked_for_it(board: Board) -> None:
+    board.begin()
+    board.wait_right()
+    board.post("jobs/pause")
+    board.sql("update companies set name = 'renamed' where id = 1")
+    board.wait(lambda: board.due == 10, "the documents of company 1 to be due")
+    board.stop()
+    board.configure(jobs_sink() | {"related": [{**RELATED[0], "sql": "select id from jobs where $1 is null"}]})
+    board.begin()
+    assert board.due == 10
+    board.post("jobs/resume")
+    board.wait_right()
+
+
+def test_what_was_due_for_an_entry_that_is_gone_is_forgotten(board: Board) -> None:
+    """With the companion, if it was the last."""
+    board.begin()
+    board.wait_right()
+    board.post("jobs/pause")
+    board.sql("update companies set name = 'renamed' where id = 1")
+    board.wait(lambda: board.due == 10, "the documents of company 1 to be due")
+    board.stop()
+    board.configure({name: value for name, value in jobs_sink().items() if name != "related"})
+    board.begin()
+    board.wait(lambda: board.due == 0, "nothing to be due")
+    board.post("jobs/resume")
+    board.sql("update jobs set title = 'by hand' where id = 1")
+    board.wait(lambda: board.title(1) == "by hand", "the change")
+    assert board.renamed() == 0
+    board.stop()
+    board.configure(jobs_sink())
+    board.begin()
+    assert board.status("jobs")["related"]["backlog_messages"] == 0
+    board.sql("update companies set name = 'again' where id = 1")
+    board.wait_right()
+
+
+def test_changes_that_wait_are_not_lost_when_the_entry_names_other_columns(board: Board) -> None:
+    by_name = {"table": "public.skills", "columns": ["name"], "sql": "select nothing from jobs where title = any($1)"}
+    board.configure(jobs_sink() | {"related": [by_name]})
+    board.begin()
+    board.wait(lambda: len(board.documents()) == 30, "the documents")
+    board.sql("insert into skills values (100, 1, '2'), (101, 3, 'word')")
+    board.wait(lambda: board.status("jobs")["related"]["backlog_messages"] == 2, "the changes to wait")
+    board.stop()
+    board.configure(jobs_sink())
+    board.begin()
+    board.wait_right()
+    board.wait(lambda: board.status("jobs")["related"]["backlog_messages"] == 0, "nothing to wait")
+    assert board.status("jobs")["related"]["parked_keys"] == 0
+
+
 def test_a_table_without_a_primary_key_needs_columns(board: Board) -> None:
     board.sql("alter table skills drop constraint skills_pkey")
     board.configure(

@@ -46,3 +46,18 @@ def test_what_was_in_the_store_and_what_comes_are_asked_for_alike(order: tuple[b
     )
     assert not emptied
     assert set(seen.xids) == {7}
+
+
+def test_values_of_other_columns_say_nothing_of_rows() -> None:
+    """What was kept while the entry named another column; that of the primary key is as it was."""
+    nobody = cast(Callable[[AskedRefreshes], Awaitable[None]], None)
+    by_key = Related(table=CHILD, sql="SELECT unnest($1) AS id", refreshes=TableName("public", "other"))
+    for below, expected in ((1000, []), (999, [("111",)])):
+        asked = FanOut(
+            [RELATED, by_key], cast(Parents, None), Budget(1 << 20, 1).pages, nobody, SystemClock(), {CHILD: below}
+        )
+        wanted, emptied, seen = asked._read(Batch([(a_span("111", stored=True), 0, 1)]))
+        assert [many for entry, many in wanted if entry is RELATED] == [expected] * len(expected)
+        assert [many for entry, many in wanted if entry is by_key] == [[("1",)]]
+        assert emptied == ([] if expected else [PARENT])
+        assert set(seen.xids) == {7}

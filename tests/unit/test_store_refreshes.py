@@ -64,6 +64,17 @@ def test_what_was_asked_for_again_meanwhile_stays(store: SqliteStore) -> None:
     assert due(store) == []
 
 
+def test_tables_of_which_something_is_due(store: SqliteStore) -> None:
+    assert store.due_tables(SINK) == store.due_tables("never opened") == []
+    for n, table in enumerate((JOBS, USERS, ('a "b" \\', "c"))):
+        ask(store, *(str(i) for i in range(5)), table=table)
+        assert len(store.due_tables(SINK)) == n + 1
+    assert sorted(store.due_tables(SINK)) == sorted([JOBS, USERS, ('a "b" \\', "c")])
+    assert store.due_tables(OTHER) == []
+    done(store, *store.refreshes(SINK, JOBS, 0, 9))
+    assert JOBS not in store.due_tables(SINK)
+
+
 def test_a_number_is_never_used_again(store: SqliteStore) -> None:
     ask(store, "a")
     (first,) = store.refreshes(SINK, JOBS, 0, 9)

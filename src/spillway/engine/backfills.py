@@ -34,6 +34,7 @@ import structlog
 
 from spillway.clock import Clock
 from spillway.config import Database, Search, Sink
+from spillway.engine.related import COLUMNS
 from spillway.engine.shadow import REINDEX
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.backfill import Backfill
@@ -370,7 +371,7 @@ class Backfills:
     async def _kept(self, sink: str) -> list[BackfillState]:
         """All that the store knows of."""
         found = await asyncio.wrap_future(self._store.ask(self._store.backfills, sink, ended=True))
-        return [of_json(document) for number, document in found if number not in (INITIAL, REINDEX)]
+        return [of_json(document) for number, document in found if number not in (INITIAL, REINDEX, COLUMNS)]
 
     async def _note_refilled(self, sink: str) -> None:
         """A crash may have come between the end of a refill and the gap's."""

@@ -77,6 +77,7 @@ class Engine:
                 ]
                 background = [tasks.create_task(self._tick()), tasks.create_task(self._store_failure())]
                 background += [tasks.create_task(p.watch_lag()) for p in self.pipelines]
+                background += [tasks.create_task(p.forget_related()) for p in self.pipelines]
                 backfills = [tasks.create_task(p.backfills.run(), name="backfills") for p in self.pipelines]
                 backfills.append(tasks.create_task(self._reindexes.run(), name="re-indexes"))
                 for pipeline in self.pipelines:

@@ -18,7 +18,7 @@ from spillway import sinks
 from spillway.chunk import Message, Span, chunk_of
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
-from spillway.engine.related import Companion
+from spillway.engine.related import Companion, forget
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import is_routed, meta_of, new_shaping
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
@@ -346,6 +346,11 @@ class Pipeline:
             except SpillwayError:  # capture meets and reports the same
                 self.lag_bytes = None
                 await self._clock.sleep(LAG_SECONDS)
+
+    async def forget_related(self) -> None:
+        """What the store has of related tables that were named in an earlier run."""
+        for sink, delivery in list(zip(self.sinks, self.deliveries, strict=True)):
+            await forget(self._store, self._slot, delivery, sink.related)
 
     async def revive(self, delivery: Delivery, letters: Sequence[Message]) -> int:
         """Send dead letters again: events as they were, marked ``replayed``; of a state the row as it is now."""

@@ -497,8 +497,7 @@ class Reindex:
             forgotten = BackfillDocument(number, document, ended=True, forgotten=True)
             await asyncio.wrap_future(store.write(Write(name, backfill=forgotten)))
         await asyncio.wrap_future(store.write(Write(name, paused=False, clear_gap=True)))
-        if self._sink.related:
-            await clear(store, self._pipeline.database.slot.name, name, self._sink.related)
+        await clear(store, self._pipeline.database.slot.name, name)
 
     # -- state ------------------------------------------------------------------------------------------------------
     @property

@@ -18,6 +18,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+import orjson
+import structlog
+
 from spillway.config import Database, Sink, Source
 from spillway.config.shape import Related
 from spillway.errors import Finding
@@ -28,16 +31,20 @@ from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.refresh import Refresh, Table
 from spillway.flow.route import Subscription
+from spillway.position import Position
 from spillway.source.origin import Expected
 from spillway.source.parents import SETTINGS, Parents
 from spillway.source.sessions import Sessions
-from spillway.store.base import EVERYTHING, AskedRefreshes, Select, Store, Write
+from spillway.store.base import EVERYTHING, AskedRefreshes, BackfillDocument, Select, Store, Write
 
 COMPANION = "~related"  # what its name ends with
+COLUMNS = "columns"  # the id of its document: by which columns changes are kept
 BATCH_CHANGES = 1000  # what one question is asked for
 SEND_SECONDS = 86_400.0  # a fan-out may take long; each of its steps has a deadline
 WELL = ("idle", "caught_up", "behind")  # states of which people need not hear
 PAGE = 1000
+
+_log = structlog.get_logger()
 
 
 class Companion:
@@ -70,9 +77,12 @@ class Companion:
             own_search_path=True,
             settings=SETTINGS,
         )
-        fan_out = FanOut(related, Parents(sessions), process.budget.pages, self.ask, process.clock)
+        name = f"{sink.name}{COMPANION}"
+        state = self._store.open_sink(name, database.slot.name)
+        self.others_below = _others_below(self._store, name, related, state.position)
+        fan_out = FanOut(related, Parents(sessions), process.budget.pages, self.ask, process.clock, self.others_below)
         spec = SinkSpec(
-            name=f"{sink.name}{COMPANION}",
+            name=name,
             batch_size=BATCH_CHANGES,
             max_memory_bytes=sink.max_memory_mb << 20,
             max_messages=sink.max_messages,
@@ -82,7 +92,6 @@ class Companion:
                 sink.backlog.warn_messages, None, None, None, "pause" if sink.backlog.on_full == "pause" else "block"
             ),
         )
-        state = self._store.open_sink(spec.name, database.slot.name)
         self.delivery = Delivery(spec, fan_out, state, process, moved)
         self.subscription = Subscription(
             self.delivery,
@@ -182,18 +191,60 @@ class Companion:
         }
 
 
-async def clear(store: Store, slot: str, sink: str, related: Sequence[Related]) -> None:
-    """A companion that is not there any more leaves nothing behind in the store, nor what it has asked for."""
-    for table in _refreshed(related):
-        while due := await asyncio.to_thread(store.refreshes, sink, table, 0, PAGE):
-            await asyncio.wrap_future(store.write(Write(sink, refreshed=due)))
-    name = f"{sink}{COMPANION}"
+async def forget(store: Store, slot: str, main: Delivery, related: Sequence[Related]) -> None:
+    """What is left in the store of entries that the sink had in an earlier run."""
+    kept = _refreshed(related)
+    gone = [table for table in await asyncio.to_thread(store.due_tables, main.name) if table not in kept]
+    for table in gone:
+        _log.info("refreshes forgotten: no related entry refreshes the table", sink=main.name, table=".".join(table))
+        await _drop(store, main.name, table)
+    if gone:
+        await main.refresh()
+    if not related:
+        await _clear_companion(store, slot, f"{main.name}{COMPANION}")
+
+
+async def clear(store: Store, slot: str, sink: str) -> None:
+    """A sink that is not there any more has nothing due, and its companion leaves nothing behind."""
+    for table in await asyncio.to_thread(store.due_tables, sink):
+        await _drop(store, sink, table)
+    await _clear_companion(store, slot, f"{sink}{COMPANION}")
+
+
+async def _drop(store: Store, sink: str, table: Table) -> None:
+    while due := await asyncio.to_thread(store.refreshes, sink, table, 0, PAGE):
+        await asyncio.wrap_future(store.write(Write(sink, refreshed=due)))
+
+
+async def _clear_companion(store: Store, slot: str, name: str) -> None:
+    if not await asyncio.to_thread(store.backfills, name, ended=False):
+        return  # there was none
     await asyncio.to_thread(store.open_sink, name, slot)
     while await asyncio.wrap_future(store.discard(name, Select(all=True), PAGE, frozenset())):
         pass
     while await asyncio.wrap_future(store.discard_dead(name, Select(all=True), PAGE)):
         pass
-    await asyncio.wrap_future(store.write(Write(name, clear_gap=True)))
+    forgotten = BackfillDocument(COLUMNS, b"", ended=False, forgotten=True)
+    await asyncio.wrap_future(store.write(Write(name, clear_gap=True, backfill=forgotten)))
+
+
+def _others_below(store: Store, name: str, related: Sequence[Related], position: Position | None) -> dict[Table, int]:
+    """By related table: up to which LSN its changes may have been kept with values of other columns than the entries
+    name now. What they name is on its way to the disk when this returns, before any change."""
+    document = next((document for number, document in store.backfills(name, ended=False) if number == COLUMNS), b"[]")
+    before = {(schema, table): (columns, below) for schema, table, columns, below in orjson.loads(document)}
+    now, groups = dict(before), group_columns(related)
+    for entry in related:
+        table = (entry.table.schema, entry.table.table)
+        columns = list(groups[table]) if table in groups else None
+        were, below = before.get(table, (columns, -1))
+        if were != columns and position is not None:
+            below = position.commit_lsn
+        now[table] = (columns, below)
+    if now != before:
+        listed = orjson.dumps([(*table, *known) for table, known in now.items()])
+        store.write(Write(name, backfill=BackfillDocument(COLUMNS, listed, ended=False)))
+    return {table: below for table, (_, below) in now.items()}
 
 
 def _refreshed(related: Sequence[Related]) -> list[Table]:

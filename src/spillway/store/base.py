@@ -303,6 +303,9 @@ class Store(Protocol):
     def refreshes(self, sink: str, table: tuple[str, str], after_place: int, limit: int) -> list[DueRefresh]:
         """Those that are due of a table, by their places."""
 
+    def due_tables(self, sink: str) -> list[tuple[str, str]]:
+        """Those of which something is due, by as many look-ups as there are."""
+
     def oldest(self, sink: str) -> float | None:
         """Commit time of the oldest waiting message, wall seconds."""
 

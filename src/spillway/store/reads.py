@@ -28,7 +28,7 @@ from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
 from spillway.store.base import DueRefresh, Identity, LaneHead, P, T
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.queue import find_spans, read_span, with_key
-from spillway.store.refreshes import SELECT_REFRESHES, table_text
+from spillway.store.refreshes import SELECT_DUE_TABLES, SELECT_REFRESHES, table_text
 from spillway.store.rows import (
     CHUNK,
     MESSAGE_COLUMNS,
@@ -311,6 +311,13 @@ class Reads:
             cursor = db.execute(SELECT_REFRESHES, (number, table_text(table), after_place, limit))
             found = cast("list[tuple[int, str, int, float]]", rows_of(cursor))
         return [DueRefresh(table, key, place, asked, since) for place, key, asked, since in found]
+
+    def due_tables(self, sink: str) -> list[tuple[str, str]]:
+        number = self._id(sink)
+        with self._stream() as db:
+            self.reads += 1
+            found = cast("list[tuple[str, str]]", rows_of(db.execute(SELECT_DUE_TABLES, (number,))))
+        return [(schema, table) for schema, table in found]
 
     def oldest(self, sink: str) -> float | None:
         found = self._first(SELECT_OLDEST, (self._id(sink),))

@@ -37,6 +37,13 @@ SELECT_REFRESHES = """
     SELECT json_group_array(json_array(place, key, number, since)) FROM (
         SELECT place, key, number, since FROM refresh WHERE sink = ?1 AND tbl = ?2 AND place > ?3
         ORDER BY place LIMIT ?4)"""
+# Table by table, by the index: what is due of each is not looked at.
+SELECT_DUE_TABLES = """
+    WITH RECURSIVE t(tbl) AS (
+        SELECT (SELECT min(tbl) FROM refresh WHERE sink = ?1)
+        UNION ALL SELECT (SELECT min(r.tbl) FROM refresh r WHERE r.sink = ?1 AND r.tbl > t.tbl) FROM t
+        WHERE t.tbl IS NOT NULL)
+    SELECT json_group_array(json(tbl)) FROM t WHERE tbl IS NOT NULL"""
 
 
 def ask_refreshes(db: sqlite3.Connection, sink: SinkRow, asked: AskedRefreshes, now: float) -> None:
