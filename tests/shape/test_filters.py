@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from shape.place import Shaped, sqlite_sink
 
 T = "public.t"
@@ -32,3 +34,28 @@ def test_a_row_is_asked_again_when_it_is_read_whole(database: str, tmp_path: Pat
         place.drained("kept")
         assert {key[1] for key in place.sqlite_rows("kept", T)} == {"1", "103", "104", "105"}
         assert place.status("kept")["parked_keys"] == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_passes_by_while_a_filter_does_not_fit_is_on_record(database: str, tmp_path: Path, killed: bool) -> None:
+    """The remedy is another file and a restart, which must not forget it."""
+
+    def kept(column: str) -> dict[str, object]:
+        return sqlite_sink("kept", [T], filters=[{"column": column, "operator": "eq", "value": 1}])
+
+    with Shaped(database, tmp_path, [kept("n")], schema="create table t (id int primary key, n int)") as place:
+        place.begin()
+        place.sql("insert into t values (1, 1), (2, 1)")
+        place.drained("kept")
+        place.sql("alter table t rename n to m", "update t set m = 2 where id = 1", "insert into t values (3, 1)")
+        place.wait(lambda: place.status("kept")["state"] == "gap", "the gap")
+        place.read_by_the_stream()
+        place.product.kill() if killed else place.stop()
+        place.configure(kept("m"))
+        place.begin()
+        place.sql("insert into t values (4, 1)")
+        place.drained("kept")
+        assert place.status("kept")["state"] == "gap"
+        place.run("kept", gap=True)
+        assert place.status("kept")["gap"] is None
+        assert {key[1] for key in place.sqlite_rows("kept", T)} == {"2", "3", "4"}
