@@ -243,6 +243,7 @@ def test_changes_that_wait_are_not_lost_when_the_entry_names_other_columns(board
     board.wait(lambda: len(board.documents()) == 30, "the documents")
     board.sql("insert into skills values (100, 1, '2'), (101, 3, 'word')")
     board.wait(lambda: board.status("jobs")["related"]["backlog_messages"] == 2, "the changes to wait")
+    board.read_by_the_stream()  # so they are in the store
     board.stop()
     board.configure(jobs_sink())
     board.begin()
