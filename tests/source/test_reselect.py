@@ -6,11 +6,12 @@ import pytest
 
 from pgoutput.given import If
 from source.conftest import MANY, SourceDatabase
-from source.enriching import NOTHING, T, records, reselected, reselecting
+from source.enriching import NOTHING, T, enriching, records, reselected, reselecting
 from source.paging import new_decoder, streamed
 from source.test_page import KEYS
 from source.test_page_shape import UNUSUAL
 from spillway.errors import SpillwayError
+from spillway.source.snapshot import Seen
 
 TYPES = (
     "CREATE TYPE public.mood AS ENUM ('sad', 'ok', 'happy')",
@@ -195,6 +196,24 @@ async def test_a_table_that_is_altered_meanwhile(source: SourceDatabase) -> None
         assert records(await reselected(reselect, ("1",))) == {0: b'{"id":1,"n":"5"}'}
         await source.execute("ALTER TABLE public.t RENAME n TO m")
         assert records(await reselected(reselect, ("1",))) == {0: b'{"id":1,"m":"5"}'}
+
+
+async def test_a_column_that_the_stream_has_carried_is_there(source: SourceDatabase) -> None:
+    """Though the question was prepared just before it was added."""
+    await source.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY)",
+        "INSERT INTO public.t VALUES (1)",
+        "CREATE PUBLICATION p FOR TABLE public.t",
+    )
+    async with reselecting(source) as reselect, enriching(source, "SELECT * FROM t WHERE id = ANY($1)") as enricher:
+        for by_keys in (reselect, enricher):
+            await by_keys.fetch(T, [("1",)], Seen((), 0, {"id"}), MANY, MANY)
+        await source.execute("ALTER TABLE public.t ADD n int", "UPDATE public.t SET n = 5")
+        for by_keys in (reselect, enricher):
+            fetched = await by_keys.fetch(T, [("1",)], Seen((), 0, {"id", "n"}), MANY, MANY)
+            assert fetched.rows == {0: {"id": b"1", "n": b"5"}}
+            fetched = await by_keys.fetch(T, [("1",)], Seen((), 0, {"id", "n"}), MANY, MANY)
+            assert fetched.queries == 1
 
 
 async def test_row_security_that_would_hide_a_row(source: SourceDatabase) -> None:

@@ -160,7 +160,7 @@ def test_enrichment_is_one_query_and_stands_in_the_metadata() -> None:
     steps = Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source)
     assert shape(a_batch("1", "2", "3", keying=Keying.EVENTS), steps, sent) is OK
     assert [asked for asked, _ in source.asked] == [["1", "2", "3"]]
-    assert source.seen == [Seen(frozenset({700, 701, 702}), 103)]
+    assert source.seen == [Seen(frozenset({700, 701, 702}), 103, frozenset({"id"}))]
     messages = [orjson.loads(body) for body in sent.bodies]
     assert [message["metadata"]["enrichment"] for message in messages] == [
         {"id": "1", "doc": "one"},
@@ -335,7 +335,7 @@ def test_what_was_committed_long_ago_is_not_waited_for() -> None:
     source, sent = Source({}), Sent()
     old, new = a_batch("1", committed=NOW - 2 * 86_400 * 1_000_000), a_batch("2", first=1)
     shape(Batch.of([*old, *new]), Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source), sent)
-    assert source.seen == [Seen(frozenset({701}), 102)]
+    assert source.seen == [Seen(frozenset({701}), 102, frozenset({"id"}))]
 
 
 def test_a_key_that_cannot_be_asked_for_is_that_messages_error() -> None:

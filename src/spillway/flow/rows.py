@@ -14,10 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import orjson
+
 from spillway.chunk import LARGE, LSN, TIME, Keying, Message
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable
 from spillway.flow.lending import Credit, Guess
+from spillway.impl import members
 from spillway.sinks.base import OK, Result, reject
 from spillway.source.bykeys import BatchFailed
 from spillway.source.reading import Fetched
@@ -153,14 +156,15 @@ class RowStep(ABC):
 
     def _seen(self, messages: Sequence[Message]) -> Seen:
         """What a snapshot must see before its rows may be used for these. What was committed long ago is seen; its id,
-        of 32 bits, may mean another transaction by now."""
+        of 32 bits, may mean another transaction by now. Of the columns, those of the last."""
         since = (self._clock.wall() - LONG_SECONDS) * 1_000_000
         words = [(m.span.chunk, m.span.indices[m.place]) for m in messages]
         words = [(chunk, index) for chunk, index in words if chunk.word(index, TIME) > since]
         xids = {chunk.word(index, LARGE) >> 32 for chunk, index in words}
         # A commit begins there; where it ends is above.
         lsn = 1 + max((chunk.word(index, LSN) for chunk, index in words), default=-1)
-        return Seen(frozenset(xids - {0}), lsn)
+        columns = frozenset(orjson.loads(name) for name, _ in members(messages[-1].change.record))
+        return Seen(frozenset(xids - {0}), lsn, columns)
 
 
 class Reselected(RowStep):

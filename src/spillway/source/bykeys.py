@@ -9,6 +9,10 @@ asked again once the server says that it does: it is asked for that alone at fir
 a commit that is held back costs one question, not one for each look. On a standby transactions cannot be told, and
 visibility follows replay: its position is read *before* the question, which is not asked until that is far enough.
 
+**Columns.** A question is prepared for the columns that its tables have. Whether it is still the same is looked at
+now and then, and right after an answer for changes with a column that the stream had not carried by then: a migration
+adds a column and fills it, and no later change would mend what was read without it.
+
 **Memory.** The server never sends more than ``credit_bytes``, nor a row of more than ``row_bytes``, and of what was
 sent only what is within the credit once it is JSON is kept, too (a control character takes six bytes there). Rows come
 one by one, and of large ones a piece at a time: beside what is kept there is one row, or piece, in libpq and in the
@@ -179,6 +183,9 @@ class ByKeys(ABC):
             session.connection.pgconn.set_single_row_mode()
             await session.connection.wait(_rows(session.connection.pgconn, reading.take))
             reading.end()
+            if reading.visible and not prepared.carried.issuperset(seen.columns):
+                await self._look(session, table, prepared)  # now it sees whatever the answer has seen
+                prepared.carried.update(seen.columns)
         except psycopg.Error as error:
             raise self._failure(error, session, prepared_before=prepared_before) from error
         except SourceUnavailable as error:  # of a look into the catalogue
@@ -196,16 +203,20 @@ class ByKeys(ABC):
         known = session.prepared.get(table)
         if known is None:
             return await self._prepare(session, table)
-        now = time.monotonic()
-        if now - known.looked_at > LOOK_SECONDS:
-            connection = session.connection
-            if await self._question(connection, table) != known.question:
-                raise self._altered()
-            # Refused if the result would be another one ("cached plan must not change result type").
-            connection.pgconn.send_describe_prepared(known.name)
-            await _result(connection)
-            known.looked_at = now
+        if time.monotonic() - known.looked_at > LOOK_SECONDS:
+            await self._look(session, table, known)
         return known
+
+    async def _look(self, session: Session, table: tuple[str, str], known: Prepared) -> None:
+        """Whether the question is still the same: raises if not."""
+        now = time.monotonic()
+        connection = session.connection
+        if await self._question(connection, table) != known.question:
+            raise self._altered()
+        # Refused if the result would be another one ("cached plan must not change result type").
+        connection.pgconn.send_describe_prepared(known.name)
+        await _result(connection)
+        known.looked_at = now
 
     def _altered(self) -> _AgainError:
         return _AgainError(SourceUnavailable(f"{self._what}_altered", f"{self._subject}: its tables are being altered"))

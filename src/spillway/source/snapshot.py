@@ -39,10 +39,11 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a question asked because of changes must see of them: on a primary these transactions, on a standby what was
-    committed below."""
+    committed below; and of the table these columns, some of which may have been added just before."""
 
     xids: Collection[int]  # 32 bits each, none of them 0
     lsn: int  # where the last of the commits ends
+    columns: Collection[str] = ()
 
     def by(self, snapshot: str) -> bool:
         """Of a primary, as `txid_current_snapshot` writes it."""

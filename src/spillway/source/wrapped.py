@@ -113,6 +113,7 @@ class Prepared:
     renderers: tuple[Renderer | None, ...]
     collected: frozenset[int]  # columns of which a long value is made as a whole
     looked_at: float  # when the question was last found to be the same, by the monotonic clock
+    carried: set[str] = field(default_factory=set)  # columns that the stream had by then
     key_places: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
