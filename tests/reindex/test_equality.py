@@ -49,6 +49,26 @@ def test_whatever_differs_is_found(held: Place) -> None:
     assert not held.exists(held.v2)
 
 
+def test_a_document_that_the_filter_leaves_out_is_found(database: str, tmp_path: Path, opensearch: OpenSearch) -> None:
+    """Whether its row is there or not; a row that leaves the filter meanwhile is only late."""
+    filters = [{"column": "seq", "operator": "lt", "value": 5}, {"column": "title", "operator": "is_not_null"}]
+    with Place(database, tmp_path, opensearch.url, filters=filters) as place:
+        place.begin()
+        place.fill(40)
+        place.sql("update public.jobs set seq = 7 where id = 39", "update public.jobs set title = null where id = 40")
+        place.wait(lambda: set(place.documents()) == set(range(1, 39)), "the documents")
+        hold(place)
+        version = place.version("2")
+        place.write("40", {"id": 40, "seq": 0, "title": None, "extra": None}, version)
+        let_go(place)
+        reason = place.reaches("failed")["reason"]
+        assert "1 rows differ from the source: public.jobs:40 is in the new index alone" in reason
+        place.reindex()
+        place.sql(*[f"update public.jobs set seq = 9 where id = {number}" for number in range(10, 20)])
+        place.reaches("done")
+        assert set(place.documents()) == {*range(1, 10), *range(20, 39)}
+
+
 def test_changes_that_the_sink_does_not_take_are_no_difference(
     database: str, tmp_path: Path, opensearch: OpenSearch
 ) -> None:

@@ -1,8 +1,8 @@
 """Whether a new index is equal to the source, row by row, while both change.
 
 1. Every row of the source is read in pages and compared with its document, which is asked for by its id.
-2. Every key of the index is looked for in the source. (Not for rows of several tables without Sequin's message around
-   them: nobody can tell there of which table a document is.)
+2. Every key of the index is looked for in the source; a row that the sink's filters leave out is as good as none. (Not
+   for rows of several tables without Sequin's message around them: nobody can tell there of which table a document is.)
 
 A document counts as equal if it holds the row of the page, or if its version (spillway.position.version) is above all
 that the page's snapshot sees: then it was brought by the stream since, as a whole. What differs is usually a change on
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -185,29 +185,43 @@ class Equality:
         if not relations:
             return
         columns = await reader.key_columns(relations[0])
+        checked = {condition.column for condition in self._sink.filters if condition.table == table}
         after: str | None = None
         while len(self.found) < ENOUGH and not self._vanished:
             await self._settled()
             keys, after = await self._index.keys(table, columns, after, PAGE_ROWS, None)
             for relation in await self._relations(reader, table):
-                keys = await self._absent(reader, relation, keys)
+                keys = await self._absent(reader, relation, keys, checked)
             self._state.differing = len(keys)
             await self._look_again(reader, table, dict.fromkeys(keys, TOO_MUCH))
             if after is None:
                 break
 
-    async def _absent(self, reader: PageReader, relation: Selection, keys: list[Cursor]) -> list[Cursor]:
+    async def _absent(
+        self, reader: PageReader, relation: Selection, keys: list[Cursor], checked: Collection[str]
+    ) -> list[Cursor]:
+        """Those that are not there, or do not pass the sink's filters, which look at the columns ``checked``."""
+        absent: list[Cursor] = []
         while keys:
-            try:
-                return (await reader.read_absent(relation, keys, self._source.timeout_seconds)).missing
-            except (LockTimeout, PageTimeout):
-                await self._clock.sleep(LOOK_SECONDS)
-                await self._settled()
-            except SpillwayError as error:
-                if error.code not in GONE:
-                    raise
-                break  # what is there of it is looked at again, in the relations of then
-        return keys
+            await self._settled()
+            some = keys[: 1 if self._needed_bytes else PAGE_ROWS]
+            async with self._credit() as credit:
+                try:
+                    page = await reader.read_absent(relation, some, self._source.timeout_seconds, checked, credit)
+                except (LockTimeout, PageTimeout):
+                    await self._clock.sleep(LOOK_SECONDS)
+                    continue
+                except NeedsCredit as error:
+                    self._needed_bytes = error.needed_bytes if len(some) == 1 else 1
+                    continue
+                except SpillwayError as error:
+                    if error.code not in GONE:
+                        raise
+                    break  # what is there of it is looked at again, in the relations of then
+            self._needed_bytes = 0
+            absent += page.missing
+            keys = keys[len(some) :]
+        return absent + keys
 
     # -- what differs -----------------------------------------------------------------------------------------------
     async def _look_again(self, reader: PageReader, table: tuple[str, str], differing: Keys) -> None:
@@ -252,7 +266,8 @@ class Equality:
                         break
                     self._needed_bytes = 0
                     rest = rest[len(some) :]
-                    keys += page.missing
+                    there = {row.pks for row in map(page.chunk.change, range(page.chunk.count))}
+                    keys += [key for key in some if key not in there]
                     if page.chunk.count:
                         await self._second()
                         differing |= await self._unequal(page)
