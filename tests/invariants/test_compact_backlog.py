@@ -9,7 +9,7 @@ import pytest
 
 from invariants.instruments import sole, until
 from invariants.world import Engine, FakeSink, Took, World, version_of
-from spillway.flow import inflow
+from spillway.flow import compacting
 from spillway.flow.delivery import Delivery
 from spillway.flow.health import judge
 from spillway.flow.limits import Limits
@@ -22,10 +22,10 @@ KEYS = "abcdefgh"
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes over backlogs of a few messages, in many steps."""
-    monkeypatch.setattr(inflow, "COMPACT_LEAST_MESSAGES", 4)
-    monkeypatch.setattr(inflow, "COMPACT_SECONDS", 0.2)
-    monkeypatch.setattr(inflow, "COMPACT_REST", 0)
-    monkeypatch.setattr(inflow, "COMPACT_LONG_REST", 0)
+    monkeypatch.setattr(compacting, "LEAST_MESSAGES", 4)
+    monkeypatch.setattr(compacting, "BETWEEN_SECONDS", 0.2)
+    monkeypatch.setattr(compacting, "REST", 0)
+    monkeypatch.setattr(compacting, "LONG_REST", 0)
     monkeypatch.setattr(compact, "SPANS_AT_ONCE", 3)
 
 
@@ -93,7 +93,7 @@ async def play(world: World, rounds: int, *, crashes: bool) -> int:
         load(world, 30)
         await asyncio.sleep(world.dice.random() * 0.1)
         if crashes and world.dice.random() < 0.5:
-            compacted += sum(delivery.compacted for delivery in engine.deliveries.values())
+            compacted += sum(delivery.passes.removed for delivery in engine.deliveries.values())
             await world.crash(engine)
             engine = await world.start()
     for sink in world.sinks.values():
@@ -101,7 +101,7 @@ async def play(world: World, rounds: int, *, crashes: bool) -> int:
     for delivery in engine.deliveries.values():
         delivery.try_now()
     await engine.settled()
-    compacted += sum(delivery.compacted for delivery in engine.deliveries.values())
+    compacted += sum(delivery.passes.removed for delivery in engine.deliveries.values())
     await world.end(engine)
     assert engine.budget.held_bytes == 0
     return compacted
@@ -158,10 +158,11 @@ async def test_an_outage_leaves_a_message_of_each_key(world: World, semantics: s
         updates(world, 6_000, 100)
         await received(engine, world)
         await until(lambda: delivery.counters.messages == 100, "one message of each key")
-        assert delivery.compacted > 5_000
+        assert delivery.passes.removed > 5_000
         state, reason, _ = judge(delivery, delivery._clock.monotonic())
         assert state == "down"
-        assert f"compacted: newer ones of their keys have taken the place of {delivery.compacted} messages" in reason
+        removed = delivery.passes.removed
+        assert f"compacted: newer ones of their keys have taken the place of {removed} messages" in reason
         sink.down = False
         delivery.try_now()
         await engine.settled()
@@ -177,7 +178,7 @@ async def test_what_came_while_a_pass_ran_is_compacted_too(world: World) -> None
         delivery = sole(engine)
         for _ in range(5):
             updates(world, 40, 10)
-            await until(lambda: delivery._compacting, "a pass")
+            await until(lambda: delivery.passes.running, "a pass")
             updates(world, 40, 10)
             await until(lambda: delivery.counters.messages == 10, "one message of each key")
 
@@ -219,13 +220,13 @@ async def test_a_start_does_not_look_at_what_waits(world: World, monkeypatch: py
         updates(world, 6_000, 3_000)
         await received(engine, world)
     monkeypatch.undo()
-    monkeypatch.setattr(inflow, "COMPACT_START_SECONDS", float("inf"))
+    monkeypatch.setattr(compacting, "START_SECONDS", float("inf"))
     async with world.running() as engine:
         await until(lambda: len(sink.asked) > 3)
         await asyncio.sleep(0.2)
-        assert not sole(engine).compacted
+        assert not sole(engine).passes.removed
         assert sole(engine).counters.messages == 6_000
-    monkeypatch.setattr(inflow, "COMPACT_START_SECONDS", 1.0)
+    monkeypatch.setattr(compacting, "START_SECONDS", 1.0)
     async with world.running() as engine:
         await until(lambda: sole(engine).counters.messages == 3_000, "one message of each key")
         sink.down = False
@@ -243,7 +244,7 @@ async def test_passes_do_not_keep_a_sink_from_delivering(world: World, monkeypat
         delivery = sole(engine)
         updates(world, 2_000, 2_000)
         await received(engine, world)
-        await until(lambda: not delivery._compacting)
+        await until(lambda: not delivery.passes.running)
         monkeypatch.setattr(compact, "SPANS_AT_ONCE", 1)
         monkeypatch.setattr(type(delivery), "_compaction_due", lambda *_: True)
         sink.down = False

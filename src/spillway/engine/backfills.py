@@ -10,7 +10,7 @@ and takes it for what it is. Tables that enter the publication later get theirs 
 
 **Gaps.** A refill reads the tables that missed changes, and sweeps: what the sink has and the source has not is
 deleted, where the sink takes deletes and can say which rows of a table it has. The gap holds the tables that are still
-to be repaired (`spillway.flow.delivery.Delivery.refilled`): each that is complete leaves it, and with the last one the
+to be repaired (`spillway.flow.gap.Gaps.refilled`): each that is complete leaves it, and with the last one the
 gap is cleared; where deletes could not be repaired it stays, and says so. A refill belongs to the gap as it was when it
 began (``Request.gap``): one that has grown since is not repaired by it. Nothing is swept from a search index in which
 documents may be another's: of another sink, or of another table that the sink may take and nobody could tell apart.
@@ -347,7 +347,7 @@ class Backfills:
             elif active.state.request.gap == token:
                 going_on.append(active.state)
         # Tables that are no longer there to be read cannot be repaired, and are not the sink's any more.
-        await delivery.refilled(missed, deletes_repaired=sweep or "delete" not in configured.actions)
+        await delivery.gaps.refilled(missed, deletes_repaired=sweep or "delete" not in configured.actions)
         started = list(going_on)
         for table in missed:
             active = self._active_of(sink, table)
@@ -389,7 +389,7 @@ class Backfills:
             table = (state.request.schema, state.request.table)
             if gap is None or gap.tables is None or table not in gap.tables or state.request.gap != _token(gap):
                 continue
-            await delivery.refilled(
+            await delivery.gaps.refilled(
                 [other for other in gap.tables if other != table],
                 deletes_repaired=state.request.sweep or "delete" not in configured.actions,
             )

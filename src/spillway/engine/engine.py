@@ -234,7 +234,7 @@ class Engine:
             "bytes_in_memory": delivery.memory_bytes,
             "stored": delivery.stored,
             "delivered": delivery.delivered,
-            "compacted": delivery.compacted,
+            "compacted": delivery.passes.removed,
             "enrichment_queries": 0 if delivery.shaping is None else delivery.shaping.queries,
             "enrichment_repeated": 0 if delivery.shaping is None else delivery.shaping.repeated,
             "truncates_ignored": delivery.truncates_ignored,

@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from spillway.chunk import NOT_STORED, Batch, Message
 from spillway.errors import SpillwayError
 from spillway.flow.attempt import Answer, Attempt, each
-from spillway.flow.inflow import COMPACT_BYTES, STORED_OVERHEAD_BYTES, Process, SinkSpec
+from spillway.flow.compacting import PASS_BYTES
+from spillway.flow.inflow import STORED_OVERHEAD_BYTES, Process, SinkSpec
 from spillway.flow.readback import READ_BYTES, DoesNotFit
 from spillway.flow.retry import PARKED_ROUNDS
 from spillway.flow.settle import Settling
@@ -107,7 +107,7 @@ class Delivery(Settling):
             else:
                 wait_seconds = left
         if self._compaction_due(now):
-            self._compacting = True
+            self.passes.begin(now, self.counters)
             tasks.create_task(self._compact())
         if self.paused:
             self.drop_cache()
@@ -213,35 +213,17 @@ class Delivery(Settling):
             await self._commit(Write(self.name, paused=False))
             self.paused = False
             self.busy_since = self._clock.monotonic()  # what waited for this has not stalled
-        elif self.gap is not None and self.gap.last_lsn is None:
+        elif self.gaps.growing:
             if not now_at_lsn:
                 raise SpillwayError(
                     "slot_not_reached",
                     f"how much sink {self.name} missed is not known before the source is connected",
                     "try again when it is",
                 )
-            # Takes part from here on. If the end of the gap is not on disk at a crash, the gap is found growing.
-            self.gap = replace(self.gap, last_lsn=max(self.gap.first_lsn, now_at_lsn, self._missed_lsn))
-            await self._commit(Write(self.name, gap=self.gap))
+            await self.gaps.end(now_at_lsn)
         elif self.gap is not None:
-            await self._commit(Write(self.name, clear_gap=True))
-            self.gap = None
+            await self.gaps.forget()
         self.try_now()
-
-    async def refilled(self, left: Sequence[tuple[str, str]], *, deletes_repaired: bool) -> None:
-        """Of what the gap has missed these tables are still to be read anew. None are left: the gap is repaired, but
-        perhaps for the deletes in a sink that cannot say what it has."""
-        if self.gap is None or self.gap.last_lsn is None:
-            return
-        if left or not deletes_repaired:
-            reason = self.gap.reason
-            if not left:
-                reason = f"rows are refilled; deletes are not repaired, for this sink cannot tell its rows ({reason})"
-            self.gap = replace(self.gap, tables=tuple(left), reason=reason)
-            await self._commit(Write(self.name, gap=self.gap))
-        else:
-            self.gap = None
-            await self._commit(Write(self.name, clear_gap=True))
 
     def try_now(self) -> None:
         """Forget back-off: whatever waits is tried at once."""
@@ -284,26 +266,24 @@ class Delivery(Settling):
         back-off. Nothing else of what is in memory depends on that: what is resolved, parked or held after its row has
         gone is passed over, and the newer image waits until its key is free. What is only being read is another matter:
         the newer image must not go out before it is in memory (`_removing`, `_try_newest`)."""
-        began, looked_at, removed = self._clock.monotonic(), self.counters, 0
-        self._uncompacted = False  # what is put from here on is for the next
-        size_bytes = min(COMPACT_BYTES, self._budget.common.limit_bytes // 3)
+        size_bytes = min(PASS_BYTES, self._budget.common.limit_bytes // 3)
         most_keys = max(1, size_bytes // KEY_BYTES)
-        work = Compaction(most_keys, self.spec.partial_images, parts_for(self._compacted_to[0], most_keys))
+        work = Compaction(most_keys, self.spec.partial_images, parts_for(self.passes.left_messages, most_keys))
         try:
             async with self._budget.lent(size_bytes):
                 while not work.done and not self._stopping:
                     # Heads of lanes that are being read meanwhile may be gone, and are read again.
                     with contextlib.nullcontext() if work.below else self._removing():
-                        self._compact_steps += 1
+                        self.passes.step()
                         spare = frozenset(self.window.flying_rows())
                         count = await asyncio.wrap_future(self._store.compact(self.name, work, spare))
-                        self._compact_steps += 1
-                    removed += count
-                    self.compacted += count
+                        self.passes.step(count)
             self.reads_resolved += work.reads
             await self.refresh()
         finally:
-            self._pass_ended(began, looked_at, removed, spared=work.spared)
+            self.passes.ended(self._clock.monotonic(), self.counters, spared=work.spared)
+            self._judge_limits()
+            self._wake.set()
 
     async def refresh(self) -> None:
         """Bring the counters up to date after a change that was made past `Write`."""
@@ -415,7 +395,7 @@ class Delivery(Settling):
                     being_parked = self._diverted.union(parked)
                 if message is None or turns != self._turns or self._puts or not self.window.free([message]):
                     return
-                if self._reading and self._steps_at_read != self._compact_steps:
+                if self._reading and self._steps_at_read != self.passes.steps:
                     return
                 if not being_parked.isdisjoint(message.keys):
                     return  # an earlier message of its key was still on its way to the lane while this was looked for

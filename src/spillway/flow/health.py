@@ -151,11 +151,10 @@ def _listed(tables: Sequence[tuple[str, str]]) -> str:
 def _compacted(delivery: Delivery) -> str:
     """What is to be said of a backlog that is less than what came."""
     waiting = delivery.counters.messages
-    if not waiting or not delivery.compacted:
+    removed = delivery.passes.removed
+    if not waiting or not removed:
         return ""
-    return (
-        f"; compacted: newer ones of their keys have taken the place of {delivery.compacted} messages since the start"
-    )
+    return f"; compacted: newer ones of their keys have taken the place of {removed} messages since the start"
 
 
 def _progress(delivery: Delivery, now: float) -> tuple[str, str, str]:

@@ -17,8 +17,8 @@ position, and a restart skips exactly what is at or below it.
 per span and only while there are such keys; what is being parked meanwhile is known to ``_diverted``
 (spillway.flow.parking).
 
-**The cap.** A backlog at its cap blocks the slot (`blocks`), or takes the sink out with a gap on record: what a growing
-gap swallows is confirmed only after the gap is durable.
+**The cap.** A backlog at its cap blocks the slot (`blocks`), or takes the sink out with a gap on record
+(spillway.flow.gap). When what waits is compacted is decided in spillway.flow.compacting.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Keying, Message, Span
 from spillway.clock import Clock
 from spillway.flow.budget import Budget
+from spillway.flow.compacting import Passes
+from spillway.flow.gap import Gaps
 from spillway.flow.limits import Limits
 from spillway.flow.parking import HeldBack, Parked
 from spillway.flow.window import ENCODED_OVERHEAD_BYTES, Window
@@ -41,7 +43,6 @@ from spillway.sinks.base import Readable, Sink
 from spillway.store.base import (
     AskedRefreshes,
     BackfillDocument,
-    Counters,
     DueRefresh,
     Gap,
     Park,
@@ -57,15 +58,6 @@ from spillway.store.base import (
 # average. Such a page overdraws the sink's share by the difference, which the next to be read makes up for.
 STORED_OVERHEAD_BYTES = CHANGE_OVERHEAD_BYTES + ENCODED_OVERHEAD_BYTES
 
-
-COMPACT_LEAST_MESSAGES = 100_000  # fewer newcomers are not worth a pass at once
-COMPACT_LEAST_BYTES = 256 << 20  # nor are so few bytes
-COMPACT_GROWTH = 1.01  # since the last pass: less is not worth another while more comes
-COMPACT_SECONDS = 1.0  # between passes, and from the last newcomer to the last pass
-COMPACT_REST = 4  # a pass comes at least so many times as long after the last one as that took
-COMPACT_LONG_REST = 10  # if there is no hurry
-COMPACT_START_SECONDS = 30.0  # after a start, if nothing else calls for it: what was put before a crash
-COMPACT_BYTES = 16 << 20  # of what a pass remembers
 MOST_MESSAGES = 1 << 40  # where there is no limit
 MOST_BYTES = 1 << 60
 
@@ -117,26 +109,14 @@ class Inflow:
         )
         self.counters = state.counters
         self.tail: Position = state.position or ZERO
-        self.gap = state.gap
+        self.gaps = Gaps(spec.name, state.gap, self._commit, moved, process.clock)
         self.stored = state.counters.queued > 0
         self.full: str | None = None  # why the backlog is at its cap
         self.oldest_seconds = 0.0  # age of the oldest waiting message, as of the last `check_limits`
-        self._gap_lsn: int | None = None  # a gap begins here that is not durable yet
-        self._gap_writes = 0  # of growing gaps
-        self._missed_lsn = 0  # the newest that a growing gap has swallowed in this run
         self.busy_since = process.clock.monotonic()
         self.last_intake_at = float("-inf")
         self.truncates_ignored = 0
-        self.compacted = 0  # messages that compaction has removed, in this run
-        self._compacting = False
-        self._compact_steps = 0  # counts before and after each step
-        self._uncompacted = False  # something was put since the last pass began
-        # When there is to be a pass though nothing was put: what was put in another run, or left being in flight.
-        self._look_again_at = process.clock.monotonic() + COMPACT_START_SECONDS
-        # What was left of what the last pass looked at: messages and bytes.
-        self._compacted_to = (state.counters.messages, state.counters.bytes)
-        self._compacted_at = float("-inf")  # when the last pass ended
-        self._compacted_for = 0.0  # how long that took, in seconds
+        self.passes = Passes(process.clock.monotonic(), state.counters)
         self.reads_taken = 0  # rows of backfills, in this run
         self.reads_resolved = 0
         self.memory_bytes = 0
@@ -177,15 +157,18 @@ class Inflow:
     def open_lsn(self) -> int | None:
         """Commit LSN of the oldest message that forbids confirming (I1); None: there is none."""
         first = self.window.first_open()
-        if self._gap_lsn is not None:
-            return self._gap_lsn if first is None else min(self._gap_lsn, first.first_lsn)
-        return None if first is None else first.first_lsn
+        lsns = ([] if first is None else [first.first_lsn]) + ([] if self.gaps.lsn is None else [self.gaps.lsn])
+        return min(lsns, default=None)
 
     # -- intake: called by capture, synchronous ---------------------------------------------------------------------
     @property
     def participates(self) -> bool:
         """False while a gap is growing: the sink takes no part in the slot."""
-        return self.gap is None or self.gap.last_lsn is not None
+        return not self.gaps.growing
+
+    @property
+    def gap(self) -> Gap | None:
+        return self.gaps.now
 
     @property
     def needs_look_up(self) -> bool:
@@ -223,8 +206,7 @@ class Inflow:
             span = Span(span.chunk, span.keying, span.indices[known:])
         last = Position(*span.position(len(span) - 1))
         if not self.participates:
-            self._missed_lsn = last.commit_lsn
-            self._note_missed(span)
+            self.gaps.swallow(span, last.commit_lsn)
             return None
         now = self._clock.monotonic()
         self.last_intake_at = now
@@ -400,7 +382,7 @@ class Inflow:
                 self.counters = written.result().counters
                 if write.put:
                     self._puts_done += 1
-                    self._uncompacted = True
+                    self.passes.put()
                     self._judge_limits()
             self._wake.set()
 
@@ -533,87 +515,19 @@ class Inflow:
         """Something waits that no pass has looked at. While that is so a backlog at its cap is not known to be full:
         the slot is not read, but only until the pass has ended."""
         on_disk = self._store.disk_full_since is None
-        unknown = self._uncompacted or self._compacting
-        return self.spec.limits.on_full == "compact" and unknown and on_disk and self.counters.messages > 0
+        compacts = self.spec.limits.on_full == "compact"
+        return compacts and self.passes.unknown and on_disk and self.counters.messages > 0
 
     def _compaction_due(self, now: float) -> bool:
-        """At the cap; when the backlog has doubled, so that it stays in proportion to its keys; and now and then, at
-        last when nothing comes any more. A start looks at nothing; what was put before counts some time after."""
-        if self._compacting:
-            return False
         if self.spec.limits.on_full != "compact":
             return False
-        if not self.may_be_compacted:
-            return self.counters.messages > 0 and now >= self._look_again_at
-        messages, size_bytes = self._compacted_to
-        many = self.counters.messages >= 2 * messages + COMPACT_LEAST_MESSAGES
-        many = many or self.counters.bytes >= 2 * size_bytes + COMPACT_LEAST_BYTES
-        quiet = now - self.last_intake_at >= COMPACT_SECONDS
-        if not many and not quiet and self.counters.messages < messages * COMPACT_GROWTH:
-            return self.full is not None
-        rest = self._compacted_for * (COMPACT_REST if many or quiet else COMPACT_LONG_REST)
-        return self.full is not None or now - self._compacted_at >= max(rest, 0.0 if many else COMPACT_SECONDS)
-
-    def _pass_ended(self, began: float, looked_at: Counters, removed: int, *, spared: bool) -> None:
-        now = self._clock.monotonic()
-        left = min(looked_at.messages - removed, self.counters.messages)
-        # Of what came meanwhile nothing is known. The bytes of what is left are taken for average ones.
-        self._compacted_to = (left, self.counters.bytes * left // max(1, self.counters.messages))
-        self._compacted_at, self._compacted_for = now, now - began
-        rest = max(COMPACT_SECONDS, self._compacted_for * COMPACT_REST)
-        self._look_again_at = now + rest if spared else float("inf")
-        self._compacting = False
-        self._judge_limits()
-        self._wake.set()
+        newcomers, full = self.may_be_compacted, self.full is not None
+        return self.passes.due(now, self.counters, self.last_intake_at, newcomers=newcomers, full=full)
 
     def _open_gap(self, reason: str) -> None:
         """Stop taking part. The gap is durable before anything it swallows can be confirmed (I2)."""
-        first_lsn, since = self.tail.commit_lsn, self._clock.wall()
-        tables: tuple[tuple[str, str], ...] | None = ()
-        if self.gap is not None:  # nobody has acknowledged that one yet: this one goes on from it
-            first_lsn, since = self.gap.first_lsn, self.gap.since
-            tables = self.gap.tables
-        self.gap = Gap(first_lsn, None, since, reason, tables)
         self._spill()
-        self._write_gap(self.tail.commit_lsn)
-
-    def _note_missed(self, span: Span) -> None:
-        """A growing gap swallows this: its tables are durable before it can be confirmed."""
-        assert self.gap is not None
-        if self.gap.tables is None or set(self.gap.tables).issuperset(span.chunk.tables):
-            return
-        missed = {*self.gap.tables, *(span.chunk.table(index) for index in span.indices)}
-        if len(missed) > len(self.gap.tables):
-            self.gap = replace(self.gap, tables=tuple(sorted(missed)))
-            self._write_gap(span.first_lsn)
-
-    def _write_gap(self, lsn: int) -> None:
-        """Nothing from here on is confirmed before the gap as it is now is durable."""
-        if self._gap_lsn is None:
-            self._gap_lsn = lsn
-        self._gap_writes += 1
-        number = self._gap_writes
-
-        def durable(written: asyncio.Future[Written]) -> None:
-            if number == self._gap_writes and not written.cancelled() and written.exception() is None:
-                self._gap_lsn = None
-                self._moved()
-
-        self._commit(Write(self.name, gap=self.gap)).add_done_callback(durable)
-
-    def missed(self, first_lsn: int, last_lsn: int, reason: str, table: tuple[str, str]) -> None:
-        """Changes of a table in this range were not for this sink to have, though it should have had them: a gap, which
-        is durable before what comes next can be confirmed."""
-        since = self._clock.wall()
-        tables: tuple[tuple[str, str], ...] | None = (table,)
-        if self.gap is not None:
-            if self.gap.last_lsn is None:
-                return  # inside of a growing one
-            first_lsn, since = min(first_lsn, self.gap.first_lsn), self.gap.since
-            known = self.gap.tables
-            tables = None if known is None else tuple(sorted({*known, table}))
-        self.gap = Gap(first_lsn, last_lsn, since, reason, tables)
-        self._write_gap(last_lsn)
+        self.gaps.begin(self.tail.commit_lsn, reason)
 
 
 def stored_cost(span: Span) -> int:

@@ -35,7 +35,7 @@ class Readback(Inflow):
         self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
         self._next_bytes = 0  # credit for the first of the next page, if it is known that there is no room for it
         self._reading = False
-        self._steps_at_read = 0  # `_compact_steps` when the page that is being read was asked for
+        self._steps_at_read = 0  # `Passes.steps` when the page that is being read was asked for
         self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
         self._removals = 0  # counts what makes heads of lanes unusable that are read and not sent yet
 
@@ -83,7 +83,7 @@ class Readback(Inflow):
         """The next page of the queue into the window; becomes direct when there is none."""
         try:
             turns, puts = self._turns, self._put_count
-            self._steps_at_read = self._compact_steps
+            self._steps_at_read = self.passes.steps
             all_committed = self._puts_done == puts
             head = await asyncio.to_thread(self._store.bytes_at_head, self.name, self._cursor)
             if head is None:

@@ -184,7 +184,7 @@ class Router:
             mended = self.refused.pop((name, schema, table), None)
             if mended is not None:
                 since = self._refused_since.pop((name, schema, table))
-                subscription.delivery.missed(since, lsn, mended.what, (schema, table))
+                subscription.delivery.gaps.missed(since, lsn, mended.what, (schema, table))
             number = self._filters.index(subscription.filters) if checks else -1
             if number < 0:
                 wanted |= subscription.actions
@@ -217,7 +217,7 @@ class Router:
         the process stopped."""
         self.refused[delivery.name, *table] = finding
         since = self._refused_since.setdefault((delivery.name, *table), lsn)
-        delivery.missed(since, lsn, finding.what, table)
+        delivery.gaps.missed(since, lsn, finding.what, table)
 
     def route(self, chunk: Chunk) -> list[tuple[Delivery, Span]]:
         """The span of each sink that gets something."""
