@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from backfill.site import Refused
 from reindex.place import NARROW, SINK, WIDE, Place, Traffic
 from servers.opensearch import OpenSearch
 
@@ -101,8 +102,18 @@ def test_the_old_index_is_kept_until_it_is_dropped(place: Place) -> None:
     assert place.refused("reindex/drop-old") == "index_in_use"
     place.search.post("/_aliases", json={"actions": [{"remove": {"index": place.v1, "alias": f"{place.alias}-old"}}]})
     assert place.exists(place.v1)
-    assert place.post(f"{SINK}/reindex/drop-old")["old"] == []
-    assert not place.exists(place.v1)
+    v3 = f"{place.alias}-v3"
+    place.reindex(v3)
+    place.reaches("done")
+    assert place.progress()["old"] == [place.v1, place.v2]
+    place.search.post("/_aliases", json={"actions": [{"add": {"index": place.v2, "alias": f"{place.alias}-old"}}]})
+    with pytest.raises(Refused, match=f"deleted by then: {place.v1}"):
+        place.post(f"{SINK}/reindex/drop-old")
+    place.search.post("/_aliases", json={"actions": [{"remove": {"index": place.v2, "alias": f"{place.alias}-old"}}]})
+    answer = place.post(f"{SINK}/reindex/drop-old")
+    assert (answer["deleted"], answer["old"]) == ([place.v2], [])
+    assert [place.exists(index) for index in (place.v1, place.v2, v3)] == [False, False, True]
+    assert place.post(f"{SINK}/reindex/drop-old")["deleted"] == []
     assert len(place.documents()) == 10
 
 

@@ -202,7 +202,8 @@ class FakeEngine:
     async def change_reindex(self, sink: str, verb: str) -> dict[str, object]:
         self._pile("backlog", sink)
         self.changes.append((sink, "reindex", verb))
-        return self.reindexed[-1] | ({"state": "cancelled"} if verb == "cancel" else {"old": []})
+        item = self.reindexed[-1]
+        return item | ({"state": "cancelled"} if verb == "cancel" else {"old": [], "deleted": item["old"]})
 
     async def reindexes(self) -> list[dict[str, object]]:
         if self.reindexed and self.reindex_progress:

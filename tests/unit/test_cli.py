@@ -433,8 +433,22 @@ def test_reindex(fresh: FakeEngine, shell: Shell, tmp_path: Path) -> None:
         assert row[:4] == [SINK, "jobs", "jobs_v2", "backfilling"]
     assert json.loads(shell("reindex", SINK, "--status", "--json")[1])[0]["into"] == "jobs_v2"
     assert shell("reindex", SINK, "--cancel") == (0, f"{SINK}: re-index into jobs_v2: cancelled\n", "")
-    assert shell("reindex", SINK, "--drop-old", "--yes")[0] == 0
+    fresh.reindexed[-1]["old"] = ["jobs_v0", "jobs_v1"]
+    assert shell("reindex", SINK, "--drop-old", "--yes") == (0, f"{SINK}: deleted jobs_v0, jobs_v1\n", "")
     assert fresh.changes == [(SINK, "reindex", "cancel"), (SINK, "reindex", "drop_old")]
+
+
+def test_drop_old_names_what_it_deletes(fresh: FakeEngine, shell: Shell) -> None:
+    shell("reindex", SINK, "--into", "jobs_v3", "--derive-mapping")
+    fresh.reindexed[-1]["old"] = ["jobs_v1", "jobs_v2"]
+    ours, theirs = pty.openpty()
+    with open(ours, "r+b", buffering=0) as terminal, open(theirs, "rb", buffering=0) as stdin:
+        terminal.write(b"n\n")
+        command = [sys.executable, "-m", "spillway.cli", "reindex", SINK, "--drop-old"]
+        done = subprocess.run(command, stdin=stdin, capture_output=True, timeout=60, check=False, text=True)
+    assert f"Delete what {SINK} filled before: jobs_v1, jobs_v2?" in done.stderr
+    assert done.returncode != 0
+    assert fresh.changes == []
 
 
 def test_reindex_and_wait(fresh: FakeEngine, shell: Shell) -> None:

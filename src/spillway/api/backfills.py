@@ -10,7 +10,8 @@
     POST  /api/sinks/{sink}/replay                  body: `BackfillOrder` that says which rows; 201
     GET   /api/reindexes, /api/sinks/{sink}/reindex {"data": [REINDEX, ...]}
     POST  /api/sinks/{sink}/reindex                 body: `ReindexOrder` -> REINDEX; 201
-    POST  /api/sinks/{sink}/reindex/cancel, .../drop-old -> REINDEX
+    POST  /api/sinks/{sink}/reindex/cancel          -> REINDEX
+    POST  /api/sinks/{sink}/reindex/drop-old        -> REINDEX, and "deleted": [names of indexes]
 
 What is started for one ``table`` is answered as Sequin does, by the backfill itself; what is started for ``tables``, or
 for every table of a sink that has several, by ``{"data": [...]}``.

@@ -42,7 +42,7 @@ def reindex(
     cancel: Annotated[
         bool, typer.Option("--cancel", help="End it before the switch: the sink stays as it is.")
     ] = False,
-    drop_old: Annotated[bool, typer.Option("--drop-old", help="After the switch, delete the old index.")] = False,
+    drop_old: Annotated[bool, typer.Option("--drop-old", help="After the switch, delete the old indexes.")] = False,
     yes: options.Yes = False,
     json: options.Json = False,
     url: options.Url = None,
@@ -64,15 +64,15 @@ def reindex(
         order["replace_index"] = True
     if mapping is not None:
         order["mapping"] = _read(mapping)
-    if drop_old:
-        confirm(f"Delete the index that {sink} filled before its re-index?", yes)
     with options.client(url, config) as client:
         if sink is None or status:
             _list(client, sink, json)
         elif into is not None:
             _start(client, sink, {name: value for name, value in order.items() if value is not None}, wait, json)
+        elif cancel:
+            _show(client.post("sinks", sink, "reindex", "cancel"), json)
         else:
-            _show(client.post("sinks", sink, "reindex", "cancel" if cancel else "drop-old"), json)
+            _drop_old(client, sink, yes, json)
 
 
 def _read(file: Path) -> object:
@@ -113,6 +113,23 @@ def _start(client: Client, sink: str, order: output.Row, wait: bool, json: bool)
         output.emit_json(item)
 
 
+def _drop_old(client: Client, sink: str, yes: bool, json: bool) -> None:
+    """All that is there of this re-index and of earlier ones, named before and after."""
+    old = [name for item in output.rows(client.get("sinks", sink, "reindex"), "data") for name in _names(item, "old")]
+    if old:
+        confirm(output.printable(f"Delete what {sink} filled before: {', '.join(old)}?"), yes)
+    item = client.post("sinks", sink, "reindex", "drop-old")
+    if json:
+        output.emit_json(item)
+    else:
+        output.emit(output.printable(f"{sink}: deleted {', '.join(_names(item, 'deleted')) or 'nothing'}"))
+
+
+def _names(item: output.Row, key: str) -> list[str]:
+    found = item.get(key)
+    return list(map(str, found)) if isinstance(found, list) else []
+
+
 def _as_row(item: output.Row) -> output.Row:
     """The re-index as a line below its backfills."""
     state = item.get("state")
@@ -134,7 +151,6 @@ def _show(item: output.Row, json: bool) -> None:
 
 
 def _cells(item: output.Row) -> list[str]:
-    old = item.get("old")
     return [
         output.text(item.get("sink")),
         output.text(item.get("alias")),
@@ -143,6 +159,6 @@ def _cells(item: output.Row) -> list[str]:
         output.ago(item.get("ended_at") or item.get("started_at")),
         output.text(item.get("documents")),
         output.text(item.get("differing")),
-        output.text(" ".join(map(str, old)) if isinstance(old, list) else old),
+        output.text(" ".join(_names(item, "old"))),
         output.text(item.get("reason")),
     ]

@@ -119,17 +119,28 @@ class Reindex:
             )
         await self._end_as("cancelled", "")
 
-    async def drop_old(self) -> None:
-        """Delete the indexes that the alias stood for. Refused while any alias stands for one of them."""
+    async def drop_old(self) -> list[str]:
+        """Delete the indexes that the alias stood for, before this re-index and earlier ones. Refused while any alias
+        stands for one of them. Returns which they were."""
         state = self.state
         if state.under_way:
             raise SpillwayError(
                 "reindex_active", f"the re-index into {state.into} is {state.state}", "wait for it, or cancel it"
             )
+        deleted: list[str] = []
         for index in list(state.old):
-            await self.index.delete_old(index)
+            try:
+                await self.index.delete_old(index)
+            except SpillwayError as error:
+                if not deleted:
+                    raise
+                what = f"{error.what} (deleted by then: {', '.join(deleted)})"
+                raise SpillwayError(error.code, what, error.remedy) from error
+            _log.info("old index deleted", sink=state.sink, index=index)
+            deleted.append(index)
             state.old.remove(index)
             await self._save()
+        return deleted
 
     async def _end_as(self, ending: Literal["failed", "cancelled"], reason: str) -> None:
         self.state.ending = ending

@@ -153,6 +153,7 @@ class Reindexes:
         return await reindex.as_item()
 
     async def change(self, sink: str, verb: Literal["cancel", "drop_old"]) -> dict[str, object]:
+        """The item; of ``drop_old`` with the indexes that were ``deleted``."""
         async with self._one_at_a_time:
             reindex = self._reindexes.get(sink)
             if reindex is None:
@@ -161,9 +162,9 @@ class Reindexes:
                 )
             if verb == "cancel":
                 await reindex.cancel()
-            else:
-                await reindex.drop_old()
-            return await reindex.as_item()
+                return await reindex.as_item()
+            deleted = await reindex.drop_old()
+            return {**await reindex.as_item(), "deleted": deleted}
 
     def _is_shadow(self, name: str) -> bool:
         return any(reindex.state.shadow == name for reindex in self._reindexes.values())
