@@ -143,9 +143,16 @@ class Sent:
         return [self.answers.get(body, OK) for body in bodies] if self.answers else OK
 
 
+class Hasty(StillClock):
+    """Whatever waits has waited for too long."""
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        return asyncio.timeout(0)
+
+
 def a_shaping(steps: Steps, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> tuple[Shaping, Budget]:
     budget = Budget(limit_bytes, 1, 1, SHAPING_EIGHTHS)
-    return Shaping(steps, budget.shaping_share(), StillClock(), 16 << 20, in_order=in_order), budget
+    return Shaping(steps, budget.shaping_share(), Hasty(), 16 << 20, in_order=in_order), budget
 
 
 def shape(batch: Batch, steps: Steps, sent: Sent, *, in_order: bool = False, limit_bytes: int = LIMIT_BYTES) -> Answer:
@@ -215,7 +222,7 @@ def test_large_rows_come_in_parts_and_never_exceed_the_credit(in_order: bool) ->
     assert shape(a_batch(*rows), steps, sent, in_order=in_order) is OK
     assert len(sent.bodies) == 20
     assert sent.batches > 1
-    assert all(credit <= LIMIT_BYTES * SHAPING_EIGHTHS // 8 for _, credit in source.asked)
+    assert all(credit <= LIMIT_BYTES * (SHAPING_EIGHTHS + 1) // 8 for _, credit in source.asked)
     if in_order:
         assert [int(body.split(b'"')[5]) for body in sent.bodies] == list(range(20))
 
@@ -450,6 +457,68 @@ def test_batches_of_one_sink_wait_for_each_other_and_are_whole() -> None:
 
     asyncio.run(several())
     assert shaping.queries == 6
+    assert budget.held_bytes == 0
+
+
+def test_the_rows_of_one_batch_are_asked_for_while_another_is_sent() -> None:
+    """Within the credit: each is held once, with a copy of what is being sent."""
+    keys = [str(i) for i in range(500)]
+    source = Source(dict.fromkeys(keys, b'"' + b"x" * 19_000 + b'"'))
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=False, enrich=source)
+    shaping, budget = a_shaping(steps, limit_bytes=128 << 20)
+    sent: list[int] = []
+
+    async def until_the_other_has_asked(batch: Batch) -> Answer:
+        async with asyncio.timeout(10):
+            while len(source.asked) < 4:  # two of them for the first, which learns how large rows are
+                await asyncio.sleep(0)
+        sent.append(len(batch))
+        assert 2 * batch.body_bytes <= budget.held_bytes <= budget.limit_bytes
+        return OK
+
+    async def several() -> None:
+        await shaping(a_batch("1"), Sent())
+        await asyncio.gather(*[shaping(a_batch(*keys), until_the_other_has_asked) for _ in range(2)])
+
+    asyncio.run(several())
+    assert sum(sent) == 2 * len(keys)
+    assert shaping.queries == 4
+    assert budget.held_bytes == 0
+
+
+def test_without_credit_for_a_copy_of_all_it_is_sent_in_portions() -> None:
+    rows = {str(i): b'"' + b"x" * 400_000 + b'"' for i in range(24)}
+    sent = Sent()
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=False, enrich=Source(rows))
+    shaping, budget = a_shaping(steps, limit_bytes=64 << 20)
+
+    async def tight() -> None:
+        assert budget.common.try_take(budget.common.limit_bytes)
+        assert await shaping(a_batch(*rows), sent) is OK
+
+    asyncio.run(tight())
+    assert len(sent.bodies) == len(rows)
+    assert sent.batches > shaping.queries
+
+
+def test_a_large_row_borrows_of_the_delivery_pool_and_waits_not_for_long() -> None:
+    size = 14 << 20
+    source = Source({"1": b'"' + b"x" * size + b'"', "2": b'"y"'})
+    steps = Steps(SUFFIX, keeps_rows=True, as_record=False, enrich=source)
+    shaping, budget = a_shaping(steps, limit_bytes=96 << 20)
+    sent = Sent()
+    assert asyncio.run(shaping(a_batch("1", "2"), sent)) is OK
+    assert len(sent.bodies) == 2
+
+    async def busy() -> Answer:
+        await budget.common.take(budget.common.limit_bytes)
+        answer = await shaping(a_batch("1", "2"), sent)
+        budget.common.give(budget.common.limit_bytes)
+        return answer
+
+    answer = asyncio.run(busy())
+    assert not isinstance(answer, Result)
+    assert [(result.outcome, result.reason) for result in answer] == [("retry", "no_memory"), ("ok", "")]
     assert budget.held_bytes == 0
 
 

@@ -4,9 +4,10 @@ A *part* of a batch is planned by what is known of its rows: their sizes where t
 that follows what was seen. A batch is planned whole if there can ever be credit for it: each part costs a query. What
 is left of it is summed up once (`_Sums`), so that a plan for any credit is a search in these sums.
 
-What a part takes is the more of two: while it is made, its messages and rows, once, and twice what is just being made;
-while it is sent, itself and one encoded copy (spillway.sinks.base). So a sink asks for rows while it sends others, if
-its credit is enough for both.
+What a part takes while it is made is covered by its plan: its messages and rows once, and twice what is just being
+made. While it is sent there is an encoded copy besides (spillway.sinks.base). Where the sink's messages are independent
+that is taken as it can be had, and the part is sent in *portions* that what was had is enough for, of some megabytes at
+least; so a sink asks for the rows of one batch while it sends another. Else it is planned, too.
 
 Nobody waits for another sink's server (I6): a sink waits for credit only while its own batches hold it, which end by
 their deadline, or for its first message alone. While others hold what it lacks, it takes a smaller part. A row that is
@@ -18,11 +19,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from spillway.chunk import Batch, Message
+from spillway.chunk import Batch, Message, Piece
 from spillway.clock import Clock
 from spillway.flow.budget import ShapingShare
 from spillway.source.bykeys import making_bytes
@@ -68,7 +69,8 @@ class _Sums:
 
     bodies_bytes: Sequence[int]
     known_bytes: Sequence[int]  # of rows that the source has told of
-    largest_bytes: Sequence[int]
+    largest_bytes: Sequence[int]  # of these
+    largest_body_bytes: Sequence[int]
     reread: Sequence[int]  # rows of which nothing is known but what others of their kind had
     enriched: Sequence[int]
     growth: float
@@ -76,7 +78,7 @@ class _Sums:
 
 @dataclass(slots=True)
 class Credit:
-    """What was taken for a plan. ``given``: to be set when something is given back."""
+    """What was taken for a plan. ``given``: to be set when something is given back. ``whole``: it is sent as one."""
 
     share: ShapingShare
     held_bytes: int
@@ -84,9 +86,34 @@ class Credit:
     rows_bytes: int
     row_bytes: int
     given: asyncio.Event
+    whole: bool
 
     def use(self, size_bytes: int) -> None:
         self.rows_bytes = max(0, self.rows_bytes - size_bytes)
+
+    def portions(self, batch: Batch) -> Iterator[Batch]:
+        """The batch as it can be sent, whole if there is credit for that: there is an encoded copy of one portion at a
+        time. What is not needed for it is given back."""
+        own_bytes = batch.body_bytes + MESSAGE_BYTES * len(batch)
+        lacking = own_bytes + batch.body_bytes - self.held_bytes
+        if lacking > 0 and not self.whole and self.share.try_take(lacking):
+            self.held_bytes += lacking
+            lacking = 0
+        if lacking <= 0 or self.whole:
+            self.keep(own_bytes + batch.body_bytes)
+            yield batch
+            return
+        some: list[Piece] = []
+        size = 0
+        for piece in batch.pieces:
+            span, start, stop = piece
+            more = span.bytes_between(start, stop)
+            if some and size + more > self.held_bytes - own_bytes:
+                yield Batch(some)
+                some, size = [], 0
+            some.append(piece)
+            size += more
+        yield Batch(some)
 
     def keep(self, size_bytes: int) -> None:
         """So much is needed from now on."""
@@ -98,7 +125,8 @@ class Credit:
 
 
 class Lending:
-    """Of one sink. ``result_bytes``: what functions may make of one message; None: there are none."""
+    """Of one sink. ``result_bytes``: what functions may make of one message; None: there are none. ``whole``: a
+    part is sent as one."""
 
     def __init__(
         self,
@@ -109,6 +137,7 @@ class Lending:
         *,
         rereads: bool,
         enriches: bool,
+        whole: bool,
     ) -> None:
         self.share = share
         self._clock = clock
@@ -118,6 +147,7 @@ class Lending:
         self._result_bytes = result_bytes
         self._rereads = rereads
         self._enriches = enriches
+        self._whole = whole
         self._lending = 0  # batches that hold credit
         self._given = asyncio.Event()
 
@@ -130,7 +160,9 @@ class Lending:
         Raises NoRoomError for a first message whose row is large."""
         sums = self._sums(messages, left[:MOST_IN_PART], known, growth)
         plan = await self._taken(sums)
-        credit = Credit(self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given)
+        credit = Credit(
+            self.share, plan.cost_bytes, plan.count, plan.rows_bytes, plan.row_bytes, self._given, self._whole
+        )
         self._lending += 1
         try:
             yield credit
@@ -141,11 +173,8 @@ class Lending:
 
     def needed(self, body_bytes: int, size_bytes: int) -> int:
         """For a message alone, whose rows have this size."""
-        return self._cost(1, body_bytes + self._suffix_bytes, size_bytes, size_bytes, 1.0)
-
-    def sending(self, batch: Batch) -> int:
-        """What a batch needs while it is sent."""
-        return _sending(batch.body_bytes, len(batch))
+        body_bytes += self._suffix_bytes
+        return self._cost(1, body_bytes, size_bytes, size_bytes, body_bytes + size_bytes, 1.0)
 
     async def _taken(self, sums: _Sums) -> _Plan:
         while True:
@@ -171,11 +200,13 @@ class Lending:
 
     def _sums(self, messages: Sequence[Message], left: Sequence[int], known: Mapping[int, int], growth: float) -> _Sums:
         some = [messages[place] for place in left]
+        bodies_bytes = [message.body_bytes + self._suffix_bytes for message in some]
         unknown = [place not in known for place in left]
         return _Sums(
-            list(accumulate(message.body_bytes + self._suffix_bytes for message in some)),
+            list(accumulate(bodies_bytes)),
             list(accumulate(known.get(place, 0) for place in left)),
             list(accumulate((known.get(place, 0) for place in left), max)),
+            list(accumulate(bodies_bytes, max)),
             list(accumulate(self._rereads and one and not m.whole for one, m in zip(unknown, some, strict=True))),
             list(accumulate(self._enriches and one for one in unknown)),
             growth,
@@ -190,34 +221,34 @@ class Lending:
             rows_bytes = sums.known_bytes[at] + sums.reread[at] * reread + sums.enriched[at] * enriched
             guessed = bool(sums.reread[at]) * reread + bool(sums.enriched[at]) * enriched
             rows_bytes, row_bytes = _spread(rows_bytes, max(sums.largest_bytes[at], guessed), count)
-            cost = self._cost(count, sums.bodies_bytes[at], rows_bytes, row_bytes, sums.growth)
+            largest = sums.largest_body_bytes[at] + row_bytes
+            cost = self._cost(count, sums.bodies_bytes[at], rows_bytes, row_bytes, largest, sums.growth)
             return _Plan(count, rows_bytes, row_bytes, cost)
 
         counts = range(1, len(sums.bodies_bytes) + 1)
         plan = of(max(1, bisect_right(counts, most, key=lambda count: of(count).cost_bytes)))
-        if plan.cost_bytes > self.share.most_alone_bytes:  # its row is asked for by what there can be
-            most = self.share.most_alone_bytes
+        # More than the shaping pool has is waited for only where the row is known to be so large.
+        most = self.share.most_alone_bytes if sums.known_bytes[0] else self.share.own.most_bytes
+        if plan.count == 1 and plan.cost_bytes > most:
             body_bytes = sums.bodies_bytes[0] - self._suffix_bytes
             sizes = range(0, most, STEP_BYTES)
             fits = bisect_right(sizes, most, key=lambda size: self.needed(body_bytes, size))
             plan = _Plan(1, sizes[max(0, fits - 1)], sizes[max(0, fits - 1)], most)
         return plan
 
-    def _cost(self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, growth: float) -> int:
-        """Each step lets go of what the one before has made: beside the whole there are a row and what is made of it,
-        or bodies that are being joined. Only functions see all messages of a part while its rows are there, before they
-        make others, which are ``growth`` times as large."""
+    def _cost(
+        self, count: int, bodies_bytes: int, rows_bytes: int, row_bytes: int, largest_bytes: int, growth: float
+    ) -> int:
+        """``largest_bytes``: of one message with its row. Each step lets go of what the one before has made: beside the
+        whole there are a row and what is made of it, and bodies that are being joined. Only functions see all messages
+        of a part while its rows are there, before they make others, which are ``growth`` times as large."""
         held = made = seen = bodies_bytes + rows_bytes
         if self._result_bytes is not None:
             made = max(seen, int(min(growth * seen, self._result_bytes * count)))
             held = 2 * seen + made
-        row_copies = 2 if self._rereads and self._enriches else 1
-        making = max(making_bytes(row_bytes), row_copies * row_bytes, min(made, JOINED_BYTES))
-        return max(MESSAGE_BYTES * count + held + making, _sending(made, count))
-
-
-def _sending(bodies_bytes: int, count: int) -> int:
-    return 2 * bodies_bytes + MESSAGE_BYTES * count
+        copies = 2 if self._rereads and self._enriches else 1
+        held += max(making_bytes(row_bytes), copies * largest_bytes + min(made, JOINED_BYTES))
+        return MESSAGE_BYTES * count + (max(held, 2 * made) if self._whole else held)
 
 
 def _spread(rows_bytes: int, largest_bytes: int, count: int) -> tuple[int, int]:

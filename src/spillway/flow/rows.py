@@ -25,7 +25,7 @@ from spillway.sinks.base import OK, Result, reject
 from spillway.source.bykeys import BatchFailed
 from spillway.source.reading import Fetched
 from spillway.source.snapshot import Seen
-from spillway.source.wrapped import Row, object_parts, row_bytes
+from spillway.source.wrapped import WHOLE_BYTES, Row, object_parts, row_bytes
 
 Table = tuple[str, str]
 Key = tuple[str, ...]
@@ -123,8 +123,9 @@ class RowStep(ABC):
         self._answered_at = self._clock.monotonic()
         self.queries += fetched.queries
         self.repeated += fetched.queries - 1
-        size_bytes = fetched.kept_bytes + sum(fetched.sizes.values())
-        self._guess.saw(len(fetched.rows) + len(fetched.sizes), size_bytes)
+        sizes = [row_bytes(row.values()) for row in fetched.rows.values()] + list(fetched.sizes.values())
+        beyond = sum(max(0, size - WHOLE_BYTES) for size in sizes)  # a large row says nothing of the next
+        self._guess.saw(len(sizes), fetched.kept_bytes + sum(fetched.sizes.values()) - beyond)
         credit.use(fetched.kept_bytes)
         for at, place in enumerate(places):
             if at in fetched.several:

@@ -89,6 +89,7 @@ class Shaping:
             None if steps.functions is None else steps.result_bytes,
             rereads=steps.reread is not None,
             enriches=steps.enrich is not None,
+            whole=in_order,
         )
         self._reread = self._enrich = None
         if steps.reread is not None:
@@ -169,8 +170,7 @@ class Shaping:
             places = [one.place for one in outgoing]
             batch = self._making.batch(outgoing)
             part.messages.clear()  # the batch has what is needed of them
-            credit.keep(self._lending.sending(batch))
-            down = _spread(await send(batch), places, batch, results)
+            down = await _sent(credit.portions(batch), places, results, send)
         if down is not None:
             work.end(down)
         elif self._in_order:  # what follows in other parts waits, too
@@ -218,6 +218,19 @@ def _block(work: _Work, places: Iterable[int], results: dict[int, Result]) -> No
             results[place] = BLOCKED
         if results.get(place, OK).outcome != "ok":
             work.blocked.update(keys)
+
+
+async def _sent(portions: Iterable[Batch], places: Sequence[int], results: list[Result], send: Send) -> Result | None:
+    """``places``: of all that is sent. Returns why the sink is down, if it is."""
+    done = 0
+    for batch in portions:
+        down = _spread(await send(batch), places[done : done + len(batch)], batch, results)
+        done += len(batch)
+        if down is not None:
+            for place in places[done:]:
+                results[place] = down
+            return down
+    return None
 
 
 def _spread(answer: Answer, places: Sequence[int], batch: Batch, results: list[Result]) -> Result | None:
