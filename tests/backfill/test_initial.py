@@ -150,7 +150,6 @@ def test_what_people_do_holds_over_restarts(database: str, tmp_path: Path) -> No
             said = list(people.map(start, range(8)))
         (backfill_id,) = [one for one in said if one != "backfill_active"]
         assert said.count("backfill_active") == 7
-        site.run("other", table=A)  # another sink's is none of its business
 
         site.wait(lambda: site.item("out", backfill_id)["rows_processed_count"] > 0, "a page")
         assert site.change("out", A, "paused")["state"] == "paused"
@@ -161,6 +160,7 @@ def test_what_people_do_holds_over_restarts(database: str, tmp_path: Path) -> No
         assert 0 < rows < 2000
         with pytest.raises(Refused, match="paused already"):
             site.start("out", table=A)
+        site.run("other", table=A)  # another sink's is none of its business
         site.sql("insert into a values (5000, 'while it is paused')")
         site.drained("out")
         assert site.item("out", backfill_id)["rows_processed_count"] == rows

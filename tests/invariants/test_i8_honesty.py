@@ -11,6 +11,7 @@ import pytest
 from invariants.instruments import RecordedStream, Script, script, sole, until
 from invariants.world import Engine, FastClock, World
 from spillway.engine.backfills import Backfills
+from spillway.engine.owed import Owed
 from spillway.engine.pipeline import Pipeline
 from spillway.errors import Finding, SourceUnavailable
 from spillway.flow.health import Health
@@ -29,7 +30,7 @@ def pipeline(engine: Engine) -> Pipeline:
     made.health = {name: Health() for name in engine.deliveries}
     made.companions = {}
     made.backfills = Backfills.__new__(Backfills)
-    made.backfills._sinks, made.backfills._owed = {}, {}
+    made.backfills._sinks, made.backfills._owed = {}, Owed()
     return made
 
 

@@ -15,9 +15,7 @@ gap is cleared; where deletes could not be repaired it stays, and says so. A ref
 began (``Request.gap``): one that has grown since is not repaired by it. Nothing is swept from a search index in which
 documents may be another's: of another sink, or of another table that the sink may take and nobody could tell apart.
 
-**Owed.** An initial backfill or a refill that failed is not had: the sink's health says so (`Backfills.owed`), over
-restarts, for its document stays among those that have not ended, until the table's rows have come with another, or
-somebody cancels it.
+**Owed.** An initial backfill or a refill that failed is not had (spillway.engine.owed).
 """
 
 from __future__ import annotations
@@ -34,12 +32,14 @@ import structlog
 
 from spillway.clock import Clock
 from spillway.config import Database, Search, Sink
+from spillway.engine.owed import Owed
 from spillway.engine.related import COLUMNS
 from spillway.engine.shadow import REINDEX
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.backfill import Backfill
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
+from spillway.flow.gap import gap_token
 from spillway.flow.paging import Manners, OpenReader
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import Router, Subscription
@@ -53,7 +53,6 @@ from spillway.store.base import BackfillDocument, Gap, Store
 LOOK_SECONDS = 5.0  # tables that have entered the publication are looked for so often
 CATALOGUE_LOCK_SECONDS = 1
 FIRST_LOOK_SECONDS = 0.5  # as long as there is no publication, or no source
-OWED_NAMED = 10  # so many failed backfills are named in the sink's health
 INITIAL = "initial"  # the id of the document that says which tables have had their initial backfill
 
 Table = tuple[str, str]
@@ -91,7 +90,7 @@ class Backfills:
         self._sinks: dict[str, tuple[Sink, Subscription]] = {}
         self._initial: dict[str, set[str]] = {}  # by sink: tables that have had theirs
         self._backfills: dict[str, Backfill] = {}  # by id: those that have not ended
-        self._owed: dict[str, BackfillState] = {}  # by id: those that have failed, and somebody has to see to
+        self._owed = Owed()
         self._starting: set[tuple[str, Table]] = set()  # sink and table, while the beginning is being written
         self._told: set[tuple[str, Table, str]] = set()  # what initial backfills were refused for
         self._tasks: asyncio.TaskGroup | None = None
@@ -107,7 +106,7 @@ class Backfills:
             elif number != REINDEX:
                 state = of_json(document)
                 if state.is_owed:
-                    self._owed[state.id] = state
+                    self._owed.add(state)
                 else:
                     self._own(state)
         self._look.set()
@@ -119,7 +118,7 @@ class Backfills:
 
     def remove_sink(self, name: str) -> None:
         del self._sinks[name], self._initial[name]
-        self._owed = {number: state for number, state in self._owed.items() if state.sink != name}
+        self._owed.forget_sink(name)
 
     # -- life -------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -145,11 +144,11 @@ class Backfills:
         state = backfill.state
         await backfill.run()
         self._backfills.pop(state.id, None)
-        _log.info("backfill ended", sink=state.sink, table=_name(state), state=state.state, rows=state.rows)
+        _log.info("backfill ended", sink=state.sink, table=state.request.text, state=state.state, rows=state.rows)
         if state.is_owed:
-            self._owed[state.id] = state
+            self._owed.add(state)
         elif state.state == "completed":
-            for owed in [owed for owed in self._owed.values() if _makes_up_for(state, owed)]:
+            for owed in self._owed.made_up_for(state):
                 await self._no_longer_owed(owed)
         if state.request.origin == "gap" and state.state == "completed":
             await self._refilled([state])
@@ -178,28 +177,9 @@ class Backfills:
         if sink not in self._sinks:  # one that is joining
             return []
         configured, subscription = self._sinks[sink]
-        gap = subscription.delivery.gap
-        found: list[Finding] = []
-        for state in self._owed.values():
-            request, table = state.request, _name(state)
-            if state.sink != sink or not configured.selects(request.schema, request.table):
-                continue
-            if request.origin == "gap":
-                if gap is None or request.gap != _token(gap):
-                    continue  # acknowledged, or another by now
-                what, remedy = "refill", f"then: spillway backfill start {sink} --gap"
-            else:
-                what = "initial backfill" if request.origin == "initial" else "backfill for its related tables"
-                remedy = f"then: spillway backfill start {sink} {table}"
-            remedy += f"; or do without: spillway backfill cancel {sink} {table}"
-            found.append(Finding("backfill_failed", f"the {what} of {table} failed: {state.error}", remedy))
-        if len(found) > OWED_NAMED:
-            more = f"{len(found) - OWED_NAMED} more backfills failed"
-            found[OWED_NAMED:] = [Finding("backfill_failed", more, f"see: spillway backfill list {sink} --all")]
-        return found
+        return self._owed.findings(configured, subscription.delivery.gap)
 
     async def _no_longer_owed(self, state: BackfillState) -> None:
-        self._owed.pop(state.id, None)
         document = BackfillDocument(state.id, state.as_json(), ended=True)
         if state.sink in self._sinks:  # it may have left meanwhile
             await self._sinks[state.sink][1].delivery.note(document)
@@ -225,7 +205,7 @@ class Backfills:
         return bool(published)
 
     async def _begin_initial(self, sink: str, request: Request, published: Sequence[PublishedTable]) -> None:
-        table = (request.schema, request.table)
+        table = request.name
         active = self._active_of(sink, table)
         if active is None:
             try:
@@ -262,7 +242,7 @@ class Backfills:
     async def start_all(self, sink: str, requests: Sequence[Request]) -> list[BackfillState]:
         """All of them or none. Durable when this returns. Raises SpillwayError: one is active, or the sink does not
         take a table."""
-        tables = [(request.schema, request.table) for request in requests]
+        tables = [request.name for request in requests]
         for table in tables:
             self._check(sink, table, ())
         try:
@@ -306,7 +286,7 @@ class Backfills:
         state = BackfillState(str(uuid.uuid4()), sink, request, created=now, changed=now)
         if request.gap is not None:
             state.started_lsn = request.gap[0]  # nothing that the sink has from before is above
-        starting = (sink, (request.schema, request.table))
+        starting = (sink, request.name)
         self._starting.add(starting)
         try:
             delivery = self._sinks[sink][1].delivery
@@ -320,7 +300,7 @@ class Backfills:
         """The one that has not ended."""
         for backfill in self._backfills.values():
             state = backfill.state
-            if state.sink == sink and (state.request.schema, state.request.table) == table and not state.has_ended:
+            if state.sink == sink and state.request.name == table and not state.has_ended:
                 return backfill
         return None
 
@@ -338,7 +318,7 @@ class Backfills:
         if gap.tables == () and not sweep:
             raise SpillwayError("nothing_missed", f"sink {sink} has no rows to refill", _acknowledge(sink))
         missed = [table for table in taken if gap.tables is None or table in gap.tables]
-        token = _token(gap)
+        token = gap_token(gap)
         going_on: list[BackfillState] = []
         for table in missed:
             active = self._active_of(sink, table)
@@ -386,8 +366,8 @@ class Backfills:
             configured, subscription = self._sinks[state.sink]
             delivery = subscription.delivery
             gap = delivery.gap
-            table = (state.request.schema, state.request.table)
-            if gap is None or gap.tables is None or table not in gap.tables or state.request.gap != _token(gap):
+            table = state.request.name
+            if gap is None or gap.tables is None or table not in gap.tables or state.request.gap != gap_token(gap):
                 continue
             await delivery.gaps.refilled(
                 [other for other in gap.tables if other != table],
@@ -399,15 +379,15 @@ class Backfills:
     ) -> dict[str, object]:
         for backfill in self._backfills.values():
             state = backfill.state
-            if state.sink == sink and id_or_table in (state.id, _name(state), state.request.table):
+            if state.sink == sink and state.is_called(id_or_table):
                 await backfill.change(_STATES[verb])
                 return item(backfill.state, backfill)
-        for state in reversed(self._owed.values()):
-            if verb == "cancel" and state.sink == sink and id_or_table in (state.id, _name(state), state.request.table):
-                state.state, state.ended = "cancelled", self._clock.wall()
-                state.changed = state.ended
-                await self._no_longer_owed(state)
-                return item(state, None)
+        owed = self._owed.done_without(sink, id_or_table) if verb == "cancel" else None
+        if owed is not None:
+            owed.state, owed.ended = "cancelled", self._clock.wall()
+            owed.changed = owed.ended
+            await self._no_longer_owed(owed)
+            return item(owed, None)
         raise SpillwayError(
             "unknown_backfill",
             f"no backfill {id_or_table!r} of sink {sink} is active or paused",
@@ -428,11 +408,6 @@ def _names(published: Sequence[PublishedTable]) -> list[Table]:
     return sorted({relation.name for relation in published})
 
 
-def _token(gap: Gap) -> tuple[int, float] | None:
-    """Which gap it is, and that it has not grown since; None: it is growing."""
-    return None if gap.last_lsn is None else (gap.last_lsn, gap.since)
-
-
 def _shares(sink: Sink, sinks: Iterable[Sink]) -> bool:
     """What is in the sink's index may be another's: another sink writes there, or documents, which do not say of which
     table they are, are those of several, now or at another time."""
@@ -450,17 +425,6 @@ def _index(sink: Sink) -> tuple[str, str] | None:
     """Where a search sink writes."""
     to = sink.destination
     return (to.endpoint_url.lower(), to.index_name) if isinstance(to, Search) else None
-
-
-def _makes_up_for(done: BackfillState, owed: BackfillState) -> bool:
-    """What one has brought is all that was to come with the other."""
-    brought, promised = done.request, owed.request
-    same = (done.sink, brought.schema, brought.table) == (owed.sink, promised.schema, promised.table)
-    if not same or (promised.origin == "gap" and brought.gap != promised.gap):
-        return False
-    limits = (brought.where, brought.keys, brought.least_key, brought.most_key, brought.committed_since)
-    whole = brought.start is None or (brought.sort_column, brought.start) == (promised.sort_column, promised.start)
-    return whole and limits == (None,) * len(limits)
 
 
 def _acknowledge(sink: str) -> str:
@@ -496,10 +460,6 @@ def _initial_requests(sink: Sink, tables: Sequence[Table]) -> dict[Table, Reques
     return wanted
 
 
-def _name(state: BackfillState) -> str:
-    return f"{state.request.schema}.{state.request.table}"
-
-
 def item(state: BackfillState, backfill: Backfill | None) -> dict[str, object]:
     """For people and their programs; Sequin's names where it has one."""
     request = state.request
@@ -511,7 +471,7 @@ def item(state: BackfillState, backfill: Backfill | None) -> dict[str, object]:
     return {
         "id": state.id,
         "sink": state.sink,
-        "table": _name(state),
+        "table": request.text,
         "origin": request.origin,
         "state": state.state,
         "waiting": backfill.waiting if backfill is not None else "",

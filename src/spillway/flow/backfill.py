@@ -7,10 +7,8 @@ page, no more; a cursor is never ahead of its rows.
 Rows that are stale but for which the sink got no whole image are kept with the cursor (``Part.again``) and read anew,
 by key.
 
-**Relations.** Parts are laid out over the relations that the table's rows are in, which change: a part whose relation
-was dropped, detached or taken out of the publication is dropped, as long as the table has others; when all parts are
-read, the relations that have come meanwhile are laid out, too. A relation whose cursors mean nothing any more (it was
-rewritten, or has another key) is read from its beginning, once.
+What is read is said by `spillway.flow.parts`; when all of it is, the sweep comes, if one was asked for
+(`spillway.flow.sweep`).
 """
 
 from __future__ import annotations
@@ -18,35 +16,32 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import structlog
 
-from spillway.change import key_values, table_prefix
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed, first_of
 from spillway.flow.attempt import UNCHANGED_TOAST
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
-from spillway.flow.paging import RETRY_CAP_SECONDS, ROOM_SECONDS, Manners, OpenReader, Paging, Placing
+from spillway.flow.paging import RETRY_CAP_SECONDS, ROOM_SECONDS, Manners, OpenReader, Placing
+from spillway.flow.parts import Parts
 from spillway.flow.progress import BackfillState, Part
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Subscription
-from spillway.position import version
-from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout, Selection
-from spillway.store.base import BackfillDocument, Select
+from spillway.flow.sweep import MOST_KEYS, Sweeping
+from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageReader, PageTimeout
+from spillway.store.base import Select
 
-AGAIN_KEYS = 500  # keys that are read anew in one page
 RATE_SECONDS = 10.0
 HELP_SECONDS = 2.0
-GONE = ("no_table", "not_published", "bad_condition")  # codes of what is said of a relation that has gone
 
 _log = structlog.get_logger()
 
 
-class Backfill(Paging):
+class Backfill(Sweeping):
     def __init__(
         self,
         state: BackfillState,
@@ -59,18 +54,10 @@ class Backfill(Paging):
         epoch: Callable[[], int],
         clock: Clock,
     ) -> None:
-        super().__init__(
-            state.id, subscription, keying, capture, spare, open_reader, manners, clock, state.request.parallel
-        )
-        self.state = state
-        self._epoch = epoch
+        super().__init__(state, subscription, keying, capture, spare, open_reader, manners, epoch, clock)
+        self._parts = Parts(state, subscription.needs_key, self._save)
         self._help_at = 0.0
-        self._begun_anew: set[tuple[str, str]] = set()  # relations whose order has changed
         self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
-
-    @property
-    def active(self) -> bool:
-        return self.state.state == "active"
 
     # -- what people do ---------------------------------------------------------------------------------------------
     async def change(self, state: Literal["active", "paused", "cancelled"]) -> None:
@@ -105,7 +92,7 @@ class Backfill(Paging):
     async def run(self) -> None:
         """Until it has ended. What concerns the source for a while is tried again; what somebody must mend fails it."""
         failures = 0
-        table = (self.state.request.schema, self.state.request.table)
+        table = self.state.request.name
         self._carried.watch(table)
         if self._whole:
             self._delivery.expect(table, self._read_again)
@@ -179,58 +166,25 @@ class Backfill(Paging):
             if not any(part.again for part in self.state.parts or ()):
                 await self._end("completed")
 
-    async def _lay_out(self, reader: PageReader) -> None:
-        """Relations of the table that are not known yet become parts."""
-        state = self.state
-        known = {(part.schema, part.table) for part in state.parts or ()}
-        parts: list[Part] = []
-        estimate = 0
-        for relation in await reader.relations(state.request.schema, state.request.table):
-            if relation in known:
-                continue
-            try:
-                found, rows = await self._parts_of(reader, Part(*relation))
-            except SpillwayError as error:
-                await self._check_gone(reader, relation, error)
-                continue
-            parts += found
-            estimate += rows
-        if state.parts is None:
-            state.started_lsn = max(state.started_lsn, self._capture.received_lsn)
-        elif not parts:
-            return
-        state.parts = [*(state.parts or ()), *parts]
-        state.estimate_rows = (state.estimate_rows or 0) + estimate
-        self._must_wait = True  # what runs may have begun before they were published
-        await self._save()
-
-    async def _parts_of(self, reader: PageReader, whole: Part) -> tuple[list[Part], int]:
-        """And about how many rows they have."""
-        request = self.state.request
-        if request.keys is not None:
-            whole.again, whole.done = list(request.keys), True
-            return [whole], len(request.keys)
-        selection = whole.selection(request)
-        if request.least_key is not None or request.most_key is not None:
-            ranges = [await reader.bounded(selection)]
-            rows = await reader.estimate(selection, ranges[0])
-        else:
-            ranges = await reader.split(selection, request.parallel)
-            rows = await reader.estimate(selection)
-        return [Part(whole.schema, whole.table, one.low, one.high) for one in ranges], rows
+    async def _lay_out(self, reader: PageReader) -> bool:
+        """Whether there were relations that are not known yet."""
+        found = await self._parts.lay_out(reader, self._capture.received_lsn)
+        if found:
+            self._must_wait = True  # what runs may have begun before they were published
+            await self._save()
+        return found
 
     async def _more_parts(self) -> bool:
         """All are read; whether there are others by now."""
-        before = len(self.state.parts or ())
         reader = await self._open_reader(self.state.id)
         try:
-            await self._lay_out(reader)
+            return await self._lay_out(reader)
         except SpillwayError as error:
-            if error.code != "not_published":  # the table has gone: what it had was read
+            if error.code != "not_published":
                 raise
+            return False  # the table has gone: what it had was read
         finally:
             await reader.close()
-        return len(self.state.parts or ()) > before
 
     async def _read_parts(self, parts: deque[Part]) -> None:
         reader = await self._open_reader(self.state.id)
@@ -240,49 +194,9 @@ class Backfill(Paging):
                 try:
                     await self._read_part(reader, part)
                 except SpillwayError as error:
-                    parts += await self._instead(reader, part, error)
+                    parts += await self._parts.instead(reader, part, error)
         finally:
             await reader.close()
-
-    async def _instead(self, reader: PageReader, part: Part, error: SpillwayError) -> list[Part]:
-        """What is to be read in place of the parts of this relation. Raises the error if nobody can say."""
-        state, relation = self.state, (part.schema, part.table)
-        if not any(part is known for known in state.parts or ()):
-            return []  # another reader has met the same
-        instead: list[Part] = []
-        if error.code == "order_changed":
-            request = state.request
-            bounded = (request.keys, request.least_key, request.most_key) != (None, None, None)
-            if bounded or relation in self._begun_anew:
-                raise error
-            if self._subscription.needs_key and not await reader.key_columns(Selection(*relation)):
-                raise error
-            self._begun_anew.add(relation)
-            instead.append(Part(*relation))
-        else:
-            await self._check_gone(reader, relation, error)
-        state.parts = [known for known in state.parts or () if (known.schema, known.table) != relation] + instead
-        _log.info(
-            "backfill goes on",
-            sink=state.sink,
-            relation=".".join(relation),
-            now="from its beginning" if instead else "without it",
-            error=str(error),
-        )
-        await self._save()
-        return instead
-
-    async def _check_gone(self, reader: PageReader, relation: tuple[str, str], error: SpillwayError) -> None:
-        """Raises unless the relation has gone and the table has others: the error, or `SourceUnavailable` if it is
-        there again."""
-        if error.code not in GONE:
-            raise error
-        try:
-            relations = await reader.relations(self.state.request.schema, self.state.request.table)
-        except SpillwayError as now:
-            raise error if now.code == "not_published" else now from None
-        if relation in relations:
-            raise error if error.code == "bad_condition" else SourceUnavailable(error.code, str(error))
 
     async def _read_part(self, reader: PageReader, part: Part) -> None:
         needed_bytes = 0  # more than usual, for a large row
@@ -292,7 +206,7 @@ class Backfill(Paging):
             began = await self._quiet(reader)
             if not began:
                 return
-            by_key = part.again[:most_keys] if part.done or len(part.again) >= AGAIN_KEYS else []
+            by_key = part.again[:most_keys] if part.done or len(part.again) >= MOST_KEYS else []
             credit = await self._credit(needed_bytes)
             if not credit:
                 return
@@ -349,119 +263,6 @@ class Backfill(Paging):
             self._help_at = now + HELP_SECONDS
             await self._delivery.due_now(Select(reason=UNCHANGED_TOAST.reason))
 
-    @property
-    def _most_keys(self) -> int:
-        """In one page."""
-        return min(AGAIN_KEYS, self._delivery.page_messages)
-
-    async def _sweep(self) -> bool:
-        """What the sink has, or will have, and the source has not, or the sink's filters leave out, is deleted, by
-        pages of the sink's keys. What the backfill has just written is known to be there, where the sink knows
-        versions. False: it is not active any more."""
-        sink, state = self._delivery.readable, self.state
-        if sink is None:
-            return True
-        below = version(self._epoch(), state.started_lsn, 0)
-        table = (state.request.schema, state.request.table)
-        reader = await self._open_reader(state.id)
-        try:
-            columns = await reader.key_columns(Selection(*(await reader.relations(*table))[0]))
-            if not await self._sweep_held(reader):  # after a restart, too: what was tried may come again
-                return False
-            while await self._room():
-                try:
-                    keys, after = await sink.keys(table, columns, state.sweep_after, self._most_keys, below)
-                except SpillwayError as error:
-                    if error.code != "sink_unreachable":
-                        raise
-                    self.waiting = f"the sink cannot be read: {error}"
-                    await self._sleep(ROOM_SECONDS)
-                    continue
-                if keys and not await self._delete_absent(reader, keys):
-                    continue
-                state.sweep_after = after
-                await self._save()
-                if after is None:
-                    return True
-        finally:
-            await reader.close()
-        return False
-
-    async def _sweep_held(self, reader: PageReader) -> bool:
-        """A row from before that the sink has not taken yet is not among the sink's keys; taken after all, it must not
-        stay. So what is older than this backfill has been tried before the sink's keys are read, and the keys of what
-        has failed are swept as if the sink had them: the delete goes behind it."""
-        table = (self.state.request.schema, self.state.request.table)
-        while await self._room():
-            lsn = await self._delivery.untried_from()
-            if lsn is None or lsn > self.state.started_lsn:
-                break
-            self.waiting = "what waited for the sink before comes first"
-            await self._sleep(ROOM_SECONDS)
-        prefix = after = table_prefix(*table)
-        while await self._room():
-            held = [key for key in await self._delivery.held_keys(after, self._most_keys) if key.startswith(prefix)]
-            if not held:
-                return True
-            if await self._delete_absent(reader, [key_values(*table, key) for key in held]):
-                after = held[-1]
-        return False
-
-    async def _delete_absent(self, reader: PageReader, keys: Sequence[Cursor]) -> bool:
-        """Deletes of those that the source has not, or whose rows the sink's filters leave out, placed as a page is.
-        False: to be done again."""
-        try:
-            return await self._delete_absent_of(reader, keys, 0)
-        except NeedsCredit as error:
-            if len(keys) > 1:
-                half = len(keys) // 2
-                return await self._delete_absent(reader, keys[:half]) and await self._delete_absent(reader, keys[half:])
-            if error.needed_bytes > self._spare.most_bytes:
-                raise
-            return await self._delete_absent_of(reader, keys, error.needed_bytes)
-
-    async def _delete_absent_of(self, reader: PageReader, keys: Sequence[Cursor], needed_bytes: int) -> bool:
-        began = await self._quiet(reader)
-        if not began:
-            return False
-        credit = await self._credit(needed_bytes)
-        if not credit:
-            return False
-        view = self._carried.open()
-        try:
-            page = await self._absent(reader, keys, credit)
-            self._carried.saw(view, page.snapshot.sees)
-            placing = await self._place(reader, page, began)
-            if placing is None:
-                return False
-            await self._settled(placing)
-            self.state.swept += page.chunk.count - placing.dropped - len(placing.again)
-            return True
-        except (LockTimeout, PageTimeout) as error:
-            self.waiting = str(error)
-            await self._sleep(ROOM_SECONDS)
-            return False
-        finally:
-            self._carried.close(view)
-            self._spare.give(credit)
-
-    async def _absent(self, reader: PageReader, keys: Sequence[Cursor], credit_bytes: int) -> Page:
-        """Deletes of those that are in none of the table's relations. What moved from one to another while they were
-        looked at is told by the snapshot of the first, which does not see that. Partitions may come while a sweep goes
-        on: the relations are those of before and after."""
-        table = (self.state.request.schema, self.state.request.table)
-        seconds = self._manners.timeout_seconds
-        checked = {condition.column for condition in self._subscription.filters if condition.table == table}
-        while True:
-            relations = await reader.relations(*table)
-            page = await reader.read_absent(Selection(*relations[0]), keys, seconds, checked, credit_bytes)
-            snapshot = page.snapshot
-            for relation in relations[1:]:
-                page = await reader.read_absent(Selection(*relation), page.missing, seconds, checked, credit_bytes)
-            if relations == [table] or await reader.relations(*table) == relations:
-                page.snapshot = replace(snapshot, lsn=page.snapshot.lsn)
-                return page
-
     async def _read(self, reader: PageReader, part: Part, by_key: Sequence[Cursor], credit_bytes: int) -> Page:
         self.waiting = ""
         selection = part.selection(self.state.request)
@@ -471,7 +272,7 @@ class Backfill(Paging):
         else:
             rows = min(self._size.fitting(credit_bytes), self._delivery.page_messages)
             page = await reader.read(selection, part.within, part.cursor, rows, credit_bytes, timeout_seconds)
-        table = (self.state.request.schema, self.state.request.table)
+        table = self.state.request.name
         if page.chunk.count and page.chunk.table(0) != table:  # a partition that was detached
             name = ".".join(table)
             raise SpillwayError("not_published", f"{part.schema}.{part.table} is no part of {name}", "start it again")
@@ -496,11 +297,3 @@ class Backfill(Paging):
         self._recent.append((now, state.rows))
         while self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()
-
-    # -- state ------------------------------------------------------------------------------------------------------
-    async def _save(self) -> None:
-        state = self.state
-        state.changed = self._clock.wall()
-        await self._delivery.note(
-            BackfillDocument(state.id, state.as_json(), state.has_ended and not state.is_owed), covering=True
-        )

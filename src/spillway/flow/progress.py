@@ -38,7 +38,16 @@ class Request:
     parallel: int = 1
     max_rows_per_second: int | None = None
     sweep: bool = False  # afterwards, delete what the sink has and the source has not
-    gap: tuple[int, float] | None = None  # which gap is refilled: its last LSN, and since when it is there
+    gap: tuple[int, float] | None = None  # which gap is refilled (`spillway.flow.gap.gap_token`)
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Of the table."""
+        return self.schema, self.table
+
+    @property
+    def text(self) -> str:
+        return f"{self.schema}.{self.table}"
 
 
 @dataclass(slots=True)
@@ -89,6 +98,9 @@ class BackfillState:
 
     def as_json(self) -> bytes:
         return _ADAPTER.dump_json(self)
+
+    def is_called(self, id_or_table: str) -> bool:
+        return id_or_table in (self.id, self.request.text, self.request.table)
 
     @property
     def has_ended(self) -> bool:
