@@ -488,9 +488,8 @@ def main() -> int:
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     options.parts = options.parts or list(PARTS)
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "parts")}
-    parameters["parts"] = ", ".join(options.parts)
-    report = stage.Report("backfill", {**parameters, "limit_mb": LIMIT_MB, "commit": stage.commit()})
+    parts = ", ".join(options.parts)
+    report = stage.Report("backfill", {**stage.parameters(options, "parts"), "parts": parts, "limit_mb": LIMIT_MB})
     with Source() as source:
         Backfills(options, report, source).go()
     return report.finish(options.out)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import stage
 from backfill import kills, load
-from oracle.product import ProductFailed
 from servers.postgres import Postgres, Standby
 
 PARTS = ("load", "late", "filtered", "kills")
@@ -87,18 +86,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "only")}
-    report = stage.Report("backfills", {**parameters, "commit": stage.commit()})
+    report = stage.Report("backfills", stage.parameters(options, "only"))
     bench = Bench(report, options)
     parts: dict[str, Callable[[], None]] = {
         "load": bench.load, "late": bench.late, "filtered": bench.filtered, "kills": bench.kills,
     }  # fmt: skip
     for part in options.only:
-        try:
+        with report.product_may_fail(part):
             parts[part]()
-        except ProductFailed as error:
-            report.failed(f"{part}: the product: {str(error).splitlines()[0][:300]}")
-            report.say(str(error))
     return report.finish(options.out)
 
 

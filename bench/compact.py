@@ -26,7 +26,7 @@ import httpx
 import psycopg
 
 import stage
-from oracle.product import TOKEN, Product, ProductFailed
+from oracle.product import TOKEN, Product
 from servers.postgres import Postgres
 
 FEW_KEYS, MANY_KEYS = 10_000, 500_000
@@ -153,13 +153,9 @@ def main() -> int:
     parser.add_argument("--postgres", choices=("15", "18"), default="18")
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
-    parameters = {key: value for key, value in vars(options).items() if key != "out"}
-    report = stage.Report("compact", {**parameters, "commit": stage.commit()})
-    try:
+    report = stage.Report("compact", stage.parameters(options))
+    with report.product_may_fail():
         _run(options, report)
-    except ProductFailed as error:
-        report.failed(f"the product: {str(error).splitlines()[0]}")
-        report.say(str(error))
     return report.finish(options.out)
 
 

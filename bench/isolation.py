@@ -21,7 +21,7 @@ import psycopg
 
 import stage
 from oracle.endpoint import Recorder
-from oracle.product import Product, ProductFailed
+from oracle.product import Product
 from servers.postgres import Postgres
 
 OTHERS = 24
@@ -121,14 +121,9 @@ def main() -> int:
     parser.add_argument("--postgres", choices=("15", "18"), default="18")
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
-    parameters = {key: value for key, value in vars(options).items() if key != "out"}
-    report = stage.Report("isolation", {**parameters, "commit": stage.commit()})
-    try:
-        with ExitStack() as stack:
-            Isolation(options, report, stack).go()
-    except ProductFailed as error:
-        report.failed(f"the product: {str(error).splitlines()[0]}")
-        report.say(str(error))
+    report = stage.Report("isolation", stage.parameters(options))
+    with report.product_may_fail(), ExitStack() as stack:
+        Isolation(options, report, stack).go()
     return report.finish(options.out)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import stage
 from crash.scenario import SINKS, Scenario
-from oracle.product import ProductFailed
 from servers.opensearch import OpenSearch
 from servers.postgres import Postgres
 
@@ -27,29 +26,24 @@ def main() -> int:
     parser.add_argument("--postgres", choices=("12", "15", "18"), default="18")
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
-    parameters = {key: value for key, value in vars(options).items() if key != "out"}
-    report = stage.Report("kills", {**parameters, "commit": stage.commit()})
-    try:
-        with ExitStack() as stack:
-            server = stack.enter_context(Postgres(options.postgres))
-            search = stack.enter_context(OpenSearch()) if options.search else None
-            verdict = Scenario(
-                server.create_database("app"),
-                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spillway-kills-"))),
-                seed=options.seed,
-                kills=options.kills,
-                sinks=[*SINKS, "search"] if search is not None else SINKS,
-                search_url=search.url if search is not None else None,
-                say=report.say,
-            ).run()
+    report = stage.Report("kills", stage.parameters(options))
+    with report.product_may_fail(), ExitStack() as stack:
+        server = stack.enter_context(Postgres(options.postgres))
+        search = stack.enter_context(OpenSearch()) if options.search else None
+        verdict = Scenario(
+            server.create_database("app"),
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spillway-kills-"))),
+            seed=options.seed,
+            kills=options.kills,
+            sinks=[*SINKS, "search"] if search is not None else SINKS,
+            search_url=search.url if search is not None else None,
+            say=report.say,
+        ).run()
         report.inform("committed changes", verdict.committed, "changes")
         for sink, found in verdict.violations.items():
             if sink in verdict.received:
                 report.inform(f"{sink}: messages received, repetitions included", verdict.received[sink], "messages")
             report.equal(f"{sink}: violations", len(found), 0)
-    except ProductFailed as error:
-        report.failed(f"the product: {str(error).splitlines()[0]}")
-        report.say(str(error))
     return report.finish(options.out)
 
 

@@ -219,12 +219,8 @@ def main() -> int:
     report = stage.Report(name, {"cases": ", ".join(cases), "scale": options.scale, "commit": stage.commit()})
     for case in cases:
         report.say(f"--- {case}")
-        try:
-            with ExitStack() as stack:
-                CASES[case](report, stack, options.scale)
-        except ProductFailed as error:
-            report.failed(f"{case}: {str(error).splitlines()[0]}")
-            report.say(str(error))
+        with report.product_may_fail(case), ExitStack() as stack:
+            CASES[case](report, stack, options.scale)
     return report.finish(options.out)
 
 

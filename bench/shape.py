@@ -44,10 +44,10 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "parts")}
+    parameters = stage.parameters(options, "parts")
     status = 0
     for part in options.parts or PARTS:
-        report = stage.Report(part, {**parameters, "commit": stage.commit()})
+        report = stage.Report(part, parameters)
         try:
             PARTS[part](options, report)
         except (ProductFailed, OSError) as error:

@@ -7,6 +7,7 @@ and ends with 1 if a line does not hold.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 if str(REPOSITORY / "tests") not in sys.path:
     sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from oracle.product import ProductFailed  # noqa: E402 - on the path by now
 
 MIB = 1 << 20
 
@@ -67,6 +71,15 @@ class Report:
 
     def failed(self, what: str) -> None:
         self._add(Line(what, 1, "", "must not happen", False))
+
+    @contextmanager
+    def product_may_fail(self, part: str = "") -> Iterator[None]:
+        """If it does, that is a line that does not hold, and the bench goes on behind this."""
+        try:
+            yield
+        except ProductFailed as error:
+            self.failed(f"{part}: the product: {_first_line(error)}" if part else f"the product: {_first_line(error)}")
+            self.say(str(error))
 
     def _add(self, line: Line) -> None:
         self.lines.append(line)
@@ -116,6 +129,16 @@ def commit() -> str:
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
+
+
+def parameters(options: argparse.Namespace, *left_out: str) -> dict[str, object]:
+    """What is said of a run: how it was called, and of which commit it is."""
+    called = {name: value for name, value in vars(options).items() if name not in ("out", *left_out)}
+    return {**called, "commit": commit()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -26,7 +26,7 @@ import psycopg
 
 import stage
 from oracle.endpoint import Recorder
-from oracle.product import Product, ProductFailed
+from oracle.product import Product
 from servers.postgres import Postgres
 
 MEDIANS_APART_SECONDS = 0.1
@@ -134,15 +134,10 @@ def main() -> int:
     parser.add_argument("--postgres", choices=("15", "18"), default="18")
     parser.add_argument("--out", type=Path, default=stage.RESULTS)
     options = parser.parse_args()
-    parameters = {key: value for key, value in vars(options).items() if key != "out"}
     name = "start" if (options.small, options.large) == (1_000, 1_000_000) else f"start-{options.small}-{options.large}"
-    report = stage.Report(name, {**parameters, "commit": stage.commit()})
-    try:
-        with ExitStack() as stack:
-            Start(options, report, stack).go()
-    except ProductFailed as error:
-        report.failed(f"the product: {str(error).splitlines()[0]}")
-        report.say(str(error))
+    report = stage.Report(name, stage.parameters(options))
+    with report.product_may_fail(), ExitStack() as stack:
+        Start(options, report, stack).go()
     return report.finish(options.out)
 
 

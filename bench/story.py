@@ -36,7 +36,7 @@ import psycopg
 import stage
 from oracle.cgroup import MemoryCgroup
 from oracle.endpoint import Proxy, Recorder
-from oracle.product import Product, ProductFailed
+from oracle.product import Product
 from servers.opensearch import OpenSearch
 from servers.postgres import Postgres
 
@@ -407,10 +407,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=stage.RESULTS, help="where the report goes")
     options = parser.parse_args()
     name = f"story-{round(ROWS * options.scale)}-limit{options.limit_mb}-batch{options.batch_size}"
-    parameters = {key: value for key, value in vars(options).items() if key != "out"}
-    report = stage.Report(name, {**parameters, "row_bytes": ROW_BYTES, "commit": stage.commit(), "pid": os.getpid()})
+    report = stage.Report(name, {**stage.parameters(options), "row_bytes": ROW_BYTES, "pid": os.getpid()})
     p99: dict[bool, float] = {}
-    try:
+    with report.product_may_fail():
         for healthy in (False,) if options.only_failing else (True, False):
             with ExitStack() as stack:
                 run = Run(options, report, stack, healthy=healthy)
@@ -425,9 +424,6 @@ def main() -> int:
             what = "second sink, p99 from commit to arrival, first sink failing"
             report.at_most(what, p99[False] * 1000, 1000, "ms")
             report.at_most("the same, against the healthy run", p99[False] / p99[True], 2, "times")
-    except ProductFailed as error:
-        report.failed(f"the product: {str(error).splitlines()[0]}")
-        report.say(str(error))
     return report.finish(options.out)
 
 
