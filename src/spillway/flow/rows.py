@@ -4,7 +4,7 @@ One question per table and part. What a row is for is the step's own: `Reselecte
 message's, `Enriched` beside it. All else is the same for both: rows that the credit did not allow for put their
 messages off, and a question that fails for the data of some row is asked again with halves, until the culprit is
 alone. A source that takes too long is down, and smaller batches come (spillway.flow.retry); but not if it answers, and
-only a few are left.
+only a few are left. Nobody is blamed before the source has answered the same question for no key at all.
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ class RowStep(ABC):
         if isinstance(error, SourceUnavailable):
             if not error.code.endswith("_timeout") or len(places) > FEW:
                 raise error
-            if self._clock.monotonic() - self._answered_at > BLAME_SECONDS:
-                await self._source.fetch(table, (), _NOTHING, 0, 0)  # raises, if it is the source
+            if len(places) == 1 or self._clock.monotonic() - self._answered_at > BLAME_SECONDS:
+                # For no key: it waits for the same locks. Raises, if it is the source.
+                await self._source.fetch(table, (), _NOTHING, 0, 0)
                 self._answered_at = self._clock.monotonic()
         if len(places) == 1:
             part.decide(places[0], reject(error.code, str(error)))
