@@ -170,6 +170,21 @@ def test_a_table_that_does_not_tell_its_old_values_is_refused(board: Board) -> N
     board.wait(lambda: board.documents()[1] == board.fresh()[1], "the documents of company 2")
 
 
+def test_a_table_that_is_mended_while_nobody_is_there(board: Board) -> None:
+    """What was missed of it is made up for after the start."""
+    board.sql("alter table skills replica identity default")
+    board.begin()
+    board.wait_right()
+    board.sql("insert into skills values (100, 1, 'new')")
+    board.wait(lambda: "all documents are due" in board.status("jobs")["related"]["waiting"], "the finding")
+    board.read_by_the_stream()
+    board.product.kill()
+    board.sql("alter table skills replica identity full")
+    board.begin()
+    board.wait_right()
+    board.wait(lambda: board.due == 0, "everything to be done")
+
+
 def test_sql_that_does_not_fit_is_said(board: Board) -> None:
     board.configure(
         jobs_sink() | {"related": [{"table": "public.skills", "sql": "select nothing from jobs where id = any($1)"}]}
@@ -407,6 +422,32 @@ def test_a_row_that_the_replica_has_not_yet(tmp_path: Path) -> None:
         board.wait_right()
         board.sql("update companies set name = 'renamed' where id = 1")
         board.wait(lambda: board.renamed() == 1, "the first document to be made anew")
+        replay(standby, "resume")
+        board.wait_right()
+        board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def test_everything_waits_for_the_replica(tmp_path: Path) -> None:
+    """A row that came into being behind what the replica shows would not be in the backfill."""
+    with (
+        Postgres("18") as primary,
+        Standby(primary) as standby,
+        Board(primary.create_database("app"), tmp_path, [jobs_sink()]) as board,
+    ):
+        board.sql(TABLES, "insert into jobs values (1, 1, 'job 1')", "insert into skills values (1, 1, 'a')")
+        standby.wait_replayed()
+        with_replica(board, standby.dsn("app"), jobs_sink())
+        board.begin()
+        board.wait_right()
+        replay(standby, "pause")
+        board.sql("insert into skills values (2, 2, 'b')", "insert into jobs values (2, 1, 'new')")
+        board.wait_right()
+        board.sql("truncate skills")
+
+        def held_up() -> bool:
+            return "replica" in board.status("jobs")["related"]["waiting"] or board.documents()[1][3] is None
+
+        board.wait(held_up, "everything to be due")
         replay(standby, "resume")
         board.wait_right()
         board.wait(lambda: board.due == 0, "everything to be done")

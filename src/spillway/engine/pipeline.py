@@ -236,7 +236,9 @@ class Pipeline:
             for table in companion.tables
         ]
 
-    async def _order_everything(self, sink: str, table: Table) -> bool:
+    async def _order_everything(self, sink: str, table: Table) -> str:
+        if self.companions[sink].health.refused:
+            return "all documents are due: waits until each related table can be taken"
         manners = self.sinks[self._at(sink)].backfill
         request = Request(*table, "related", parallel=manners.parallel, max_rows_per_second=manners.max_rows_per_second)
         try:
@@ -244,8 +246,8 @@ class Pipeline:
         except SpillwayError as error:
             if error.code != "backfill_active":
                 raise
-            return False
-        return True
+            return "waits for the end of a backfill, to begin another"
+        return ""
 
     def enlist(self, sink: Sink, told_as: Sink) -> Delivery:
         """A sink joins while the process runs: from `rewire` on, at a commit, it gets what the others get."""

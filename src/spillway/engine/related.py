@@ -10,7 +10,14 @@ status; commands about the backlog know it by its name.
 
 **Nothing of it is lost silently.** A companion has no limits of its own; where the disk is the limit it takes no part
 under ``on_full: pause``, as its sink. What it missed then cannot be told row by row, so all documents are due as soon
-as there is room again, and the gap is closed by that. So they are after a TRUNCATE.
+as there is room again, and the gap is closed by that. So they are after a TRUNCATE. They are due as well as soon as a
+related table is refused, and are seen to when it is not any more: it may be mended while the process is not there.
+
+**Entries that are others by the next run.** What is due is due by table and key, so it stays due whatever becomes of
+the SQL that asked for it; but of a table that no entry refreshes any more it is forgotten (`forget`), and so is all
+that the companion had if there is none. Changes that wait in the store are asked for with the SQL of now. Should it
+need values of other columns than they were kept with, which the document `COLUMNS` tells, nobody knows whose documents
+they are part of, and all are due (spillway.flow.fanout). Of changes from before there was an entry nothing is known.
 """
 
 from __future__ import annotations
@@ -63,6 +70,7 @@ class Companion:
         self.main = main
         self.refreshes: dict[Table, Refresh] = {}
         self.health = Health()
+        self._owes = False  # what a table that is refused has missed so far, which was asked for
         self._store: Store = process.store
         self._clock = process.clock
         related = sink.related
@@ -127,15 +135,21 @@ class Companion:
         if refresh is not None:
             refresh.ask()
 
+    async def _ask_everything(self) -> None:
+        for table in self.tables:
+            await self.ask(AskedRefreshes(table, [EVERYTHING]))
+
     async def tick(self, received_lsn: int) -> None:
         """To be called every second or so."""
         await self.delivery.check_limits()
-        gap = self.delivery.gap
+        if self.health.refused and not self._owes:
+            await self._ask_everything()
+        self._owes = bool(self.health.refused)
+        gap = None if self.delivery.paused else self.delivery.gap
         if gap is not None and gap.last_lsn is None and self.delivery.full is None and received_lsn:
             await self.delivery.resume(received_lsn)
         elif gap is not None and gap.last_lsn is not None:
-            for table in self.tables:
-                await self.ask(AskedRefreshes(table, [EVERYTHING]))
+            await self._ask_everything()
             await self.delivery.resume(received_lsn)  # what it missed is known to be due
         for refresh in self.refreshes.values():
             await refresh.look()
@@ -162,7 +176,7 @@ class Companion:
         open_seconds = 0.0 if first is None else self._clock.monotonic() - first.arrived
         if self.delivery.counters.messages or open_seconds >= seconds:
             return f"changes of related tables wait: {self.health.reason or self.health.state}"
-        if self.main.counters.refreshes and self.oldest_seconds >= seconds:
+        if self.main.counters.refreshes and self.oldest_seconds >= seconds and not self.health.refused:
             return f"{self.main.counters.refreshes} documents are to be refreshed"
         return ""
 

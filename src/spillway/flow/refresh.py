@@ -21,7 +21,8 @@ that no refresh has to wait until whatever runs just now has ended. What every s
 `TRIM_SECONDS`; where that does not do, and everything was forgotten, it begins anew.
 
 **Everything.** A refresh of all rows is a backfill, of which there is one at a time for a table; it is ordered, and the
-refresh is done when the order is durable.
+refresh is done when the order is durable. Its pages do not keep what they drop for something newer. So it is ordered
+only when a replica has replayed what it is for: what a page does not see then is of later, and so is its document.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Refresh(Paging):
         clock: Clock,
         store: Store,
         behind: Callable[[], int],
-        order_everything: Callable[[Table], Awaitable[bool]],
+        order_everything: Callable[[Table], Awaitable[str]],
     ) -> None:
-        """``behind``: the LSN of the last change that may have asked for what is due. ``order_everything`` returns when
-        a backfill of the table is durable; False: another one is under way, and may have begun before."""
+        """``behind``: the LSN of the last change that may have asked for what is due. ``order_everything`` returns ""
+        when a backfill of the table is durable, else why it cannot be ordered yet."""
         page_id = f"refresh of {'.'.join(table)} for {subscription.delivery.name}"
         super().__init__(page_id, subscription, keying, capture, spare, open_reader, manners, clock)
         self.table = table
@@ -81,7 +82,7 @@ class Refresh(Paging):
         self._asked = asyncio.Event()
         self._asked.set()
         self._reader: PageReader | None = None
-        self._most_keys = MOST_KEYS
+        self._cause = (0, 0)  # the number of the last refresh of everything, and no LSN that it is for is above this
 
     def ask(self) -> None:
         """Something is due."""
@@ -202,17 +203,22 @@ class Refresh(Paging):
         self.waiting = ""
         return not left
 
-    async def _everything(self, due: Sequence[DueRefresh]) -> bool:
-        if not await self._order_everything(self.table):
-            self.waiting = "waits for the end of a backfill, to begin another"
+    async def _everything(self, reader: PageReader, due: DueRefresh) -> bool:
+        if due.number != self._cause[0]:
+            self._cause = (due.number, max(self._behind() + 1, self._capture.received_lsn))
+        if reader.standby and await reader.flushed_lsn() < self._cause[1]:
+            self.waiting = "all documents are due: waits for the replica"
             return False
-        await self._delivery.refreshed(due)
+        self.waiting = await self._order_everything(self.table)
+        if self.waiting:
+            return False
+        await self._delivery.refreshed([due])
         return True
 
     async def _page(self, reader: PageReader, due: Sequence[DueRefresh], began: int, credit_bytes: int) -> bool:
         """False: something of it stays due."""
-        whole = [one for one in due if one.key == EVERYTHING]
-        ordered = not whole or await self._everything(whole)
+        whole = next((one for one in due if one.key == EVERYTHING), None)
+        ordered = whole is None or await self._everything(reader, whole)
         wanted = {key_values(*self.table, one.key): one for one in due if one.key != EVERYTHING}
         missing, stale = list(wanted), set[Cursor]()
         for relation in await reader.relations(*self.table):
