@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from shape.place import Shaped, file_sink, python
@@ -139,3 +140,23 @@ def test_queries_go_by_batches(database: str, tmp_path: Path) -> None:
         place.post("out/resume")
         lines = place.came("out", 5000)
     assert len({line["metadata"]["enrichment"]["asked"] for line in lines}) <= 52
+
+
+def test_a_table_that_is_locked_for_longer_than_the_limit_is_nobodys_fault(database: str, tmp_path: Path) -> None:
+    sql = "select t.id, r.name from t join r on r.id = t.ref where t.id = any($1)"
+    schema = "create table t (id int primary key, ref int); create table r (id int primary key, name text)"
+    out = file_sink("out", [T], enrichment="more", enrichment_timeout_ms=300, on_reject="dead_letter")
+    with Shaped(database, tmp_path, [out], [enrichment(sql)], schema=schema) as place:
+        place.sql("insert into r values (1, 'one')")
+        place.begin()
+        place.sql("insert into t values (1, 1)")
+        place.came("out", 1)
+        with psycopg.connect(database) as connection:
+            connection.execute("lock table r in access exclusive mode")
+            place.sql("insert into t values (2, 1)")
+            place.wait(lambda: place.status("out")["last_error"], "a time-out")
+        lines = place.came("out", 2)
+        status = place.status("out")
+    assert [line["metadata"]["enrichment"] for line in lines] == [{"id": 1, "name": "one"}, {"id": 2, "name": "one"}]
+    assert "enrichment_timeout" in status["last_error"]
+    assert status["dead_letters"] == 0

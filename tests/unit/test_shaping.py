@@ -581,6 +581,32 @@ def test_a_key_that_takes_too_long_is_to_blame_if_the_source_answers(others_answ
         assert (answer.outcome, answer.reason) == ("sink_down", "enrichment_timeout")
 
 
+def test_nobody_is_blamed_while_the_source_does_not_answer_for_no_key_either() -> None:
+    """A table that is locked: the answer of a moment ago says nothing."""
+
+    class Locked(Source):
+        locked = False
+
+        async def fetch(
+            self, table: tuple[str, str], keys: Sequence[tuple[str, ...]], seen: Seen, credit_bytes: int, row_bytes: int
+        ) -> Fetched:
+            if self.locked:
+                raise SourceUnavailable("enrichment_timeout", "canceling statement due to statement timeout")
+            return await super().fetch(table, keys, seen, credit_bytes, row_bytes)
+
+    source = Locked({})
+    shaping, _ = a_shaping(Steps(SUFFIX, keeps_rows=False, as_record=False, enrich=source))
+
+    async def both() -> Answer:
+        assert await shaping(a_batch("1"), Sent()) is OK
+        source.locked = True
+        return await shaping(a_batch("2"), Sent())
+
+    answer = asyncio.run(both())
+    assert isinstance(answer, Result)
+    assert (answer.outcome, answer.reason) == ("sink_down", "enrichment_timeout")
+
+
 def test_a_row_that_is_read_anew_and_enriched_has_credit_for_both() -> None:
     """The guess is too small for both; what one of them needs is not forgotten for the other."""
 

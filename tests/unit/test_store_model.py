@@ -349,7 +349,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert seconds == (soonest - now if soonest > 0 else 0.0)
         for k in KEYS[:3]:
             lane = model.lane(k)
-            latest = self.store.latest(SINK, k, 1 << 20)
+            latest = self.store.latest(SINK, k, 1 << 20, partial_images=False)
             row = lane[-1].row if lane and all(len(r.keys) == 1 for r in lane) else None
             assert (latest.row if latest else None) == row
 

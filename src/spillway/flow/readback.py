@@ -221,8 +221,9 @@ class Readback(Inflow):
         return self._cursor if self.stored else NOTHING_UNREAD
 
     def _heads(self, most: int, max_bytes: int, read_up_to: int, credit: int) -> list[Message]:
-        """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest whole image of a lane
-        goes in place of its head, if the credit covers both; and always where the head lacks what that has."""
+        """In a thread: what to send for the lanes that are due. By ``latest_wins`` the newest image of a lane (whole,
+        or one that is read anew) goes in place of its head, if the credit covers both; and always where the head lacks
+        what that has."""
         heads: list[Message] = []
         lacking: list[bool] = []
         for head in self._store.due(self.name, most, max_bytes, read_up_to, self._lane_mended):
@@ -237,7 +238,8 @@ class Readback(Inflow):
             room = (credit - STORED_OVERHEAD_BYTES) // 2
             newest = None
             if len(message.keys) == 1 and room > 0:
-                newest = self._store.latest(self.name, message.keys[0], room)
+                partial = self.spec.partial_images
+                newest = self._store.latest(self.name, message.keys[0], room, partial_images=partial)
             if newest is not None and newest.row != message.row:
                 newest.attempts, newest.superseded = message.attempts, [message]
                 credit -= stored_cost(newest.span)

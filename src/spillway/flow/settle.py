@@ -29,6 +29,11 @@ ReadAgain = Callable[[Sequence[tuple[str, ...]]], Awaitable[bool]]
 PARKED_AT_START = 100  # with so many parked keys a restart begins narrow
 BLAME_SECONDS = 60.0  # a sink that took something so recently is not down because one message times out
 
+# What may have come from outside, whoever it befell: a lock, a machine that stood still, a signal. It may bury a
+# message only if it has failed so often.
+_BY_CHANCE = ("enrichment_timeout", "reselect_timeout", "function_timeout", "function_crashed")
+BURIED_BY_CHANCE = 3
+
 _READ, _TRUNCATE = ACTIONS.index("read"), ACTIONS.index("truncate")
 
 
@@ -213,16 +218,13 @@ class Settling(Readback):
             self._metrics.rejected(self.name, result.reason, 1)
             self._note(result.reason, result.detail)
             attempts = message.attempts + 1
-            limit = self.spec.max_retry_count
             if message.superseded and lane:  # by `latest_wins`, in place of the head
                 park.append(Park(message.superseded[0], result.reason, result.detail, backoff_seconds(attempts - 1)))
             elif message.superseded:
                 # Not sent themselves yet: they go first, one by one, from the lane.
                 park.append(Park(message.superseded[0], result.reason, result.detail, 0.0, counts_attempt=False))
                 behind += [*message.superseded[1:], message]
-            elif (limit is not None and attempts > limit and result.reason != "timeout") or (
-                self.spec.on_reject == "dead_letter" and result.outcome == "reject"
-            ):
+            elif self._is_hopeless(result, attempts):
                 bury.append(Park(message, result.reason, result.detail, 0.0))
                 self.reads_resolved += message.action == "read"
             else:
@@ -249,6 +251,14 @@ class Settling(Readback):
             self._let_go(one)
         for one in reversed(put_back):
             self.window.put_back(one)
+
+    def _is_hopeless(self, result: Result, attempts: int) -> bool:
+        """By the configuration it becomes a dead letter."""
+        if result.reason == "timeout" or (result.reason in _BY_CHANCE and attempts < BURIED_BY_CHANCE):
+            return False
+        limit = self.spec.max_retry_count
+        rejected = self.spec.on_reject == "dead_letter" and result.outcome == "reject"
+        return rejected or (limit is not None and attempts > limit)
 
     def _let_go(self, batch: Batch) -> None:
         self.window.release(batch)

@@ -288,9 +288,9 @@ class Store(Protocol):
     def bytes_due(self, sink: str, read_up_to: int, regardless: bool = False) -> int | None:
         """With so many bytes `due` brings something; None: there is nothing. For taking credit before reading."""
 
-    def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
+    def latest(self, sink: str, key: str, max_bytes: int, *, partial_images: bool) -> Message | None:
         """The newest whole image or delete in a key's lane, if it fits and no message with two keys is there; None
-        otherwise."""
+        otherwise. ``partial_images``: an update without its TOAST columns is one, too (it is read anew)."""
 
     def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
         """Seconds until the next head of a lane is due (<= 0: now); None: no lane has a head that may be sent, unless

@@ -101,15 +101,22 @@ SELECT_DUE = _heads(
 SELECT_REGARDLESS = _heads(("parked_due", "p.waits_for = 0", "p.run, p.due"), _WAITED)
 SELECT_MESSAGES = f"SELECT {COLUMNS} FROM json_each(?2) j CROSS JOIN message m ON m.id = j.value AND m.sink = ?1"
 SELECT_RUN = "SELECT run FROM sink WHERE id = ?"
-# Of the only record of ``w``, whether the flag WHOLE, the lowest bit of its byte, is set.
-_WHOLE = f"instr('13579BDF', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"
-SELECT_LATEST = f"""
+
+
+def _latest(flags: str) -> str:
+    """``flags``: hexadecimal digits that the lower half of the flags of an image has."""
+    image = f"instr('{flags}', substr(hex(substr(w.meta, {FLAGS + 1}, 1)), 2)) > 0"  # of the only record of `w`
+    return f"""
     SELECT {COLUMNS} FROM message m
     WHERE m.id = (
         SELECT l.id FROM lane l CROSS JOIN message w ON w.id = l.id
-        WHERE l.sink = ?1 AND l.key = ?2 AND {_WHOLE} ORDER BY l.id DESC LIMIT 1)
+        WHERE l.sink = ?1 AND l.key = ?2 AND {image} ORDER BY l.id DESC LIMIT 1)
     AND length(m.data) <= ?3
     AND NOT EXISTS (SELECT 1 FROM lane WHERE sink = ?1 AND key = ?2 AND other IS NOT NULL)"""
+
+
+SELECT_LATEST = _latest("13579BDF")  # WHOLE is the lowest bit
+SELECT_LATEST_PARTIAL = _latest("01234567")  # TOO_LARGE is the highest
 SELECT_OLDEST = """
     SELECT (SELECT commit_time FROM span WHERE sink = ?1 ORDER BY id LIMIT 1),
         (SELECT m.commit_time FROM message m WHERE m.id = (
@@ -285,8 +292,9 @@ class Reads:
             heads = self._due(db, number, 1, read_up_to, regardless)
         return heads[0].bytes if heads else None
 
-    def latest(self, sink: str, key: str, max_bytes: int) -> Message | None:
-        found = self._first(SELECT_LATEST, (self._id(sink), key, max_bytes))
+    def latest(self, sink: str, key: str, max_bytes: int, *, partial_images: bool) -> Message | None:
+        statement = SELECT_LATEST_PARTIAL if partial_images else SELECT_LATEST
+        found = self._first(statement, (self._id(sink), key, max_bytes))
         return None if found is None else read_message(found)
 
     def next_due_seconds(self, sink: str, read_up_to: int) -> float | None:
