@@ -282,6 +282,23 @@ def test_a_table_without_a_primary_key_needs_columns(board: Board) -> None:
         board.start("jobs~related", tables=["public.jobs"])
 
 
+def test_a_related_table_that_is_renamed_is_told_of_as_what_it_is(board: Board) -> None:
+    board.configure(jobs_sink())
+    board.begin()
+    board.wait_right()
+    board.sql("alter table companies rename to firms", "update firms set name = 'renamed' where id = 1")
+    board.wait(lambda: board.status("jobs")["state"] == "gap", "the sink to tell")
+    status = board.status("jobs")
+    assert "table public.companies is called public.firms now" in status["reason"]
+    assert "in related of sink jobs" in status["remedy"]
+    assert "~related" not in status["remedy"]
+    board.stop()
+    board.sql("alter table firms rename to companies")
+    board.begin()
+    board.wait_right()
+    board.wait(lambda: board.status("jobs")["state"] in ("idle", "caught_up"), "the sink to be well")
+
+
 def test_a_transaction_that_stays_open_holds_up_nothing(board: Board) -> None:
     """Not the first refresh after a while without any, either."""
     board.begin()
@@ -417,6 +434,7 @@ def test_a_row_that_the_replica_has_not_yet(tmp_path: Path) -> None:
         with_replica(board, standby.dsn("app"), filtered)
         board.begin()
         board.wait(lambda: 1 in board.documents(), "the first document")
+        refresh_once(board)
         replay(standby, "pause")
         board.sql("insert into jobs values (3, 1, 'new')", "update jobs set title = 'yes' where id = 2")
         board.wait_right()
@@ -434,11 +452,17 @@ def test_everything_waits_for_the_replica(tmp_path: Path) -> None:
         Standby(primary) as standby,
         Board(primary.create_database("app"), tmp_path, [jobs_sink()]) as board,
     ):
-        board.sql(TABLES, "insert into jobs values (1, 1, 'job 1')", "insert into skills values (1, 1, 'a')")
+        board.sql(
+            TABLES,
+            "insert into companies values (1, 'one')",
+            "insert into jobs values (1, 1, 'job 1')",
+            "insert into skills values (1, 1, 'a')",
+        )
         standby.wait_replayed()
         with_replica(board, standby.dsn("app"), jobs_sink())
         board.begin()
         board.wait_right()
+        refresh_once(board)
         replay(standby, "pause")
         board.sql("insert into skills values (2, 2, 'b')", "insert into jobs values (2, 1, 'new')")
         board.wait_right()
@@ -451,6 +475,12 @@ def test_everything_waits_for_the_replica(tmp_path: Path) -> None:
         replay(standby, "resume")
         board.wait_right()
         board.wait(lambda: board.due == 0, "everything to be done")
+
+
+def refresh_once(board: Board) -> None:
+    """What was running when it began has ended, for the replica, too."""
+    board.sql("update companies set name = 'first' where id = 1")
+    board.wait(lambda: board.renamed("first") == 1 and board.due == 0, "the first refresh")
 
 
 def replay(standby: Standby, verb: str) -> None:
