@@ -10,6 +10,7 @@ from pathlib import Path
 from backfill.site import Site, file_sink, sqlite_sink
 from oracle.rules import judge_rows
 from oracle.workload import SCHEMA, Load
+from shape.place import Shaped, python
 
 JOBS, PAIRS = "public.jobs", "public.pairs"
 
@@ -67,3 +68,49 @@ def test_a_known_sink_takes_another_table_and_what_needs_a_restart_is_named(data
         assert "configuration was not taken" in reload(site, more | {"destination": {"type": "nonsense"}})
         assert site.product.pid == pid
         assert site.status("mirror")["state"] in ("idle", "caught_up")
+
+
+def test_a_table_waits_with_the_filters_and_functions_that_were_written_for_it(database: str, tmp_path: Path) -> None:
+    def ones(table: str) -> dict[str, object]:
+        return {"table": table, "column": "a", "operator": "eq", "value": 1}
+
+    T, U = "public.t", "public.u"
+    joined = {"name": "joined", "type": "enrichment", "code": "select id, secret from t where id = any($1)"}
+    shape = python("shape", "transform", "return {'id': record['id'], 'by': 'the first'}")
+    kept, enriched = file_sink("kept", [T], filters=[ones(T)]), file_sink("enriched", [T], enrichment="joined")
+    shaped = file_sink("shaped", [T], transform="shape")
+    schema = "create table t (id int primary key, a int, secret text); create table u (id int primary key, a int)"
+    with Shaped(database, tmp_path, [kept, enriched, shaped], [joined, shape], schema=schema) as place:
+        place.begin()
+        other = python("shape", "transform", "return {'id': record['id'], 'by': 'the second'}")
+        new = python("new", "filter", "return False")
+        place._sections["functions"] = [joined, other, new]
+        reload(
+            place,
+            file_sink("kept", [T, U], filters=[ones(T), ones(U)], initial_backfill=True),
+            file_sink("enriched", [T, U]),
+            file_sink("shaped", [T, U], transform="shape"),
+            file_sink("fresh", [U], filter="new"),
+        )
+        place.wait(lambda: "waits for a restart" in place.product.log.read_text(), "what waits")
+        said = place.product.log.read_text()
+        assert '"joined": [], "changed": []' in said
+        for waits in (
+            "sink kept: source, filters, initial_backfill",
+            "sink enriched: source, enrichment",
+            "sink shaped: source, function shape",
+            "sink fresh, which is new, for function new",
+        ):
+            assert waits in said
+        place.sql("insert into u values (1, 2)", "insert into t values (1, 1, 'of t')")
+        place.drained("kept", "enriched", "shaped")
+        assert [line["metadata"]["table_name"] for line in place.lines("kept")] == ["t"]
+        assert [line["metadata"]["enrichment"] for line in place.lines("enriched")] == [{"id": 1, "secret": "of t"}]
+        assert place.lines("shaped") == [{"id": 1, "by": "the first"}]
+        place.stop()
+        place.begin()
+        place.sql("insert into u values (2, 2), (3, 1)")
+        place.drained("kept", "enriched", "shaped", "fresh")
+        assert [line["record"]["id"] for line in place.lines("kept") if line["action"] == "insert"] == [1, 3]
+        assert place.lines("shaped")[1:] == [{"id": 2, "by": "the second"}, {"id": 3, "by": "the second"}]
+        assert place.lines("fresh") == []

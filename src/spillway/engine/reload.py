@@ -3,6 +3,10 @@
 Sinks that are new join at a commit: they get what is committed from there on, and their initial backfill begins behind
 it. Of a sink that is known the tables may change (``source``; with them those of the new index while it is re-indexed),
 and so may ``initial_backfill`` and ``backfill``. Whatever else differs waits for a restart, and is named.
+
+**No mixture of two files runs.** Filters, functions, keys of order and the endpoint of a sink were written for its
+tables; only the file as a whole was validated. So where any of these differs, ``source`` waits as well, with the
+backfills that belong to it; and a new sink waits whose functions or endpoint are not what the process started with.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from spillway.config import Config, Sink
+from spillway.config import Config, Sink, Webhook
+from spillway.config.sink import FUNCTION_KEYS
 
 if TYPE_CHECKING:
     from spillway.engine.engine import Engine
@@ -40,11 +45,14 @@ async def reload(engine: Engine, config: Config) -> Reloaded:
         if pipeline is None or sink.status == "disabled":
             continue
         known = next((s for s in pipeline.sinks if s.name == sink.name), None)
-        if known is None:
+        others = _others(engine.config, config, sink)
+        if known is not None:
+            await _change(pipeline, known, sink, others, done)
+        elif others:
+            done.waits.append(f"sink {sink.name}, which is new, for {', '.join(others)}")
+        else:
             await engine.enlist(pipeline, sink, told_as=sink)
             done.joined.append(sink.name)
-        elif known != sink:
-            await _change(pipeline, known, sink, done)
     named = {sink.name for sink in config.sinks if sink.status != "disabled"}
     named |= {f"{reindex['sink']}@{reindex['into']}" for reindex in await engine.reindexes()}
     gone = [s.name for p in engine.pipelines for s in p.sinks if s.name not in named]
@@ -52,11 +60,25 @@ async def reload(engine: Engine, config: Config) -> Reloaded:
     return done
 
 
-async def _change(pipeline: Pipeline, known: Sink, sink: Sink, done: Reloaded) -> None:
+def _others(before: Config, now: Config, sink: Sink) -> list[str]:
+    """What the sink names and the process does not have as the file has it, for people."""
+    names = [name for key in FUNCTION_KEYS if (name := getattr(sink, key)) is not None]
+    were = {one.name: one for one in before.functions}
+    found = [f"function {name}" for name in dict.fromkeys(names) if were.get(name) != now.function(name)]
+    if isinstance(sink.destination, Webhook):
+        endpoint = sink.destination.http_endpoint
+        if now.http_endpoint(endpoint) not in before.http_endpoints:
+            found.append(f"http_endpoint {endpoint}")
+    return found
+
+
+async def _change(pipeline: Pipeline, known: Sink, sink: Sink, others: list[str], done: Reloaded) -> None:
     fields = [name for name in type(sink).model_fields if getattr(known, name) != getattr(sink, name)]
     late = [name for name in fields if name not in _AT_ONCE]
+    if "source" in fields and (late or others):
+        late = [*fields, *others]
     if late:
         done.waits.append(f"sink {sink.name}: {', '.join(late)}")
-    if len(late) < len(fields):
+    if not set(fields) <= set(late):
         await pipeline.change(known.model_copy(update={name: getattr(sink, name) for name in _AT_ONCE}))
         done.changed.append(sink.name)
