@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 
 from functions.messages import bodies, failure, message, outcomes, python, running, transform
@@ -84,6 +85,29 @@ async def test_what_functions_see() -> None:
     assert isinstance(metadata, dict)
     assert metadata["table_name"] == "jobs"
     assert (await failure(transform("return metadata.nothing"))).detail.startswith("AttributeError: metadata has no")
+
+
+async def test_names_of_methods_and_lists_in_metadata() -> None:
+    enrichment = {"items": [{"name": 1, "keys": {"get": 4}}, [{"a": 1}], 5], "keys": 1, "values": None, "get": "g"}
+    given = orjson.loads(message(1))
+    given["metadata"]["enrichment"] = enrichment
+    spec = transform(
+        """
+import copy, pprint
+found = metadata.enrichment
+assert found.items[0].name == 1 and found.items[0].keys.get == 4 and found.items[1][0].a == 1 and found.items[2] == 5
+assert (found.keys, found.values, found.get, found.pop("nothing", 7)) == (1, None, "g", 7)
+assert found.items is metadata.enrichment.items is metadata["enrichment"]["items"]
+assert metadata.get("nothing", 5) == 5 and "table_name" in metadata.keys() and isinstance(found, dict)
+def named(**names): return names
+for one in (found, metadata):
+    assert dict(one) == {**one} == named(**one) == one | {} == json.loads(json.dumps(one)) == one
+    assert json.loads(json.dumps([one], indent=1, sort_keys=True)) == [one] == [copy.deepcopy(one)] == [copy.copy(one)]
+    assert pprint.pformat(one)
+return [[found, metadata.enrichment, {1: found}]]
+"""
+    )
+    assert await bodies(spec, orjson.dumps(given)) == [[enrichment, enrichment, {"1": enrichment}]]
 
 
 async def test_each_function_sees_the_message_as_it_came() -> None:

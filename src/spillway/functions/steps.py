@@ -7,6 +7,7 @@ Without a Python function there is nothing to be read but for the transform.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from traceback import extract_tb
 from typing import Final
@@ -48,16 +49,42 @@ class TooLarge(Wrong):
 
 
 class Metadata(dict[str, object]):
-    """``metadata["table_name"]`` and ``metadata.table_name`` are the same, at any depth."""
+    """``metadata["table_name"]`` and ``metadata.table_name`` are the same, at any depth, also in lists; where the name
+    is one of a dictionary's methods (a column ``items``) as well.
+
+    Code that is not the user's is given the methods nonetheless: `json` asks a dictionary for its ``items``.
+    """
 
     __slots__ = ()
 
-    def __getattr__(self, name: str) -> object:
-        try:
-            value = self[name]
-        except KeyError:
-            raise AttributeError(f"metadata has no {name}") from None
-        return Metadata(value) if type(value) is dict else value
+    def __getattribute__(self, name: str) -> object:
+        if name not in self or name.startswith("__"):
+            try:
+                return super().__getattribute__(name)
+            except AttributeError:
+                raise AttributeError(f"metadata has no {name}") from None
+        if name in _METHODS and _is_ours(sys._getframe(1).f_code.co_filename):
+            return super().__getattribute__(name)
+        value = self[name]
+        if type(value) is dict:
+            value = self[name] = Metadata(value)
+        elif type(value) is list:
+            _wrap_objects(value)
+        return value
+
+
+_METHODS: Final = frozenset(name for name in dir(dict) if not name.startswith("__"))
+
+
+def _wrap_objects(items: list[object]) -> None:
+    """In place. What has come with the message is whole: once one of the objects is wrapped, all are."""
+    for place, item in enumerate(items):
+        if type(item) is dict:
+            items[place] = Metadata(item)
+        elif type(item) is Metadata:
+            return
+        elif type(item) is list:
+            _wrap_objects(item)
 
 
 class Steps:
