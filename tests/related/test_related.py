@@ -285,6 +285,7 @@ def test_a_table_without_a_primary_key_needs_columns(board: Board) -> None:
 def test_a_related_table_that_is_renamed_is_told_of_as_what_it_is(board: Board) -> None:
     board.configure(jobs_sink())
     board.begin()
+    board.sql("update companies set name = 'known' where id = 1")
     board.wait_right()
     board.sql("alter table companies rename to firms", "update firms set name = 'renamed' where id = 1")
     board.wait(lambda: board.status("jobs")["state"] == "gap", "the sink to tell")

@@ -80,7 +80,7 @@ async def test_what_it_missed_is_everything(monkeypatch: pytest.MonkeyPatch) -> 
                 assert one.delivery.gap is not None and one.delivery.gap.last_lsn is None
                 await one.tick(100)
                 assert due(store) == []
-                assert [found.code for found in one.findings([])] == ["related"]
+                assert [found.code for found in one.findings([])] == ["related_gap"]
             while one.delivery.gap is not None:
                 await one.tick(200)
             assert due(store) == [(JOBS, EVERYTHING), (TAGS, EVERYTHING)]

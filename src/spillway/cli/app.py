@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SINK_COLUMNS = ("SINK", "TYPE", "STATE", "SINCE", "BACKLOG", "BYTES", "OLDEST", "PARKED", "DEAD", "DELIVERED")
 DATABASE_COLUMNS = ("DATABASE", "SLOT", "LAG", "CONFIRMED")
 WELL = ("idle", "caught_up")
+_FAILING = ("full", "down", "retrying", "stalled", "parked")  # of which the last error tells
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -177,7 +178,8 @@ def _show_sinks(found: list[output.Row]) -> None:
     output.table(SINK_COLUMNS, map(_sink_cells, found))
     for sink in found:
         if sink.get("state") not in WELL or sink.get("reason"):
-            reason, last_error = str(sink.get("reason") or ""), str(sink.get("last_error") or "")
+            reason = str(sink.get("reason") or "")
+            last_error = str(sink.get("last_error") or "") if sink.get("state") in _FAILING else ""
             parts = [reason, "" if last_error in reason else last_error, str(sink.get("remedy") or "")]
             if any(parts):
                 output.emit(output.printable(f"{sink.get('name')}: {'; '.join(filter(None, parts))}"))

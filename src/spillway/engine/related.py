@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import orjson
 import structlog
@@ -33,7 +34,7 @@ from spillway.config.shape import Related
 from spillway.errors import Finding
 from spillway.flow.delivery import Delivery
 from spillway.flow.fanout import FanOut, group_columns
-from spillway.flow.health import Health
+from spillway.flow.health import RELATED, Health
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.refresh import Refresh, Table
@@ -157,13 +158,23 @@ class Companion:
     # -- what people see --------------------------------------------------------------------------------------------
     def findings(self, refused: Sequence[Finding]) -> list[Finding]:
         """What is wrong with it, for its sink's health. ``refused``: tables that it cannot take."""
-        self.health.refused = list(refused)
+        self.health.refused = [self._told(finding) for finding in refused]
         self.health.update(self.delivery, self._clock.monotonic(), self._clock.wall())
         found = [Finding("refresh", refresh.trouble, "") for refresh in self.refreshes.values() if refresh.trouble]
         if self.health.state not in WELL or self.health.refused:
             what = f"documents wait for changes of related tables ({self.health.state}): {self.health.reason}"
-            found.append(Finding("related", what, self.health.remedy))
+            remedy = self.health.remedy
+            if self.health.state == "gap":  # what it missed is seen to in `tick`
+                remedy = "; ".join(finding.remedy for finding in self.health.refused)
+            found.append(Finding(f"{RELATED}{self.health.state}", what, remedy))
         return found
+
+    def _told(self, finding: Finding) -> Finding:
+        """What is said of a sink's table is not what mends a related one."""
+        if finding.code != "table_renamed":
+            return finding
+        remedy = f"rename it back, or name the new one in related of sink {self.sink.name} and start again"
+        return replace(finding, remedy=f"{remedy}; either way all documents are refreshed then")
 
     def has_passed(self, lsn: int) -> bool:
         """What changes up to there have called for is due, or done."""

@@ -18,7 +18,8 @@ idle       everything is delivered, and nothing has come for a minute
 ========== ============================================================================================
 
 Beside whatever the state is, reason and remedy name the tables that cannot be delivered, and those whose existing rows
-were promised and did not all come.
+were promised and did not all come. Of a sink that is well by itself the state is that of its companion, if that is not:
+documents that stay stale are nothing less to be told of than changes that wait.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _log = structlog.get_logger()
 
 _TROUBLE = ("parked", "down", "full", "gap")  # states in which somebody is needed, or may be
 _COMPANION = "~"  # in the name of a sink's companion, behind the name of the sink
+_WELL = ("idle", "caught_up", "behind")
+RELATED = "related_"  # the code of what a sink's companion suffers from: this, and the state that it is in
 
 
 @dataclass(slots=True)
@@ -52,20 +55,23 @@ class Health:
     remedy: str = ""
     since: float = 0.0
     refused: list[Finding] = field(default_factory=list)  # tables that cannot be delivered
-    owed: list[Finding] = field(default_factory=list)  # backfills that have failed
+    owed: list[Finding] = field(default_factory=list)  # backfills that have failed, and what its companion suffers from
     refreshing: str = ""  # documents that are not right yet, for longer than a moment
     not_read: str = ""  # why the slot is not read, which every sink of it says
 
     def update(self, delivery: Delivery, now: float, wall: float) -> None:
         state, self.reason, self.remedy = judge(delivery, now)
-        if self.refreshing and state in ("idle", "caught_up", "behind"):
+        if self.refreshing and state in _WELL:
             state, self.reason = "behind", "; ".join(filter(None, [self.reason, self.refreshing]))
         if self.not_read and not (delivery.blocks and state == "full"):
-            state = "stalled" if state in ("idle", "caught_up", "behind") else state
+            state = "stalled" if state in _WELL else state
             self.reason = f"{self.reason}; the slot is not read: {self.not_read}".lstrip("; ")
             self.remedy = self.remedy or "mend what keeps the slot from being read"
-        if self.refused and state in ("idle", "caught_up", "behind"):
+        if self.refused and state in _WELL:
             state = "gap"  # acknowledged, but what comes of these tables passes by still
+        for finding in self.owed:
+            if state in _WELL and finding.code.startswith(RELATED):
+                state = finding.code.removeprefix(RELATED)
         if beside := [*self.refused, *self.owed]:
             told = [f.what for f in beside if f.what not in self.reason]
             self.reason = "; ".join(filter(None, [self.reason, *told]))
