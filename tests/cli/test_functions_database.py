@@ -188,6 +188,25 @@ def test_workers_that_take_too_much_of_the_limit(write: Write, capsys: pytest.Ca
     assert [found["code"] for found in findings(capsys, file)] == ["functions_memory"]
 
 
+def test_rows_that_there_is_no_room_for(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit that is named would do."""
+    shape = function("shape", "transform", "return record")
+    file = write(JOINED, shape, enrichment="joined", transform="shape")
+    limit_mb = 128
+    for expected in (["large_rows"], []):
+        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "memory": {"limit_mb": limit_mb}}))
+        _, found = answer(capsys, "check", str(file))
+        assert [one["code"] for one in found] == expected
+        if found:
+            assert found[0]["severity"] == "warning"
+            limit_mb = int(found[0]["remedy"].split(",")[0].removeprefix("memory.limit_mb: "))
+            assert 128 < limit_mb < 256
+            sink = yaml.safe_load(file.read_text())["sinks"][0]
+            whole = yaml.safe_load(file.read_text())
+            whole["sinks"] = [{**sink, "max_message_bytes": "16MB"}]
+            file.write_text(yaml.safe_dump(whole))
+
+
 @pytest.mark.parametrize(
     ("sql", "code", "what"),
     [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from spillway.cli.messages import made_up
 from spillway.config import Blackhole, Config, Database, Function, Sink, TableName
-from spillway.engine.shaping import new_budget, new_functions
+from spillway.engine.shaping import new_functions, room_findings
 from spillway.errors import Finding, SpillwayError
 from spillway.functions.base import Failure, Outcome
 from spillway.sinks.base import message_suffix
@@ -208,7 +208,7 @@ async def _findings(config: Config) -> list[Finding]:
     sinks = [sink for sink in config.sinks if sink.status != "disabled"]
     found: list[Finding] = []
     try:
-        new_budget(config, sinks)
+        found += room_findings(config, sinks)
     except SpillwayError as error:  # their workers take too much of the limit
         found.append(Finding(error.code, error.what, error.remedy))
     for sink in sinks:

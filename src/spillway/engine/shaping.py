@@ -6,10 +6,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from spillway.chunk import Message
+from spillway.clock import SystemClock
 from spillway.config import Config, Database, Function, Search, Sink, Sqlite
-from spillway.errors import SpillwayError
+from spillway.errors import Finding, SpillwayError
 from spillway.flow.budget import REREAD_EIGHTHS, SHAPING_EIGHTHS, Budget
 from spillway.flow.inflow import Process
+from spillway.flow.lending import Lending
 from spillway.flow.outgoing import Steps
 from spillway.flow.shaping import Shaping
 from spillway.functions.base import Functions
@@ -70,7 +72,44 @@ def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:
             f"set memory.limit_mb to at least {2 * workers_bytes // MIB}, or function_limits.memory_mb lower",
         )
     companions = sum(bool(sink.related) for sink in sinks)
-    return Budget(limit_bytes, len(sinks) + companions, shaped, eighths if shaped else 0)
+    return Budget(
+        limit_bytes, len(sinks) + companions, shaped, eighths if shaped else 0, whole_bytes=config.memory.limit_bytes
+    )
+
+
+def room_findings(config: Config, sinks: Iterable[Sink]) -> list[Finding]:
+    """Sinks for which rows are read, and the memory limit is too small for one of `max_message_bytes`."""
+    sinks = list(sinks)
+    budget = new_budget(config, sinks)
+    found: list[Finding] = []
+    for sink in sinks:
+        if sink.enrichment is None and sink.toast != "reselect":
+            continue
+        share = budget.shaping_share()
+        lending = Lending(
+            share,
+            SystemClock(),
+            0,
+            sink.max_message_bytes if _has_functions(sink) else None,
+            rereads=sink.toast == "reselect",
+            enriches=sink.enrichment is not None,
+            whole=True,
+        )
+        needed = lending.needed(0, sink.max_message_bytes)
+        if needed > share.most_alone_bytes:
+            largest = lending.largest_row(0, share.most_alone_bytes)
+            found.append(
+                Finding(
+                    "large_rows",
+                    f"a row that is read for a message may have {largest // MIB} MB here, less than max_message_bytes:"
+                    " a larger one fails its message",
+                    f"memory.limit_mb: {share.limit_mb_for(needed)}, or max_message_bytes"
+                    f" {max(1, largest // MIB)}MB for this sink",
+                    "warning",
+                    sink=sink.name,
+                )
+            )
+    return found
 
 
 def worker_bytes(config: Config, sink: Sink) -> int:
@@ -117,7 +156,7 @@ def new_shaping(
             config.function(sink.enrichment).code or "",
             timeout_seconds=timeout_seconds,
         )
-    result_bytes = min(sink.max_message_bytes, share.most_bytes // RESULT_PART)
+    result_bytes = min(sink.max_message_bytes, share.own.most_bytes // RESULT_PART)
     steps = Steps(
         suffix,
         keeps_rows=keeps_rows,
@@ -160,9 +199,13 @@ def new_functions(config: Config, sink: Sink, result_bytes: int) -> Functions | 
         return OutboxFunctions(
             outbox.payload, outbox.routing, outbox.headers, emitted=outbox.prefix is not None, key=outbox.key
         )
-    if not any(getattr(sink, key) is not None for key in _PYTHON):
+    if not _has_functions(sink):
         return None
     return build(_spec(config, sink, result_bytes))
+
+
+def _has_functions(sink: Sink) -> bool:
+    return sink.outbox is not None or any(getattr(sink, key) is not None for key in _PYTHON)
 
 
 def _spec(config: Config, sink: Sink, result_bytes: int) -> FunctionSpec:

@@ -241,9 +241,9 @@ class ShapingShare:
     def most_alone_bytes(self) -> int:
         return self.own.most_bytes + self._common.limit_bytes
 
-    def limit_for(self, size_bytes: int) -> int:
+    def limit_mb_for(self, size_bytes: int) -> int:
         """The process limit with which `take_alone` could grant so much."""
-        return -(-self._limit_bytes * size_bytes // self.most_alone_bytes)
+        return 1 + -(-self._limit_bytes * size_bytes // self.most_alone_bytes >> 20)
 
     def available_bytes(self) -> int:
         """What ``try_take`` would grant just now."""
@@ -297,10 +297,14 @@ class ShapingShare:
 
 class Budget:
     """The process limit, divided. ``held_bytes`` never exceeds ``limit_bytes``. ``shaped``: how many of the sinks have
-    a share of the shaping pool, which has so many eighths of the limit."""
+    a share of the shaping pool, which has so many eighths of the limit. ``whole_bytes``: the limit with what is beside
+    it, if that is more."""
 
-    def __init__(self, limit_bytes: int, sinks: int, shaped: int = 0, shaping_eighths: int = 0) -> None:
+    def __init__(
+        self, limit_bytes: int, sinks: int, shaped: int = 0, shaping_eighths: int = 0, whole_bytes: int = 0
+    ) -> None:
         self.limit_bytes = limit_bytes
+        self._whole_bytes = max(limit_bytes, whole_bytes)
         eighth = limit_bytes // 8
         self.capture = Pool("capture", CAPTURE_EIGHTHS * eighth)
         self.window = Pool("window", (WINDOW_EIGHTHS - shaping_eighths // 2) * eighth)
@@ -334,7 +338,7 @@ class Budget:
             )
         guaranteed_bytes = self._shaping_guaranteed_bytes if len(self._shaping_shares) < self._shaped else 0
         own = Share(self.shaping, guaranteed_bytes, lambda: None)
-        share = ShapingShare(own, self.common, self._wake_all, self.limit_bytes)
+        share = ShapingShare(own, self.common, self._wake_all, self._whole_bytes)
         self._shaping_shares.append(share)
         return share
 

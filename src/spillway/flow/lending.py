@@ -176,6 +176,11 @@ class Lending:
         body_bytes += self._suffix_bytes
         return self._cost(1, body_bytes, size_bytes, size_bytes, body_bytes + size_bytes, 1.0)
 
+    def largest_row(self, body_bytes: int, most_bytes: int) -> int:
+        """The size for which so much is needed, about."""
+        sizes = range(0, most_bytes, STEP_BYTES)
+        return sizes[max(1, bisect_right(sizes, most_bytes, key=lambda size: self.needed(body_bytes, size))) - 1]
+
     async def _taken(self, sums: _Sums) -> _Plan:
         while True:
             plan = self._plan(sums, self.share.most_bytes)
@@ -230,10 +235,8 @@ class Lending:
         # More than the shaping pool has is waited for only where the row is known to be so large.
         most = self.share.most_alone_bytes if sums.known_bytes[0] else self.share.own.most_bytes
         if plan.count == 1 and plan.cost_bytes > most:
-            body_bytes = sums.bodies_bytes[0] - self._suffix_bytes
-            sizes = range(0, most, STEP_BYTES)
-            fits = bisect_right(sizes, most, key=lambda size: self.needed(body_bytes, size))
-            plan = _Plan(1, sizes[max(0, fits - 1)], sizes[max(0, fits - 1)], most)
+            row_bytes = self.largest_row(sums.bodies_bytes[0] - self._suffix_bytes, most)
+            plan = _Plan(1, row_bytes, row_bytes, most)
         return plan
 
     def _cost(

@@ -206,7 +206,7 @@ class Shaping:
             return ""
         return (
             f"which takes {needed // MIB} MB of the {self.share.most_alone_bytes // MIB} MB that memory.limit_mb"
-            f" leaves; {-(-self.share.limit_for(needed) // MIB)} would do"
+            f" leaves; {self.share.limit_mb_for(needed)} would do"
         )
 
 
