@@ -78,8 +78,7 @@ class Delivery(Settling):
             async with asyncio.TaskGroup() as tasks:
                 while not self._stopping:
                     self._wake.clear()
-                    wait_seconds = self._work(tasks)
-                    self._give_way()
+                    wait_seconds = min(self._work(tasks), self._give_way())
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(wait_seconds):
                             await self._wake.wait()

@@ -21,6 +21,7 @@ from spillway.sinks.base import Sink
 from spillway.store.base import SinkState, Write
 
 READ_BYTES = 4 << 20  # bodies of one page: enough to fill a request, small enough to share the pool
+KEEP_SECONDS = 0.25
 
 
 class DoesNotFit(SpillwayError):
@@ -35,6 +36,7 @@ class Readback(Inflow):
         self.batch_size = BatchSize(spec.batch_size, spec.timeout_seconds)
         self._next_bytes = 0  # credit for the first of the next page, if it is known that there is no room for it
         self._reading = False
+        self._read_at = float("-inf")  # when the last page came
         self._steps_at_read = 0  # `Passes.steps` when the page that is being read was asked for
         self._lane_mended = False  # the last retry brought back a key that had failed: try all the others
         self._removals = 0  # counts what makes heads of lanes unusable that are read and not sent yet
@@ -69,15 +71,21 @@ class Readback(Inflow):
             return False
         return not self.window.waiting or self._share.available_bytes() >= size_bytes
 
-    def _give_way(self) -> None:
+    def _give_way(self) -> float:
         """What could be sent is in flight by now. If anyone waits for delivery credit the rest is only a cache: those
-        who wait may hold the very slots in which it would be sent, and wait for it (I7)."""
+        who wait may hold the very slots in which it would be sent, and wait for it (I7). But a page is kept for a
+        moment: a sink of small requests would read it for each of them anew. Returns after how many seconds to look
+        again."""
         if not self._share.contended or not self._read_back or not self.window.waiting:
-            return
+            return float("inf")
+        left = self._read_at + KEEP_SECONDS - self._clock.monotonic()
+        if left > 0:
+            return left
         if self.stored:
             self.drop_cache()
         else:
             self._spill()
+        return float("inf")
 
     async def _read(self, wanted: int) -> None:
         """The next page of the queue into the window; becomes direct when there is none."""
@@ -113,6 +121,7 @@ class Readback(Inflow):
                         self._remember(span)
                         left -= span.credit
                     hold += self._take_in(span, held)
+                self._read_at = self._clock.monotonic()
                 self._skip = {row for row in self._skip if row > self._cursor}
                 self._hold_read(hold)
             finally:
