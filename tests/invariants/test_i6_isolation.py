@@ -12,6 +12,7 @@ import pytest
 from invariants.instruments import Script, commit_sized, positions, script, turns, until
 from invariants.world import FastClock, World
 from spillway.chunk import Message
+from spillway.flow import readback
 from spillway.flow.health import judge
 from spillway.flow.limits import Limits
 from spillway.sinks.base import OK, Result, reject, retry, sink_down
@@ -226,3 +227,28 @@ async def test_twenty_five_sinks_and_one_of_each_trouble(world: World) -> None:
         for well in wells:
             assert len(set(positions(well.applied))) == 120
         assert engine.budget.held_bytes <= engine.budget.limit_bytes
+
+
+async def test_a_sink_of_small_requests_reads_its_page_once_though_others_wait_for_credit(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readback, "KEEP_SECONDS", 60.0)  # the clock of this world is fast
+    world.limit_bytes = 1 << 20
+    sink = script(world, "small", lambda _: OK, batch_size=1)
+    async with world.running() as engine:
+        delivery = engine.deliveries["small"]
+        delivery.paused = True
+        commit_sized(world, *((f"k{i}", 100) for i in range(60)))
+        await until(lambda: delivery.counters.messages == 60)
+        common = engine.budget.common
+        assert common.try_take(1)
+        waits = asyncio.create_task(common.take(common.limit_bytes))
+        await until(lambda: delivery._share.contended)
+        reads = engine.store.reads
+        delivery.paused = False
+        delivery.wake()
+        await until(lambda: len(sink.applied) == 60)
+        assert engine.store.reads - reads < 15, engine.store.reads - reads
+        common.give(1)
+        await waits
+        common.give(common.limit_bytes)
