@@ -227,6 +227,68 @@ async def test_a_loop_that_stood_still_blames_nobody() -> None:
     await functions.close()
 
 
+STANDS_ONCE = """
+import os, time
+if record['id'] == 5 and not os.path.exists({marker!r}):
+    open({marker!r}, 'w').close()
+    time.sleep(60)
+return record
+"""
+
+
+async def until_it_runs(functions: IsolatedFunctions, place: int) -> None:
+    while functions._worker is None or functions._worker._status[0] != place:
+        await asyncio.sleep(0)
+
+
+async def test_a_worker_that_somebody_kills_costs_no_message(tmp_path: Path) -> None:
+    """The kernel's OOM killer, say; which message was running is no guilt of its own."""
+    functions = IsolatedFunctions(transform(STANDS_ONCE.format(marker=str(tmp_path / "ran")), timeout_seconds=600))
+    call = asyncio.create_task(functions([message(number) for number in range(10)], [False] * 10))
+    await until_it_runs(functions, 5)
+    worker = functions.pid
+    assert worker is not None
+    os.kill(worker, signal.SIGKILL)
+    assert await call == [(Output(orjson.dumps({"id": number})),) for number in range(10)]
+    assert functions.pid != worker
+    await functions.close()
+
+
+async def test_whoever_stops_a_service_does_not_end_it() -> None:
+    """systemd sends SIGTERM to all of a service's processes."""
+    functions = IsolatedFunctions(transform("import time\ntime.sleep(0.2)\nreturn record"))
+    await functions.open()
+    worker = functions.pid
+    assert worker is not None
+    call = asyncio.create_task(functions([message(1)], [False]))
+    await until_it_runs(functions, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(worker, number)
+    assert await call == [(Output(b'{"id":1}'),)]
+    assert functions.pid == worker
+    await functions.close()
+    assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+async def test_what_stands_still_is_not_late(monkeypatch: pytest.MonkeyPatch, patient: bool) -> None:
+    """A container that is paused: both processes stand still beyond every limit. Patient: only the worker judges."""
+    if patient:
+        monkeypatch.setattr(process, "GRACE_SECONDS", 60.0)
+    functions = IsolatedFunctions(transform("import time\ntime.sleep(0.2)\nreturn record", timeout_seconds=0.5))
+    await functions.open()
+    worker = functions.pid
+    assert worker is not None
+    call = asyncio.create_task(functions([message(1), message(2)], [False] * 2))
+    await until_it_runs(functions, 0)
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(1.5)  # noqa: ASYNC251 - what is tested: this process stands still
+    os.kill(worker, signal.SIGCONT)
+    assert await call == [(Output(b'{"id":1}'),), (Output(b'{"id":2}'),)]
+    assert functions.pid == worker or not patient
+    await functions.close()
+
+
 async def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = IsolatedFunctions(transform("return record"))
     with monkeypatch.context() as patch:

@@ -3,9 +3,12 @@
 A call is cut into requests of `REQUEST_BYTES`; results are taken in parts, so that neither side holds much of a batch
 twice. When the worker is lost, the message that was running fails, and a new worker goes on with the rest. What the
 lost one had done and not yet said is run again, *carefully*: with each result sent at once, the next loss, if it is the
-fault of one of these messages, is known to be of the first that has no result. So a message that is found guilty costs
-one new worker, and two where nothing said which it was, or where what it died of (a segmentation fault) may be what
-messages before it have left behind.
+fault of one of these messages, is known to be of the first that has no result.
+
+A worker that ends by a signal, or does not come back in time, may be somebody else's doing: the kernel's where memory
+runs out, an operator's, a machine's that stood still, or what messages before have left behind. So the message that was
+running is *warned*: it is run again alone, in a worker of its own, and is guilty if that is lost as well. What ends its
+process by itself (``os._exit``) or closes its files is guilty at once.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ ANSWER_SECONDS: Final = 5.0  # then what is there is sent first, if the caller t
 
 @dataclass(slots=True)
 class _Progress:
-    """Of one call. ``suspects``: up to here it is run carefully. ``warned``: a worker broke down over them once.
+    """Of one call. ``suspects``: up to here it is run carefully. ``warned``: a worker was lost over them once.
     ``guilty``: failures that are decided, by place."""
 
     at: int = 0
@@ -95,7 +98,12 @@ class IsolatedFunctions:
             return
         first = progress.at
         careful = first < progress.suspects
-        end = _request_end(messages, first, min(progress.guilty, default=len(messages)))
+        if first in progress.warned:
+            end = first + 1
+            await self._renew()
+        else:
+            ahead = [place for place in (*progress.guilty, *progress.warned) if place > first]
+            end = _request_end(messages, first, min(ahead, default=len(messages)))
         if careful:
             end = min(end, progress.suspects)
         worker = await self._started()
@@ -113,25 +121,23 @@ class IsolatedFunctions:
                 await self._renew()
         except Broken:
             await self._renew()
-            self._blame(
-                progress, careful, end, None, failed("function_crashed", "the function has disturbed its process")
-            )
+            disturbed = failed("function_crashed", "the function has disturbed its process")
+            self._blame(progress, careful, end, Lost(None, disturbed), None)
         except Lost as lost:
             await self._renew()
             self._must_be_open()
             place = None if lost.place is None else first + lost.place
-            if lost.faulty and place is not None and place not in progress.warned:
-                progress.warned.add(place)
-                return
-            self._blame(progress, careful, end, place, lost.failure)
+            self._blame(progress, careful, end, lost, place)
 
-    def _blame(self, progress: _Progress, careful: bool, end: int, place: int | None, failure: Made) -> None:
+    def _blame(self, progress: _Progress, careful: bool, end: int, lost: Lost, place: int | None) -> None:
         if place is None or not progress.at <= place < end:
             place = progress.at if careful else None
         if place is None:
             progress.suspects = end
+        elif not lost.certain and place not in progress.warned:
+            progress.warned.add(place)
         else:
-            progress.guilty[place] = failure
+            progress.guilty[place] = lost.failure
             progress.suspects = place
 
     async def _started(self) -> WorkerProcess:

@@ -3,6 +3,9 @@
 Nobody waits for it without an end: it has so long to load, and while it works ``status`` says since when the message
 that is running does. It leads a process group of its own, which is killed as a whole.
 
+Here the time is the wall's, which runs on while a machine, a container or one of the two processes stands still. So a
+loss for lateness is no proof against the message, nor is an end by a signal, which anybody may have sent (`Lost`).
+
 It ends with the thread that has started it (so Linux has it), which is that of the loop.
 """
 
@@ -36,7 +39,7 @@ LAST_LOOK_SECONDS: Final = 0.05
 REAP_SECONDS: Final = 5.0  # for a process to be gone that was killed: longer if the kernel holds it, at a dead disk say
 END_SECONDS, POLL_SECONDS = 0.2, 0.005  # for a process that has let go of its files to be gone
 HEAD_BYTES: Final = 64 << 10  # what an answer may have besides its results
-# How a process ends that disturbs itself, and orjson at the memory limit.
+# How orjson ends at the memory limit; also a process that disturbs itself.
 FAULTS: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 MAYBE_MEMORY: Final = ", as it may at its memory limit"
 ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")  # nothing that could be a secret
@@ -44,13 +47,13 @@ ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PA
 
 class Lost(Exception):
     """The worker is gone or useless. ``place``: the message of the request that was running, None if not known.
-    ``faulty``: it may have been the doing of messages before."""
+    ``certain``: it was the doing of a message, nobody else's."""
 
-    def __init__(self, place: int | None, failure: Made, faulty: bool = False) -> None:
+    def __init__(self, place: int | None, failure: Made, *, certain: bool = True) -> None:
         super().__init__()
         self.place = place
         self.failure = failure
-        self.faulty = faulty
+        self.certain = certain
 
 
 class WorkerProcess:
@@ -150,7 +153,7 @@ class WorkerProcess:
                     return await self._reader.readexactly(size)
             except TimeoutError:
                 if late and self._left_seconds() <= 0:
-                    raise Lost(self._place(), self._late()) from None
+                    raise Lost(self._place(), self._late(), certain=False) from None
                 late = self._left_seconds() <= 0  # if it was this process that slept, there is something to be read
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise await self._lost() from None
@@ -180,7 +183,8 @@ class WorkerProcess:
             return Lost(None, made.failed("function_crashed", "the function has closed the files of its process"))
         place = self._place()
         failure = made.failed("function_crashed", f"the function has ended its process{await self._ended()}")
-        return Lost(place, failure, -(self._child.returncode or 0) in FAULTS)
+        by_signal = (self._child.returncode or 0) < 0
+        return Lost(place, failure, certain=not by_signal)
 
     def _has_ended(self) -> bool:
         """By itself; it is still to be waited for, so that its group is there to be killed."""

@@ -5,15 +5,17 @@ It reads requests from a socket and answers them (`spillway.functions.made`), on
 code does to it costs the message that was being worked on:
 
 - An exception, `SystemExit` and `RecursionError` included, is a failure of the message. So is its time limit: a timer
-  raises `Late` in user code, and again for as long as somebody catches it. What does not come back at all the parent
-  kills: ``status``, a page that both have mapped, says which message is running and since when.
+  raises `Late` in user code, and again for as long as somebody catches it. Time in which this process stood still (a
+  container that is paused) does not count: the timer came late, and no CPU was used. What does not come back at all
+  the parent kills: ``status``, a page that both have mapped, says which message is running and since when.
 - Its memory is limited (RLIMIT_AS). At the limit this process is replaced, since what is left of the memory may be in
   pieces, or leaked by others: a message fails if it was the first of its process, else it is run again by the next.
 - Processes may not be started; a thread left behind is a failure, and this process is replaced.
 - What is printed goes nowhere; of the message that fails the beginning is shown. The protocol has a socket of its own.
   Should user code close that, the parent finds the culprit by asking anew, *carefully*: each answer is sent at once.
 
-It ends with its parent: by end of file when idle, by PR_SET_PDEATHSIG at any time (Linux).
+It ends with its parent: by end of file when idle, by PR_SET_PDEATHSIG at any time (Linux). SIGTERM, SIGINT and SIGHUP
+it ignores: who stops a service sends them to all of its processes, and the message that is running is to be finished.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ ROOM_FACTOR: Final = 16
 OPEN_FILES: Final = 64
 TICKS: Final = 10  # how often per time limit it is looked at
 MOST_TICK_SECONDS: Final = 0.1
+LATE_TICKS: Final = 3  # what of a longer pause between two looks counts at least
 PRINTED_CHARACTERS: Final = 300
 PR_SET_PDEATHSIG: Final = 1
 STARTS: Final = frozenset(("os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec", "subprocess.Popen"))
@@ -87,6 +90,9 @@ class Worker:
         self._since = 0
         self._limit = 0
         self._tick_seconds = 0.0
+        self._looked = 0  # when `_tick` did, in nanoseconds; with how much CPU used until then
+        self._looked_cpu = 0
+        self._lived = 0  # how long the message has run by then, pauses of this process left out
         self._printed = Printed()
         self._messages_run = 0
         self._memory_bytes = 0  # of address space, in which user code must do; 0: it is not loaded yet
@@ -209,7 +215,13 @@ class Worker:
         return kind, payload
 
     def _tick(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._running and time.monotonic_ns() - self._since >= self._limit:
+        now, cpu = time.monotonic_ns(), time.process_time_ns()
+        if self._looked < self._since:  # it is another message
+            self._looked, self._lived = self._since, 0
+        worked = max(cpu - self._looked_cpu, int(LATE_TICKS * self._tick_seconds * 1e9))
+        self._lived += min(now - self._looked, worked)
+        self._looked, self._looked_cpu = now, cpu
+        if self._running and self._lived >= self._limit:
             raise Late
 
     def _audit(self, event: str, _arguments: object) -> None:
@@ -272,6 +284,8 @@ def main() -> NoReturn:
             score.write("1000")  # should the machine run out of memory, then rather this than the stream
     except OSError:
         pass  # no Linux, or not allowed
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(connection, False)
     page = mmap.mmap(status, STATUS_BYTES)
     os.close(status)
