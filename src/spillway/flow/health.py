@@ -35,6 +35,7 @@ from spillway.position import format_lsn
 
 STALLED_SECONDS = 60.0
 IDLE_SECONDS = 60.0
+FLOWS_SECONDS = 5.0  # something was delivered so recently: what is parked may fail again and again
 BEHIND_SECONDS = 5.0
 NAMED_TABLES = 10  # so many of a gap are named
 
@@ -113,7 +114,8 @@ def judge(delivery: Delivery, now: float) -> tuple[str, str, str]:
             reason + _compacted(delivery),
             "bring the sink back; it is probed at least every 30 s and catches up by itself",
         )
-    if delivery.queue_throttle.narrow or (delivery.lane_throttle.narrow and counters.queued):
+    flows = now - delivery.last_progress_at < FLOWS_SECONDS
+    if delivery.queue_throttle.narrow or (delivery.lane_throttle.narrow and counters.queued and not flows):
         return (
             "retrying",
             f"every message is rejected, last: {delivery.last_error}",
