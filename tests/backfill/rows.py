@@ -14,14 +14,9 @@ from collections.abc import Mapping
 
 import psycopg
 
-from oracle.rules import Key, Row
 from oracle.workload import TEXTS, Load
 
 KEY_COLUMNS: Mapping[str, tuple[str, ...]] = {"public.items": ("id",), "public.docs": ("kind", "id")}
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "public.items": ("id", "seq", "v"),
-    "public.docs": ("kind", "id", "seq", "v", "body"),
-}
 TABLES = tuple(KEY_COLUMNS)
 SCHEMA = """
 create table public.items (id int primary key, seq bigint not null, v text);
@@ -122,12 +117,3 @@ class RowsLoad(Load):
                     " and not exists (select from docs where kind = %(to_kind)s and id = %(to)s)"
                 )
         connection.execute(query, values)
-
-
-def source_rows(conninfo: str, table: str) -> dict[Key, Row]:
-    """The source's table as it is now, values as PostgreSQL prints them."""
-    columns = COLUMNS[table]
-    with psycopg.connect(conninfo) as connection:
-        listed = ", ".join(f"{column}::text" for column in columns)
-        rows = [dict(zip(columns, row, strict=True)) for row in connection.execute(f"select {listed} from {table}")]
-    return {(table, *(str(row[column]) for column in KEY_COLUMNS[table])): row for row in rows}

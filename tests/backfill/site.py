@@ -7,7 +7,6 @@ text, which the sinks keep (see `oracle.rules.as_text`).
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ import psycopg
 
 from oracle.history import parse_lsn
 from oracle.product import TOKEN, Product
-from oracle.rules import Key, Row, as_text
+from oracle.rules import Key, Row
+from oracle.tables import source_rows, sqlite_rows
 
 ENDED = ("completed", "failed", "cancelled")
 WAIT_SECONDS = 40.0
@@ -116,19 +116,7 @@ class Site:
             yield connection
 
     def source_rows(self, table: str) -> dict[Key, Row]:
-        columns, keys = self._shape(table)
-        listed = ", ".join(f'"{column}"::text' for column in columns)
-        rows = [dict(zip(columns, row, strict=True)) for row in self.sql(f"select {listed} from {table}")]
-        return {(table, *(str(row[key]) for key in keys)): row for row in rows}
-
-    def _shape(self, table: str) -> tuple[list[str], list[str]]:
-        """Columns, and those of the primary key."""
-        found = self.sql(
-            "select attname, exists (select from pg_index where indrelid = attrelid and indisprimary and attnum = any"
-            f" (indkey)) from pg_attribute where attrelid = '{table}'::regclass and attnum > 0 and not attisdropped"
-            " order by attnum"
-        )
-        return [name for name, _ in found], [name for name, in_key in found if in_key]
+        return source_rows(self.conninfo, table)
 
     # -- HTTP -------------------------------------------------------------------------------------------------------
     def post(self, path: str, **body: object) -> dict:
@@ -217,15 +205,7 @@ class Site:
         path.with_suffix(".away").rename(path)
 
     def sqlite_rows(self, name: str, table: str) -> dict[Key, Row]:
-        columns, keys = self._shape(table)
-        listed = ", ".join(f'"{column}"' for column in columns)
-        connection = sqlite3.connect(f"file:{self.folder / name}.db?mode=ro", uri=True)
-        try:
-            found = connection.execute(f'select {listed} from "{table.removeprefix("public.")}"').fetchall()
-        finally:
-            connection.close()
-        rows = [{column: as_text(value) for column, value in zip(columns, row, strict=True)} for row in found]
-        return {(table, *(str(row[key]) for key in keys)): row for row in rows}
+        return sqlite_rows(self.folder / f"{name}.db", self.conninfo, table)
 
     def lines(self, name: str) -> list[dict]:
         """The whole lines of a file sink."""

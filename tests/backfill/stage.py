@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import bisect
 import json
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import psycopg
 
-from backfill.rows import COLUMNS, KEY_COLUMNS, SCHEMA, TABLES, source_rows
+from backfill.rows import KEY_COLUMNS, SCHEMA, TABLES
 from oracle.history import History, SlotHistory, parse_lsn
 from oracle.product import Product, ProductFailed
 from oracle.reads import folded, judge_backfilled
-from oracle.rules import Delivery, Key, Row, Violation, as_text, judge_rows
+from oracle.rules import Delivery, Violation, judge_rows
+from oracle.tables import source_rows, sqlite_rows
 
 DRAIN_SECONDS = 90
 POLL_SECONDS = 0.02
@@ -251,26 +251,13 @@ class Stage:
     def judge_sqlite(self, sink: str, tables: Sequence[str] = TABLES) -> list[Violation]:
         found = []
         for table in tables:
-            rows = _sqlite_rows(self.folder / f"{sink}.db", table)
+            rows = sqlite_rows(self.folder / f"{sink}.db", self.conninfo, table)
             found += judge_rows(source_rows(self.conninfo, table), rows)
         return found
 
 
 def shown(found: Sequence[Violation]) -> str:
     return "\n".join([f"{len(found)} violations", *map(str, found[:20])])
-
-
-def _sqlite_rows(path: Path, table: str) -> dict[Key, Row]:
-    columns = COLUMNS[table]
-    name = table.removeprefix("public.")
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        listed = ", ".join(f'"{column}"' for column in columns)
-        found = connection.execute(f'select {listed} from "{name}"').fetchall()
-    finally:
-        connection.close()
-    rows = [{column: as_text(value) for column, value in zip(columns, row, strict=True)} for row in found]
-    return {(table, *(str(row[column]) for column in KEY_COLUMNS[table])): row for row in rows}
 
 
 def _end_of_last_line(path: Path) -> int:

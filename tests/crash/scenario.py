@@ -23,7 +23,6 @@ from __future__ import annotations
 import bisect
 import json
 import random
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,8 @@ from oracle.endpoint import Recorder
 from oracle.history import SlotHistory, parse_lsn
 from oracle.product import Product
 from oracle.rules import Delivery, Key, Row, Violation, as_text, judge_events, judge_rows
-from oracle.workload import COLUMNS, KEY_COLUMNS, SCHEMA, Load, table_rows
+from oracle.tables import source_rows, sqlite_rows
+from oracle.workload import KEY_COLUMNS, SCHEMA, Load
 
 TABLES = tuple(KEY_COLUMNS)
 QUIET_SECONDS = 120
@@ -239,11 +239,12 @@ class Scenario:
         if "mirror" in self._sinks:
             found = []
             for table in TABLES:
-                found += judge_rows(table_rows(self._conninfo, table), mirror_rows(self._folder / "mirror.db", table))
+                rows = sqlite_rows(self._folder / "mirror.db", self._conninfo, table)
+                found += judge_rows(source_rows(self._conninfo, table), rows)
             verdict.violations["mirror"] = found
         if "search" in self._sinks:
             assert self._search_url is not None
-            expected = table_rows(self._conninfo, "public.jobs")
+            expected = source_rows(self._conninfo, "public.jobs")
             verdict.violations["search"] = judge_rows(expected, index_rows(self._search_url, "jobs", "public.jobs"))
         return verdict
 
@@ -259,23 +260,6 @@ class Scenario:
                 except ValueError:
                     message = {"no JSON": line[:100].decode(errors="replace")}
                 yield Delivery(number, life, message)
-
-
-def mirror_rows(path: Path, table: str) -> dict[Key, Row]:
-    """A table of the sqlite sink."""
-    columns = COLUMNS[table]
-    name = table.removeprefix("public.")
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        made = {row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")}
-        if name not in made:
-            return {}
-        listed = ", ".join(f'"{column}"' for column in columns)
-        found = connection.execute(f'select {listed} from "{name}"').fetchall()
-    finally:
-        connection.close()
-    rows = [{column: as_text(value) for column, value in zip(columns, row, strict=True)} for row in found]
-    return {(table, *(str(row[column]) for column in KEY_COLUMNS[table])): row for row in rows}
 
 
 def index_rows(url: str, index: str, table: str) -> dict[Key, Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,20 @@ def filled(world: World, **standby: bool) -> FakePages:
 
 def names(sink: Script) -> list[str]:
     return [one.key.rpartition(":")[2] for one in sink.took]
+
+
+def no_turns(engine: Engine) -> Callable[[], None]:
+    """No page gets its place before what this returns is called."""
+    take_turns = engine.capture._take_turns
+
+    async def later() -> None:
+        pass
+
+    def let_go() -> None:
+        engine.capture._take_turns = take_turns  # type: ignore[method-assign]
+
+    engine.capture._take_turns = later  # type: ignore[method-assign]
+    return let_go
 
 
 async def all_read(engine: Engine) -> None:
@@ -226,20 +241,13 @@ async def test_a_truncate_that_a_page_does_not_see_makes_it_void(
     sink = script(world, "rows", lambda _: OK, "atomic", Selection(truncates=applied))
     source = filled(world)
     async with world.running() as engine:
-        held = engine.capture._take_turns
-        waits: list[bool] = [True]
-
-        async def later() -> None:
-            if not waits:
-                await held()
-
-        engine.capture._take_turns = later  # type: ignore[method-assign]
+        let_go = no_turns(engine)
         backfill = await engine.backfill("rows")
         await until(lambda: len(source.asked) == 1)
         world.postgres.commit(("truncate", "t"))
         world.postgres.commit(("insert", "k99"))
         await until(lambda: engine.capture.received_lsn >= world.postgres.transactions[-1][1])
-        waits.clear()
+        let_go()
         await all_read(engine)
         assert backfill.state.rows <= 1
     assert "k00" not in names(sink)
@@ -252,19 +260,12 @@ async def test_a_row_of_which_the_sink_got_only_a_part_is_read_again_by_key(worl
     source = filled(world)
     world.postgres.lag = 1.0
     async with world.running() as engine:
-        held = engine.capture._take_turns
-        waits: list[bool] = [True]
-
-        async def later() -> None:
-            if not waits:
-                await held()
-
-        engine.capture._take_turns = later  # type: ignore[method-assign]
+        let_go = no_turns(engine)
         backfill = await engine.backfill("state")
         await until(lambda: len(source.asked) == 1)
         world.postgres.commit(("partial", "k02"), ("update", "k03"))
         await until(lambda: engine.capture.received_lsn >= world.postgres.transactions[-1][1])
-        waits.clear()
+        let_go()
         await all_read(engine)
         assert (backfill.state.superseded, backfill.state.rows) == (1, 21)
         assert backfill.state.parts is not None
@@ -332,20 +333,13 @@ async def test_what_is_carried_outgrows_its_part_and_the_page_is_read_again(
     monkeypatch.setattr("spillway.flow.carried._PART_BYTES", 1 << 20)  # nothing can be remembered
     sink, source = script(world, "events", lambda _: OK), filled(world)
     async with world.running() as engine:
-        held = engine.capture._take_turns
-        waits: list[bool] = [True]
-
-        async def later() -> None:
-            if not waits:
-                await held()
-
-        engine.capture._take_turns = later  # type: ignore[method-assign]
+        let_go = no_turns(engine)
         await engine.backfill("events")
         await until(lambda: len(source.asked) == 1)
         began = engine.capture.carried.began
         world.postgres.commit(("update", "k01"))
         await until(lambda: engine.capture.carried.began > began)
-        waits.clear()
+        let_go()
         await all_read(engine)
     judge_rows(world, "events")
     assert names(sink).count("k01") == 2

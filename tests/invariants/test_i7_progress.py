@@ -12,6 +12,7 @@ import pytest
 from invariants.instruments import (
     HeldStore,
     RecordedStream,
+    Script,
     commit_sized,
     script,
     sole,
@@ -157,8 +158,8 @@ async def test_opening_is_under_the_same_deadline(world: World, phase: str) -> N
         assert len(sink.applied) == 1
 
 
-async def test_probes_of_a_failing_sink_come_at_least_every_thirty_seconds(world: World) -> None:
-    sink = script(world, "s", lambda _: sink_down("refused"))
+def moments_of(sink: Script) -> list[float]:
+    """When the sink is asked from now on."""
     moments: list[float] = []
     send = sink.send
 
@@ -167,6 +168,12 @@ async def test_probes_of_a_failing_sink_come_at_least_every_thirty_seconds(world
         return await send(batch)  # type: ignore[arg-type]
 
     sink.send = timed  # type: ignore[method-assign, assignment]
+    return moments
+
+
+async def test_probes_of_a_failing_sink_come_at_least_every_thirty_seconds(world: World) -> None:
+    sink = script(world, "s", lambda _: sink_down("refused"))
+    moments = moments_of(sink)
     async with world.running():
         world.postgres.commit(("insert", "a"))
         await until(lambda: len(moments) >= 14)
@@ -177,14 +184,7 @@ async def test_probes_of_a_failing_sink_come_at_least_every_thirty_seconds(world
 
 async def test_a_held_key_is_retried_at_least_every_three_minutes(world: World) -> None:
     sink = script(world, "s", lambda _: reject("mapping"))
-    moments: list[float] = []
-    send = sink.send
-
-    async def timed(batch: object) -> object:
-        moments.append(FastClock().monotonic())
-        return await send(batch)  # type: ignore[arg-type]
-
-    sink.send = timed  # type: ignore[method-assign, assignment]
+    moments = moments_of(sink)
     async with world.running():
         world.postgres.commit(("insert", "a"))
         await until(lambda: len(moments) >= 10)

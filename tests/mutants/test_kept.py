@@ -6,63 +6,11 @@ it is held becomes durable only when it is let go.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from invariants import world as the_world
+from invariants.instruments import HeldStore, turns, until
 from invariants.world import FakeSink, FakeStream, World
 from spillway.flow.watermark import Watermark
-
-LOOP_TURNS = 200  # of the event loop: far more than a message needs from one step to the next
-
-
-class HeldStore:
-    """A store whose writes wait while it is held; in all else the real one."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self.held = False
-        self.waiting: list[tuple[Any, Future[Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def write(self, write: Any) -> Future[Any]:
-        if not self.held:
-            return self._store.write(write)
-        future: Future[Any] = Future()
-        self.waiting.append((write, future))
-        return future
-
-    def let_go(self) -> None:
-        self.held = False
-        for write, future in self.waiting:
-            self._store.write(write).add_done_callback(lambda done, future=future: future.set_result(done.result()))
-        self.waiting.clear()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path, seed=1)
-
-
-@pytest.fixture
-def stores(monkeypatch: pytest.MonkeyPatch) -> list[HeldStore]:
-    """The stores that the world opens, the newest last."""
-    opened: list[HeldStore] = []
-    open_store = the_world.open_store
-
-    def open_held(path: Path, clock: the_world.FastClock) -> HeldStore:
-        opened.append(HeldStore(open_store(path, clock)))
-        return opened[-1]
-
-    monkeypatch.setattr(the_world, "open_store", open_held)
-    return opened
 
 
 @pytest.fixture
@@ -77,18 +25,6 @@ def feedbacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(FakeStream, "send_feedback", tell)
     return told
-
-
-async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not done():
-            await asyncio.sleep(0.001)
-
-
-async def turns() -> None:
-    """Lets everything happen that can."""
-    for _ in range(LOOP_TURNS):
-        await asyncio.sleep(0)
 
 
 def asked(sink: FakeSink) -> list[tuple[int, int]]:
@@ -108,7 +44,7 @@ async def test_nothing_is_confirmed_before_its_commit_is_on_disk(
     async with world.running():
         stores[-1].held = True
         world.postgres.commit(("insert", "a"))
-        await until(lambda: any(write.put for write, _ in stores[-1].waiting))
+        await until(lambda: stores[-1].waits(lambda write: write.put))
         before = len(feedbacks)
         await until(lambda: len(feedbacks) >= before + 3)
         assert world.postgres.confirmed_lsn < world.postgres.transactions[0][0]
@@ -156,10 +92,10 @@ async def test_a_key_is_free_only_when_the_removal_of_its_row_has_committed(
         stores[-1].held = True
         delivery.paused = False
         delivery.wake()
-        await until(lambda: any(write.resolved for write, _ in stores[-1].waiting))
+        await until(lambda: stores[-1].waits(lambda write: write.resolved))
         world.postgres.commit(("insert", "b"))  # a newcomer wakes the delivery, which looks for work
         later = (world.postgres.transactions[1][0], 0)
-        await until(lambda: later in asked(sink) or any(write.put for write, _ in stores[-1].waiting))
+        await until(lambda: later in asked(sink) or stores[-1].waits(lambda write: write.put))
         await turns()
         assert (lsn, 0) in applied(sink)
         assert (lsn, 1) not in asked(sink)

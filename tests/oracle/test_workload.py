@@ -7,7 +7,8 @@ import pytest
 
 from oracle.history import SlotHistory
 from oracle.rules import Delivery, Row, judge_events, judge_rows
-from oracle.workload import KEY_COLUMNS, SCHEMA, Load, table_rows
+from oracle.tables import source_rows
+from oracle.workload import KEY_COLUMNS, SCHEMA, Load
 from servers.postgres import VERSIONS, Postgres
 
 
@@ -23,7 +24,7 @@ def test_the_history_replayed_is_the_table(version: str) -> None:
             load.allow(300)
             load.finish()
         history = source.read()
-        expected = {key: row for table in KEY_COLUMNS for key, row in table_rows(conninfo, table).items()}
+        expected = {key: row for table in KEY_COLUMNS for key, row in source_rows(conninfo, table).items()}
     state: dict[tuple[str, ...], Row] = {}
     for event in history.events:
         before: Row = {}

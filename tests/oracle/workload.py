@@ -19,10 +19,7 @@ from typing import Self
 
 import psycopg
 
-from oracle.rules import Key, Row
-
 KEY_COLUMNS: Mapping[str, tuple[str, ...]] = {"public.jobs": ("id",), "public.pairs": ("a", "b")}
-COLUMNS: Mapping[str, tuple[str, ...]] = {"public.jobs": ("id", "seq", "v"), "public.pairs": ("a", "b", "seq", "v")}
 SCHEMA = """
 create table public.jobs (id int primary key, seq bigint not null, v text);
 create table public.pairs (a int, b text, seq bigint not null, v text, primary key (a, b));
@@ -151,12 +148,3 @@ class Load:
                     " and not exists (select from pairs where a = %(c)s and b = %(d)s)"
                 )
         connection.execute(query, values)
-
-
-def table_rows(conninfo: str, table: str) -> dict[Key, Row]:
-    """The source's table as it is now, values as PostgreSQL prints them."""
-    columns = COLUMNS[table]
-    with psycopg.connect(conninfo) as connection:
-        listed = ", ".join(f"{column}::text" for column in columns)
-        rows = [dict(zip(columns, row, strict=True)) for row in connection.execute(f"select {listed} from {table}")]
-    return {(table, *(str(row[column]) for column in KEY_COLUMNS[table])): row for row in rows}
