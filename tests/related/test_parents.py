@@ -155,6 +155,21 @@ async def test_what_fails_is_told_apart(database: str, sql: str, code: str) -> N
         assert await ask(parents, fine, ("1",)) == ["public.parent:1"]
 
 
+@pytest.mark.parametrize(
+    ("sql", "place"),
+    [
+        ("select id,\n nothing from unnest($1) as id", "(line 2, column 2 of the SQL)"),
+        ("delete from parent where id = any($1) returning id", "(line 1, column 8 of the SQL; it must be one SELECT)"),
+    ],
+)
+async def test_a_mistake_in_the_sql_is_told_with_its_place(database: str, sql: str, place: str) -> None:
+    run(database, "create table child (id text primary key)", "create table parent (id text primary key)")
+    async with finding(database) as parents:
+        with pytest.raises(SpillwayError) as failed:
+            await ask(parents, related(sql), ("1",))
+        assert failed.value.what.endswith(place)
+
+
 async def test_a_column_of_another_type_by_now(database: str) -> None:
     run(database, "create table child (id int primary key)", "create table parent (id int primary key)")
     entry = related("select id from unnest($1) as id where pg_typeof(id) = 'text'::regtype or id::text < '5'")

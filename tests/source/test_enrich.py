@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from pathlib import Path
 
 import orjson
@@ -230,6 +231,16 @@ async def test_what_is_wrong_with_the_sql(source: SourceDatabase) -> None:
                 await enriched(enricher, ("1",))
             assert (caught.value.code, type(caught.value)) == (code, SpillwayError), sql
             assert caught.value.remedy
+    told = {
+        "SELECT id,\n  m\nFROM t WHERE id = ANY($1)": r'column "m" does not exist \(line 2, column 3 of the SQL\)$',
+        "SELECT id\nFORM t WHERE id = ANY($1)": r"\(line 2, column 6 of the SQL; it must be one SELECT\)$",
+        "DELETE FROM t WHERE id = ANY($1) RETURNING id": r"\(it must be one SELECT\)$",
+    }
+    for sql, text in told.items():
+        async with enriching(source, sql) as enricher:
+            with pytest.raises(SpillwayError) as caught:
+                await enriched(enricher, ("1",))
+            assert re.search(text, caught.value.what)
     async with enriching(source, "SELECT 1 AS id WHERE $1 IS NOT NULL") as enricher:
         with pytest.raises(SpillwayError, match=r"public\.keyless has no primary key"):
             await enricher.fetch(("public", "keyless"), [("1",)], NOTHING, MANY, MANY)

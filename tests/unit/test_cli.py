@@ -139,6 +139,14 @@ def test_list_for_people_is_not_cut_in_a_pipe(running: Running, shell: Shell, mo
     assert "…" not in out
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), ("Traceback:\n  line 1\n", "Traceback: line 1"), ("x" * 20, "x" * 20), ("x" * 21, "x" * 19 + "…")],
+)
+def test_a_long_detail_is_one_line_and_cut(value: str | None, shown: str) -> None:
+    assert output.line(value, 20) == shown
+
+
 def test_list_by_reason_and_of_nothing(running: Running, shell: Shell) -> None:
     _, out, _ = shell("backlog", "list", SINK, "--reason", "http_422", "--json")
     assert {item["reason"] for item in json.loads(out)} == {"http_422"}

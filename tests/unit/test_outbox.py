@@ -96,6 +96,9 @@ def test_an_emitted_message() -> None:
     )
     part = OutboxFunctions("data", {}, {}, emitted=True)
     assert event(part, {"prefix": "p", "content": {"kind": "x", "data": [1]}}) == (Output(b"[1]"),)
+    failed = event(whole, {"prefix": "p", "content": "no JSON"})
+    assert isinstance(failed, Failure)
+    assert failed.detail == "column kind is not there: the content is no JSON object"
     text = OutboxFunctions(None, {}, {}, emitted=True)
     assert event(text, {"prefix": "p", "content": "hello"}) == (Output(b'"hello"'),)
 

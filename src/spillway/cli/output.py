@@ -1,7 +1,8 @@
 """What people and scripts read: tables with relative times, or JSON.
 
-A table is never cut: on a terminal long cells fold, into a pipe the lines are as long as they must be. Keys, reasons
-and details come from other people's data: characters that a terminal would obey are shown as escapes.
+A table is never cut: on a terminal long cells fold, into a pipe the lines are as long as they must be. Only what may be
+a page by itself (a traceback) is given as its beginning (`line`). Keys, reasons and details come from other people's
+data: characters that a terminal would obey are shown as escapes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ def printable(text: str) -> str:
 
 def text(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
+
+
+def line(value: object, characters: int) -> str:
+    """The text on one line, and no more of it than this."""
+    whole = " ".join(text(value).split())
+    return whole if len(whole) <= characters else f"{whole[: characters - 1]}…"
 
 
 def ago(when: object, now: float | None = None) -> str:

@@ -12,6 +12,7 @@ from spillway.cli import UsageError, options, output
 from spillway.errors import SpillwayError
 
 COLUMNS = ("KEY", "REASON", "ATTEMPTS", "FIRST SEEN", "MESSAGES", "BYTES", "DETAIL")
+DETAIL_CHARACTERS = 120  # of a list: a traceback would make every line as wide as it is long; --json has all of it
 
 
 def pile_app(pile: str, what: str, order: str) -> typer.Typer:
@@ -149,7 +150,7 @@ def _cells(item: output.Row) -> list[str]:
         output.ago(item.get("first_seen")),
         output.text(item.get("messages")),
         output.size(item.get("bytes")),
-        output.text(item.get("detail")),
+        output.line(item.get("detail"), DETAIL_CHARACTERS),
     ]
 
 

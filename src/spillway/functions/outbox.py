@@ -67,16 +67,20 @@ class OutboxFunctions:
         if not raw.startswith(_EVENTS, end):
             return ()
         columns = _columns(raw[RECORD_START:end])
+        missing = "is null or not there"
         if self._emitted:
             content = columns["content"]
-            columns = _columns(content) if content.startswith(b"{") else {}
+            if content.startswith(b"{"):
+                columns = _columns(content)
+            else:
+                columns, missing = {}, "is not there: the content is no JSON object"
             payload = content if self._payload is None else columns.get(self._payload, _NULL)
         else:
             payload = columns.get(self._payload or "", _NULL)
         if payload == _NULL:
-            return Failure("outbox_failed", f"the payload {self._payload or 'content'} is null or not there")
+            return Failure("outbox_failed", f"the payload {self._payload or 'content'} {missing}")
         if self._key is not None and columns.get(self._key, _NULL) == _NULL:
-            return Failure("outbox_failed", f"the key {self._key} is null or not there")
+            return Failure("outbox_failed", f"the key {self._key} {missing}")
         try:
             route: dict[str, object] = {
                 key: _filled(text, columns, _encoded if key == "endpoint_path" else str)
@@ -85,7 +89,7 @@ class OutboxFunctions:
             if self._headers:
                 route["headers"] = {key: _filled(text, columns) for key, text in self._headers.items()}
         except KeyError as error:
-            return Failure("outbox_failed", f"column {error.args[0]} is null or not there")
+            return Failure("outbox_failed", f"column {error.args[0]} {missing}")
         return (Output(_body(payload), route or None),)
 
 

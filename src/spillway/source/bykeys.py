@@ -46,6 +46,7 @@ from spillway.pgoutput.types import renderer_for
 from spillway.position import parse_lsn
 from spillway.source.catalog import types as catalogue_types
 from spillway.source.connect import Connection
+from spillway.source.mistakes import locate, told
 from spillway.source.origin import check_standby
 from spillway.source.pieces import streamed
 from spillway.source.queries import fetch_one
@@ -228,7 +229,7 @@ class ByKeys(ABC):
         pgconn = connection.pgconn
         # By itself at first: so it is one whole statement, and the server's message is about the user's text.
         pgconn.send_prepare(name, question.sql.encode(), question.types)
-        await _result(connection)
+        await _result(connection, question.sql)
         pgconn.send_describe_prepared(name)
         described = await _result(connection)
         columns = tuple((described.fname(i) or b"").decode() for i in range(described.nfields))
@@ -236,7 +237,7 @@ class ByKeys(ABC):
         pgconn.send_query_params(
             types_of(question, columns).encode(), question.literals([]), param_types=question.types
         )
-        types = ((await _result(connection)).get_value(0, 0) or b"").decode()
+        types = ((await _result(connection, "")).get_value(0, 0) or b"").decode()
         oids = [int(oid) for oid in types.split(",")]
         infos: dict[int, TypeInfo] = await catalogue_types(connection, oids)
         renderers = tuple(renderer_for(oid, infos) for oid in oids)
@@ -290,13 +291,13 @@ class ByKeys(ABC):
 
     def _refusal(self, error: psycopg.Error) -> SpillwayError:
         state = error.sqlstate or ""
-        text = f"{self._subject}: {_text(error)}"
+        text = f"{self._subject}: {told(error)}"
         if state == _CANCELLED:
             return SourceUnavailable(
                 f"{self._what}_timeout",
                 text,
                 f"the limit is {self._sessions.timeout_seconds:g} s for all keys of a batch: mend the plan (EXPLAIN), "
-                "or allow for more time",
+                "or allow for more time: enrichment_timeout_ms of the sink",
             )
         if not state or state[:2] in (*_AGAIN, *_LATER):
             return query_refusal(error)
@@ -322,12 +323,15 @@ async def _sees(session: Session, seen: Seen) -> bool:
         raise _AgainError(error) from error
 
 
-async def _result(connection: Connection) -> PGresult:
-    """Of what was sent, which is one thing."""
+async def _result(connection: Connection, sql: str | None = None) -> PGresult:
+    """Of what was sent, which is one thing. ``sql``: what of it is the user's, for the place of a mistake."""
     results: list[PGresult] = await connection.wait(generators.execute(connection.pgconn))
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
-            raise psycopg.errors.error_from_result(result, "utf-8")
+            error = psycopg.errors.error_from_result(result, "utf-8")
+            if sql is not None:
+                locate(error, sql)
+            raise error
     return results[-1]
 
 
@@ -349,7 +353,3 @@ def _rows(pgconn: PGconn, take: Callable[[PGresult], None]) -> PQGen[None]:
             failed = failed or psycopg.errors.error_from_result(result, "utf-8")
     if failed is not None:
         raise failed
-
-
-def _text(error: psycopg.Error) -> str:
-    return " ".join((error.diag.message_primary or str(error)).split())

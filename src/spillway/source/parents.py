@@ -35,6 +35,7 @@ from spillway.config.shape import Related
 from spillway.errors import SourceUnavailable, SpillwayError
 from spillway.position import parse_lsn
 from spillway.source.connect import Connection
+from spillway.source.mistakes import locate, told
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
 from spillway.source.sessions import Session, Sessions
@@ -200,7 +201,12 @@ async def _names(
     connection: Connection, asked: _Asked, related: Related, literals: Sequence[bytes], types: Sequence[int]
 ) -> list[str]:
     """Of the columns that the SQL gives, which are those of the key."""
-    result = await _run(connection, f"SELECT * FROM {as_subquery(related.sql)} AS u LIMIT 0", literals, types)
+    around = "SELECT * FROM "
+    try:
+        result = await _run(connection, f"{around}{as_subquery(related.sql)} AS u LIMIT 0", literals, types)
+    except psycopg.Error as error:
+        locate(error, related.sql, len(around) + len("(\n"))
+        raise
     names = [(result.fname(i) or b"").decode() for i in range(result.nfields)]
     if len(names) != len(asked.key):
         columns = "1 column" if len(names) == 1 else f"{len(names)} columns"
@@ -274,7 +280,7 @@ def _refusal(error: psycopg.Error, related: Related | None) -> SpillwayError:
     state = error.sqlstate or ""
     if related is None or not state:
         return query_refusal(error)
-    said = " ".join((error.diag.message_primary or str(error)).split())
+    said = told(error)
     if state == _TIMED_OUT:
         return SourceUnavailable("timeout", f"related table {related.table}: its SQL took too long: {said}")
     if state[:2] in _DATA_CLASSES:
