@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spillway.config import Condition, Config, ConfigErrors, Related, Sink, TableName, load
+from spillway.pgoutput.literals import UnfitError, numeric_of, text_of, uuid_of
 
 FUNCTIONS = """\
 databases:
@@ -166,6 +167,28 @@ def test_operators_of_lists_and_of_null(tmp_path: Path) -> None:
         assert condition(tmp_path, f"column: a, operator: {spelling}").operator == "is_not_null"
 
 
+def test_numbers_keep_their_digits(tmp_path: Path) -> None:
+    for text, value in (
+        ("'12345678901234567.891'", "12345678901234567.891"),
+        ("12345678901234567891", 12345678901234567891),
+        ("1234567890.12345", 1234567890.12345),
+        ("1.5e300", 1.5e300),
+    ):
+        assert condition(tmp_path, f"column: a, operator: eq, value: {text}").value == value
+
+
+def test_a_value_that_does_not_fit_is_shown_as_it_is_written(tmp_path: Path) -> None:
+    value = condition(tmp_path, "column: a, operator: eq, value: true").value
+    for read, why in (
+        (text_of, "the column is text, true is not; put it in quotes"),
+        (numeric_of, "true is no number"),
+        (uuid_of, "true is no UUID"),
+    ):
+        with pytest.raises(UnfitError) as caught:
+            read(value)
+        assert str(caught.value) == why
+
+
 def test_paths(tmp_path: Path) -> None:
     for path in ("a.0.b", "[a, 0, b]"):
         assert condition(tmp_path, f"column: a, operator: eq, value: 1, path: {path}").path == ("a", "0", "b")
@@ -209,6 +232,12 @@ def test_the_table_of_a_condition(tmp_path: Path) -> None:
         ("{column: a, operator: in, value: [null]}", "value: must be a list of texts, numbers, true or false"),
         ("{column: a, operator: is null, value: 1}", "value: has no meaning with is_null"),
         ("{column: a, operator: like, value: 1}", "value: must be text with like, such as 'abc%'"),
+        (
+            "{column: a, operator: eq, value: 12345678901234567.891}",
+            "value: a number with a fraction or an exponent keeps 15 digits: put it in quotes",
+        ),
+        ("{column: a, operator: in, value: [1.5, 0.12345678901234567]}", "value: a number with a fraction"),
+        ("{column: a, operator: lt, value: 1e400}", "value: holds a number that is too large: put it in quotes"),
         ("{column: a, operator: gt, value: true}", "value: may not be true or false with gt"),
         ("{column: a, operator: eq, value: 1, path: a..b}", "path: must be a path inside of the column's JSON"),
         ("{column: a, column_name: b, operator: eq, value: 1}", "column_name: is an old spelling of column; give one"),

@@ -21,6 +21,13 @@ class UnfitError(Exception):
     """Why a condition makes no sense for its column."""
 
 
+def written(value: object) -> str:
+    """As the file has it, for people."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
+
+
 # Text.
 
 
@@ -34,7 +41,7 @@ def read_trimmed(text: bytes) -> bytes | None:
 
 def text_of(value: object) -> bytes:
     if not isinstance(value, str):
-        raise UnfitError(f"the column is text, {value!r} is not; put it in quotes")
+        raise UnfitError(f"the column is text, {written(value)} is not; put it in quotes")
     if "\0" in value:
         raise UnfitError("text holds no zero byte")
     try:
@@ -70,7 +77,7 @@ def integer_of(value: object, least: int, most: int) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value, re.ASCII):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UnfitError(f"{value!r} is no integer")
+        raise UnfitError(f"{written(value)} is no integer")
     if not least <= value <= most:
         raise UnfitError(f"{value} is out of range for the column's type")
     return value
@@ -79,11 +86,11 @@ def integer_of(value: object, least: int, most: int) -> int:
 def _given_number(value: object) -> str:
     """The literal of a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UnfitError(f"{value!r} is no number")
+        raise UnfitError(f"{written(value)} is no number")
     text = str(value).strip()
     text = _SPECIAL.get(text.lower(), text)
     if _NUMBER_GIVEN.fullmatch(text) is None and text not in _SPECIAL.values():
-        raise UnfitError(f"{value!r} is no number")
+        raise UnfitError(f"{written(value)} is no number")
     return text
 
 
@@ -138,7 +145,7 @@ def boolean_of(value: object) -> bytes:
         return b"t" if value else b"f"
     word = _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
     if word is None:
-        raise UnfitError(f"{value!r} is neither true nor false")
+        raise UnfitError(f"{written(value)} is neither true nor false")
     return word
 
 
@@ -148,7 +155,7 @@ def uuid_of(value: object) -> bytes:
             return str(UUID(value)).encode()
     except ValueError:
         pass
-    raise UnfitError(f"{value!r} is no UUID")
+    raise UnfitError(f"{written(value)} is no UUID")
 
 
 # Moments: microseconds since 1970, as if there were no time zone where there is none.
@@ -215,7 +222,7 @@ def moment_of(value: object, type_oid: int) -> int:
     if isinstance(value, date):  # a file's loader may have made one
         value = value.isoformat()
     if not isinstance(value, str):
-        raise UnfitError(f"{value!r} is no date or time")
+        raise UnfitError(f"{written(value)} is no date or time")
     if value in ("infinity", "-infinity"):
         return ENDLESS if value == "infinity" else -ENDLESS
     found = _parse_moment(value)
