@@ -161,6 +161,37 @@ async def test_column_lists_and_filters(source: SourceDatabase, tmp_path: Path) 
         await source.execute("UPDATE public.filtered SET n = 6")
 
 
+async def test_deletes_that_are_told_from_nothing(source: SourceDatabase, tmp_path: Path) -> None:
+    await source.make_slot()
+    rows = {"destination": FILE, "format": "record"}
+    (finding,) = await _findings(tmp_path, source, **rows)
+    assert (finding.code, finding.severity, finding.sink) == ("deletes_not_told", "warning", "sink")
+    assert await _findings(tmp_path, source, **rows, actions=["insert", "update"]) == []
+    assert await _findings(tmp_path, source, destination=FILE) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "looks"),
+    [("return 'n' in changes", True), ("return record['id'] > 1", False), ("return action != 'changes'", False)],
+)
+async def test_a_filter_that_looks_at_changes(
+    source: SourceDatabase, tmp_path: Path, body: str, *, looks: bool
+) -> None:
+    await source.make_slot()
+    _config(tmp_path, source.dsn, source.slot, destination=FILE)
+    code = f"def filter(action, record, changes, metadata):\n    {body}\n"
+    file = tmp_path / "spillway.yml"
+    whole = yaml.safe_load(file.read_text())
+    whole["functions"] = [{"name": "f", "type": "filter", "code": code}]
+    whole["sinks"][0]["filter"] = "f"
+    file.write_text(yaml.safe_dump(whole))
+    config = load(file, {})
+    findings = await check(config)
+    assert _codes(findings) == ({("changes_not_told", "warning")} if looks else set())
+    await _mend(source, findings)
+    assert await check(config) == []
+
+
 async def test_the_slot_of_somebody_else(source: SourceDatabase, tmp_path: Path) -> None:
     await source.execute(
         "CREATE PUBLICATION p FOR ALL TABLES",
@@ -212,6 +243,8 @@ async def test_roles(source: SourceDatabase, tmp_path: Path) -> None:
         url = source.dsn.replace("postgres@", f"{role}@")
         findings = await check(_config(tmp_path, url, source.slot, create=True, source={"include_tables": ["t"]}))
         assert ("publication_create", "error") in _codes(findings)
+        both = f"{role} lacks CREATE on the database and does not own public.t"
+        assert both in next(f.what for f in findings if f.code == "publication_create")
         findings = await check(_config(tmp_path, url, source.slot, create=True))
         assert "only a superuser" in next(f.what for f in findings if f.code == "publication_create")
     finally:

@@ -16,6 +16,7 @@ from spillway.config.section import nearest
 MAX_CODE_BYTES = 256 << 10
 ENTRY = {"transform": "transform", "filter": "filter", "routing": "route"}  # by type: the function that is called
 
+_CHANGES = PARAMETERS.index("changes")
 _DOLLAR = re.compile(r"\$([0-9]+)")
 
 
@@ -43,6 +44,17 @@ def python_problem(code: str, kind: str) -> str | None:
     if not _takes_four(wanted[-1].args):
         return f"line {wanted[-1].lineno}: must be {signature}, with these four parameters"
     return None
+
+
+def names_changes(code: str) -> bool:
+    """Whether a filter, which is right, looks at its third parameter anywhere."""
+    entries = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef) and node.name == "filter"]
+    arguments = entries[-1].args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    if len(positional) <= _CHANGES:
+        return False  # it takes them with others, as *args
+    name = positional[_CHANGES].arg
+    return any(isinstance(node, ast.Name) and node.id == name for part in entries[-1].body for node in ast.walk(part))
 
 
 def sql_problem(code: str, arrays: int | None = None) -> str | None:

@@ -202,14 +202,15 @@ def _of_missing_publication(
         reason = "only a superuser may publish all tables, or those of a schema"
     elif init_sql is None and not tables:
         reason = "only a superuser may publish all tables, and no sink names its tables"
-    elif not server["may_create"]:
-        reason = f"{server['role']} lacks CREATE on the database"
-        command = f"GRANT CREATE ON DATABASE {quoted(server['database'])} TO {quoted(server['role'])}; or {command}"
     else:
         # What init_sql puts into the publication is taken to be what the sinks name.
         foreign = sorted(f"{row['schema']}.{row['table']}" for row in existing if not row["owned"])
-        if foreign:
-            reason = f"{server['role']} does not own {', '.join(foreign)}"
+        lacks = [] if server["may_create"] else ["lacks CREATE on the database"]
+        lacks += [f"does not own {', '.join(foreign)}"] if foreign else []
+        if lacks:
+            reason = f"{server['role']} {' and '.join(lacks)}"
+        if lacks and not foreign:
+            command = f"GRANT CREATE ON DATABASE {quoted(server['database'])} TO {quoted(server['role'])}; or {command}"
     if reason is not None:
         yield Finding("publication_create", f"publication {name} cannot be created: {reason}", f"as owner: {command}")
 

@@ -14,10 +14,12 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from dataclasses import replace
 
 from spillway.config import Config, Database, Related, Search, Sink, TableName
+from spillway.config.code import names_changes
 from spillway.config.section import nearest
 from spillway.config.shape import columns_in
 from spillway.errors import Finding, SpillwayError
 from spillway.pgoutput.conditions import compiled
+from spillway.pgoutput.identity import unroutable
 from spillway.source import catalog
 from spillway.source.catalog import PublishedTable
 from spillway.source.connect import Connection
@@ -29,9 +31,10 @@ from spillway.source.refusal import quoted
 from spillway.source.sample import relation_of
 from spillway.source.sessions import Sessions
 from spillway.source.snapshot import Seen
-from spillway.source.tables import Published, not_published, rows_of
+from spillway.source.tables import Published, as_streamed, not_published, rows_of
 
 TIMEOUT_SECONDS = 15.0  # of one statement of the check
+_NAMED_TABLES = 10  # of a finding about many
 _ROUTING_COLUMN = "routing_column"
 _NOT_OPERATED = "field_column_missing"
 _UNTOLD = "filter_not_told"
@@ -46,6 +49,10 @@ async def shaping_findings(
     query: Connection, config: Config, database: Database, sinks: Sequence[Sink], published: Published, role: str
 ) -> AsyncIterator[Finding]:
     """Of the sinks of a database that can be asked, with ``role``."""
+    for sink in sinks:
+        selected = [table for table in published.tables if sink.selects(*table.name)]
+        for finding in (*_of_format(sink), *_of_changes(config, sink, selected)):
+            yield replace(finding, sink=sink.name)
     shaped = [
         sink for sink in sinks if sink.enrichment or sink.related or sink.filters or sink.transform or _columns(sink)
     ]
@@ -66,6 +73,38 @@ async def shaping_findings(
                 found += [f async for f in _of_related_sql(query, database, sink, server, role)]
         for finding in found:
             yield replace(finding, sink=sink.name)
+
+
+def _of_format(sink: Sink) -> Iterator[Finding]:
+    """A filter in Python may leave deletes out, too."""
+    if sink.format == "record" and "delete" in sink.taken_actions and not sink.destination.state and not sink.filter:
+        yield Finding(
+            "deletes_not_told",
+            "with format: record nothing tells the delete of a row from a row: it is sent as the old row, with null "
+            "where the replica identity does not hold it",
+            "actions: [insert, update] for this sink, or another format",
+            "warning",
+        )
+
+
+def _of_changes(config: Config, sink: Sink, tables: Sequence[PublishedTable]) -> Iterator[Finding]:
+    """``changes`` are the old values, which an update has with REPLICA IDENTITY FULL only."""
+    code = None if sink.filter is None else config.function(sink.filter).code
+    if code is None or "update" not in sink.taken_actions or not names_changes(code):
+        return
+    leaves = [leaf for table in tables for leaf in rows_of(table) if leaf.replica_identity != "f"]
+    if leaves:
+        shown = ", ".join(_shown((leaf.schema, leaf.table)) for leaf in leaves[:_NAMED_TABLES])
+        more = f" and {len(leaves) - _NAMED_TABLES} more" if len(leaves) > _NAMED_TABLES else ""
+        yield Finding(
+            "changes_not_told",
+            f"filter {sink.filter} looks at changes, which are empty without REPLICA IDENTITY FULL: {shown}{more}",
+            "\n".join(
+                f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;"
+                for leaf in leaves[:_NAMED_TABLES]
+            ),
+            "warning",
+        )
 
 
 def _columns(sink: Sink) -> list[tuple[str, str]]:
@@ -96,7 +135,7 @@ def _missing_columns(sink: Sink, tables: Mapping[tuple[str, str], PublishedTable
                     "name a column that exists and, if the publication lists the table's columns, add it there",
                 )
             elif where == _ROUTING_COLUMN:
-                yield from _unknown_shard(table, column)
+                yield from _unknown_shard(sink, table, column)
 
 
 def _of_operations(config: Config, sink: Sink, tables: Sequence[PublishedTable]) -> Iterator[Finding]:
@@ -125,15 +164,11 @@ def _of_operations(config: Config, sink: Sink, tables: Sequence[PublishedTable])
         names |= operation.values.keys()
 
 
-def _unknown_shard(table: PublishedTable, column: str) -> Iterator[Finding]:
+def _unknown_shard(sink: Sink, table: PublishedTable, column: str) -> Iterator[Finding]:
     for leaf in rows_of(table):
-        if column not in leaf.identity_columns:
-            yield Finding(
-                "column_not_in_replica_identity",
-                f"a DELETE on table {_shown((leaf.schema, leaf.table))} does not say the {column} of its row, by which "
-                f"{_ROUTING_COLUMN} finds the document",
-                f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
-            )
+        finding = unroutable(*as_streamed(leaf, table.published_columns), column, sink.taken_actions)
+        if finding is not None:
+            yield finding
 
 
 async def _of_filters(
