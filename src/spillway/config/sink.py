@@ -298,6 +298,12 @@ class Sink(Section):
                 "backlog.on_full",
                 f"compact does not go together with {named[0]}: a function may make something else of each message",
             )
+        moves = isinstance(self.destination, Search) and self.destination.routing_column is not None
+        so = "does not go together with destination.routing_column: each change of a row's shard deletes a document"
+        if self.backlog.on_full == "compact" and moves:
+            raise Wrong("backlog.on_full", f"compact {so}")
+        if self.on_reject == "latest_wins" and moves:
+            raise Wrong("on_reject", f"latest_wins {so}")
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
 from spillway.engine.related import Companion, forget
 from spillway.engine.shadow import shadows
-from spillway.engine.shaping import is_routed, meta_of, new_shaping
+from spillway.engine.shaping import is_routed, meta_of, new_shaping, routing_column
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
 from spillway.flow.capture import RENEW_FRAME_BYTES, Capture
 from spillway.flow.delivery import Delivery
@@ -204,6 +204,7 @@ class Pipeline:
                 splits_key_change=built.semantics == "state",
                 applies_truncate=sink.on_truncate == "apply",
                 filters=sink.filters,
+                routing_column=routing_column(sink),
                 wants_totals=sink.tx,
                 prefix=sink.outbox.prefix if sink.outbox is not None else None,
             )
@@ -427,7 +428,7 @@ def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:
         toast_fails=sink.toast == "fail",
         partial_images=sink.toast == "reselect",
         routed=is_routed(sink),
-        supersedes=all(name is None for name in (sink.filter, sink.routing, sink.transform)),
+        supersedes=all(name is None for name in (sink.filter, sink.routing, sink.transform, routing_column(sink))),
         limits=Limits(
             sink.backlog.warn_messages,
             sink.backlog.max_messages,

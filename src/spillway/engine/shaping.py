@@ -51,10 +51,14 @@ def is_shaped(sink: Sink) -> bool:
 
 def is_routed(sink: Sink) -> bool:
     """Where a row's document is, and what it is, is not to be told by the row's key."""
-    destination = sink.destination
-    return sink.routing is not None or (
-        isinstance(destination, Search) and (destination.op == "update" or destination.routing_column is not None)
-    )
+    updates = isinstance(sink.destination, Search) and sink.destination.op == "update"
+    return sink.routing is not None or updates or routing_column(sink) is not None
+
+
+def routing_column(sink: Sink) -> str | None:
+    """Whose value says the shard of a row's document. An update that changes it deletes the document in the old shard,
+    which no later message of the row would do in its place."""
+    return sink.destination.routing_column if isinstance(sink.destination, Search) else None
 
 
 def new_budget(config: Config, sinks: Iterable[Sink]) -> Budget:

@@ -40,7 +40,7 @@ from spillway.flow.delivery import Delivery
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Router
 from spillway.flow.watermark import Watermark
-from spillway.pgoutput import Committed, Decoder, Full, Keepalive, Relation, Renew, TableInfo
+from spillway.pgoutput import Committed, Decoder, Full, Keepalive, Relation, Renew, TableInfo, unroutable
 from spillway.pgoutput.conditions import compiled
 from spillway.source.stream import Stream
 from spillway.store.base import Written
@@ -330,6 +330,7 @@ class Capture:
             lambda columns, needs_key: connection.unkeyable(relation, info, columns, needs_key),
             self.received_lsn,
             lambda conditions: compiled(relation, info, conditions),
+            lambda column, actions: unroutable(relation, info, column, actions),
             None if info.root is None else own_name,
         )
         decoder.learn(relation, info, wanted)

@@ -77,7 +77,8 @@ class SinkSpec:
     toast_fails: bool = False
     partial_images: bool = False  # an update without its TOAST columns stands for the whole row
     routed: bool = False  # where a row's document is, is said message by message
-    supersedes: bool = True  # of a state: a later image may stand for earlier ones; not where code decides what is sent
+    # Of a state: a later image may stand for earlier ones. Not where code decides what is sent, or a column where to.
+    supersedes: bool = True
     limits: Limits = field(default_factory=Limits)
 
 

@@ -48,6 +48,8 @@ _GONE = _DELETE + GONE_DELETE  # the delete of a row that has left a filter
 Columns = tuple[str, ...]
 # Judges a set of key columns (None: the primary key) of a table for a sink that needs a key, or can do without.
 Unkeyable = Callable[[Columns | None, bool], Finding | None]
+# Judges a column that says the shard of a row's document, for a sink that takes these actions.
+Unroutable = Callable[[str, frozenset[Action]], Finding | None]
 # Makes conditions on a table into checks, or says why that cannot be.
 Compile = Callable[[Sequence[Condition]], tuple[Check, ...] | Finding]
 
@@ -67,6 +69,7 @@ class Subscription:
     applies_truncate: bool = False
     truncates_of_partitions: bool = False  # takes these as well, of partitions that are published by themselves
     filters: tuple[Condition, ...] = ()  # of all its tables
+    routing_column: str | None = None  # says the shard of a row's document
     wants_totals: bool = False  # how many operations a transaction has
     prefix: str | None = None  # of logical messages that it wants (spillway.pgoutput.emitted)
 
@@ -158,6 +161,7 @@ class Router:
         unkeyable: Unkeyable,
         lsn: int = 0,
         compile_checks: Compile = lambda _: (),
+        unroutable: Unroutable = lambda _column, _actions: None,
         partition: tuple[str, str] | None = None,
     ) -> frozenset[Action]:
         """A table's shape is known as of ``lsn``: decide its routes. ``partition``: its own name, if it is one that is
@@ -175,6 +179,8 @@ class Router:
                 finding = unkeyable(self._columns(subscription, schema, table), subscription.needs_key)
                 if finding is not None and subscription.actions == {"insert"} and not concerns_inserts(finding):
                     finding = None
+            if finding is None and subscription.routing_column is not None:
+                finding = unroutable(subscription.routing_column, subscription.actions)
             checks = _checks_of(subscription.filters, schema, table, compile_checks)
             if isinstance(checks, Finding):
                 finding = finding or checks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from spillway import impl
 from spillway.pgoutput.frames import Committed, Copy, Ended, Full, Keepalive, Renew, Stop
-from spillway.pgoutput.identity import concerns_inserts, unkeyable
+from spillway.pgoutput.identity import concerns_inserts, unkeyable, unroutable
 from spillway.pgoutput.messages import ProtocolError
 from spillway.pgoutput.plan import DatabaseMeta, primary_key
 from spillway.pgoutput.relation import Column, Relation, TableInfo, TypeInfo
@@ -37,4 +37,5 @@ __all__ = [
     "concerns_inserts",
     "primary_key",
     "unkeyable",
+    "unroutable",
 ]

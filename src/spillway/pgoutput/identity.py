@@ -8,7 +8,7 @@ updates and deletes on it while they are published, so only inserts come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spillway.errors import Finding
 from spillway.pgoutput.plan import primary_key
@@ -37,6 +37,30 @@ def unkeyable(relation: Relation, info: TableInfo, columns: Sequence[str]) -> Fi
         what=f"updates and deletes of table {table} do not carry {_listed(outside)}, by which it is keyed",
         remedy=f"ALTER TABLE {quote_identifier(relation.schema)}.{quote_identifier(relation.table)}"
         f" REPLICA IDENTITY {'DEFAULT' if enough else 'FULL'};",
+    )
+
+
+def unroutable(relation: Relation, info: TableInfo, column: str, actions: Collection[str]) -> Finding | None:
+    """Why documents of this table cannot be kept in the shards that a column says. A delete must tell it; and an update
+    what it was, or the document stays in its old shard: of an index as the identity `changes` tells nothing."""
+    table = f"{relation.schema}.{relation.table}"
+    if column not in {one.name for one in relation.columns}:
+        return Finding(
+            "column_missing",
+            f"the published columns of table {table} have no {quote_identifier(column)}, which routing_column names",
+            "name a column that exists and, if the publication lists the table's columns, add it there",
+        )
+    identity = {one.name for one in relation.columns if one.in_identity}
+    if not identity or relation.replica_identity == "f" or column in primary_key(relation, info):
+        return None
+    told = column in identity
+    if "update" not in actions and (told or "delete" not in actions):
+        return None
+    what = f"an UPDATE on table {table} does not say the old" if told else f"a DELETE on table {table} does not say the"
+    return Finding(
+        "column_not_in_replica_identity",
+        f"{what} {column} of its row, by which routing_column finds the document",
+        f"ALTER TABLE {quote_identifier(relation.schema)}.{quote_identifier(relation.table)} REPLICA IDENTITY FULL;",
     )
 
 

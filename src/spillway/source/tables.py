@@ -164,16 +164,17 @@ def _keys(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
         )
         return
     for leaf in (table, *table.leaves):
-        finding = _unkeyable(leaf, columns, table.published_columns)
+        finding = unkeyable(*as_streamed(leaf, table.published_columns), columns)
         if finding is not None and (sink.taken_actions != ("insert",) or concerns_inserts(finding)):
             yield finding
 
 
-def _unkeyable(table: PublishedTable, columns: Sequence[str], published_columns: Sequence[str]) -> Finding | None:
+def as_streamed(table: PublishedTable, published_columns: Sequence[str]) -> tuple[Relation, TableInfo]:
+    """As the stream will name the table: without types, which its keys do not need."""
     identity = set(table.identity_columns)
     streamed = tuple(Column(name, 0, -1, name in identity) for name in table.columns if name in published_columns)
     relation = Relation(table.oid, table.schema, table.table, table.replica_identity, streamed)
-    return unkeyable(relation, TableInfo(table.oid, table.primary_key, {}), columns)
+    return relation, TableInfo(table.oid, table.primary_key, {})
 
 
 def _toast(sink: Sink, table: PublishedTable) -> Iterator[Finding]:
