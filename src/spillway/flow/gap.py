@@ -78,8 +78,8 @@ class Gaps:
         self._commit(Write(self._sink, gap=self.now)).add_done_callback(durable)
 
     def missed(self, first_lsn: int, last_lsn: int, reason: str, table: Table) -> None:
-        """Changes of a table in this range were not for this sink to have, though it should have had them. Durable before
-        what comes next can be confirmed."""
+        """Changes of a table in this range were not for this sink to have, though it should have had them. Durable
+        before what comes next can be confirmed."""
         since = self._clock.wall()
         tables: tuple[Table, ...] | None = (table,)
         if self.now is not None:
