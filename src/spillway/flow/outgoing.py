@@ -105,6 +105,7 @@ class Making:
                 outgoing += some
                 made = await _turn(made + sum(len(one.body) for one in some))
             part.enrichment.pop(place, None)
+            part.lacking.pop(place, None)
         return outgoing
 
     def batch(self, outgoing: list[Outgoing]) -> Batch:
@@ -175,9 +176,11 @@ class Making:
         if not steps.as_record:
             return self._message(part, place)
         row = part.enrichment.get(place)
-        if row is None:
-            return _record(message, output)
-        return _merged(_record(message, output), row)
+        if row is not None:
+            return _merged(_record(message, output), row)
+        if place in part.lacking:
+            return _with_nulls(_record(message, output), part.lacking[place])
+        return _record(message, output)
 
 
 def _record(message: Message, output: Output) -> bytes:
@@ -191,6 +194,13 @@ def _merged(record: bytes, row: Row) -> bytes:
     merged = dict(members(record))
     del record  # it may be large
     merged.update((orjson.dumps(name), value) for name, value in row.items())
+    return b"".join(parts(merged.items()))
+
+
+def _with_nulls(record: bytes, columns: Sequence[str]) -> bytes:
+    """The record's columns, and these, as far as it has no value of its own for them."""
+    merged = {orjson.dumps(name): b"null" for name in columns}
+    merged.update(members(record))
     return b"".join(parts(merged.items()))
 
 

@@ -54,6 +54,7 @@ class Part:
     messages: dict[int, Message]  # as they are after the steps so far
     results: dict[int, Result] = field(default_factory=dict)  # what is decided already
     enrichment: dict[int, Row] = field(default_factory=dict)
+    lacking: dict[int, tuple[str, ...]] = field(default_factory=dict)  # the columns of an enrichment that has no row
     read_bytes: dict[int, int] = field(default_factory=dict)  # of rows that were read for it, in credit
     later: dict[int, int] = field(default_factory=dict)  # places for another part, and the bytes that they need in all
 
@@ -92,8 +93,8 @@ class RowStep(ABC):
     def _found(self, part: Part, place: int, row: Row) -> None: ...
 
     @abstractmethod
-    def _absent(self, part: Part, place: int, *, filtered: bool) -> None:
-        """There is no row, or one that the sink's filters leave out."""
+    def _absent(self, part: Part, place: int, columns: tuple[str, ...], *, filtered: bool) -> None:
+        """There is no row of these columns, or one that the sink's filters leave out."""
 
     async def close(self) -> None:
         await self._source.close()
@@ -136,7 +137,7 @@ class RowStep(ABC):
                 part.read_bytes[place] = part.read_bytes.get(place, 0) + row_bytes(row.values())
                 self._found(part, place, row)
             elif at not in fetched.sizes:
-                self._absent(part, place, filtered=at in fetched.left)
+                self._absent(part, place, fetched.columns, filtered=at in fetched.left)
         part.put_off({places[at]: size for at, size in fetched.sizes.items()}, in_order=self._in_order)
 
     async def _halves(
@@ -180,7 +181,7 @@ class Reselected(RowStep):
     def _found(self, part: Part, place: int, row: Row) -> None:
         part.messages[place] = part.messages[place].with_record(object_parts(row))
 
-    def _absent(self, part: Part, place: int, *, filtered: bool) -> None:
+    def _absent(self, part: Part, place: int, columns: tuple[str, ...], *, filtered: bool) -> None:  # noqa: ARG002
         """Of a row that is gone the delete follows in the stream, but of its new key, if this update has moved it."""
         message = part.messages[place]
         moves = message.change.was is not None and message.span.keying != Keying.STATE
@@ -205,5 +206,6 @@ class Enriched(RowStep):
     def _found(self, part: Part, place: int, row: Row) -> None:
         part.enrichment[place] = row
 
-    def _absent(self, part: Part, place: int, *, filtered: bool) -> None:
-        """It goes without."""
+    def _absent(self, part: Part, place: int, columns: tuple[str, ...], *, filtered: bool) -> None:  # noqa: ARG002
+        """It goes without. A row or document that is updated may have these columns from before."""
+        part.lacking[place] = columns

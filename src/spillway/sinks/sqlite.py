@@ -27,7 +27,8 @@ the row is not there to have them the message is rejected: half a row would be a
 row. Truncate empties the table. All of it can be repeated.
 
 **Shaped messages.** What functions have made of a message is its row, and must be a JSON object; a second one of the
-same message has no key of its own and is rejected (``document_id_missing``).
+same message has no key of its own and is rejected (``document_id_missing``). A column that a whole row was given before
+and that it lacks now (a function has left it out, an object was flattened that had more keys) is null.
 
 **Failures.** A constraint, a trigger's ``RAISE(ABORT)`` or a value that SQLite cannot take rejects the batch; a locked,
 full, read-only or broken file is the sink's failure. After one the file is opened anew.
@@ -72,7 +73,7 @@ _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 _decode_string = json.JSONDecoder().raw_decode
 
 Value = str | int | None
-_Row = tuple[Change, bytes, int]  # with its JSON, and which of its message's rows it is
+_Row = tuple[Change, bytes, int | None]  # with its JSON; where it was shaped, which of its message's rows it is
 
 
 class _Rejected(Exception):
@@ -206,8 +207,8 @@ class SqliteSink:
         connection.execute("COMMIT")
         return passed_over
 
-    def _apply(self, connection: sqlite3.Connection, change: Change, record: bytes, number: int) -> bool:
-        """``number``: which of the rows that its message has become. False: it was passed over."""
+    def _apply(self, connection: sqlite3.Connection, change: Change, record: bytes, number: int | None) -> bool:
+        """``number``: as `_Row` has it. False: it was passed over."""
         table = self._table_of(change)
         columns = self._columns_of(connection, table)
         if change.action == "truncate":
@@ -235,6 +236,8 @@ class SqliteSink:
                 "unchanged_toast",
                 f"{change.key} is not in the table, and the update carries no TOAST columns: backfill the row first",
             )
+        if number is not None and change.whole:
+            values = dict.fromkeys(sorted(columns - values.keys() - {KEY_COLUMN})) | values
         _upsert(connection, table, change.key, values)
         return True
 
@@ -284,7 +287,7 @@ def _row(message: Message) -> _Row:
     chunk, index = message.span.chunk, message.span.indices[message.place]
     if chunk.complete:
         return message.change, message.change.body, nth(chunk, index)
-    return message.change, message.change.record, 0
+    return message.change, message.change.record, None
 
 
 def _move(connection: sqlite3.Connection, table: str, old: str, new: str) -> None:

@@ -50,6 +50,7 @@ class Fetched:
     sizes: dict[int, int] = field(default_factory=dict)  # of rows that the credit did not allow for: what they need
     several: set[int] = field(default_factory=set)  # keys with more than one row
     left: set[int] = field(default_factory=set)  # keys whose row does not pass the question's checks
+    columns: tuple[str, ...] = ()  # that a row has
     kept_bytes: int = 0  # of credit that the rows have taken
     seconds: float = 0.0  # that the server was at work on the question
     queries: int = 0  # how often it was asked
@@ -78,7 +79,7 @@ class Reading:
         seen: Seen,
         limits: tuple[int, int],
     ) -> None:
-        self.fetched = Fetched()
+        self.fetched = Fetched(columns=prepared.columns)
         self.visible = False
         self.outdated = False  # the values are of other types than the renderers
         self._session = session
