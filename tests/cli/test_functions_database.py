@@ -381,6 +381,11 @@ def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys
     file = write(destination={**SEARCH, "routing_column": "company_id"})
     (found,) = findings(capsys, file)
     assert found["code"] == "column_not_in_replica_identity"
+    alter = "ALTER TABLE jobs"
+    execute(database, f"{alter} ALTER company_id SET NOT NULL", "CREATE UNIQUE INDEX by_company ON jobs (id, company_id)")
+    execute(database, f"{alter} REPLICA IDENTITY USING INDEX by_company")  # of an update this tells no old value
+    (found,) = findings(capsys, file)
+    assert (found["code"], "UPDATE" in found["what"]) == ("column_not_in_replica_identity", True)
     execute(database, found["remedy"])
     assert findings(capsys, file) == []
 

@@ -385,3 +385,10 @@ def test_the_shard_of_before_must_be_known(tmp_path: Path, extra: str) -> None:
     assert error.startswith(f"destination.routing_column: does not go together with {extra.partition(':')[0]}")
     assert "document: message" in error
     sink(tmp_path, extra, SEARCH.replace("}", ", routing_column: tenant, document: message}"))
+
+
+@pytest.mark.parametrize("extra", ["on_reject: latest_wins", "backlog: {on_full: compact}"])
+def test_no_message_stands_for_another_where_a_column_says_the_shard(tmp_path: Path, extra: str) -> None:
+    (error,) = errors(tmp_path, extra, SEARCH.replace("}", ", routing_column: tenant}"))
+    assert "does not go together with destination.routing_column" in error
+    sink(tmp_path, extra, SEARCH)
