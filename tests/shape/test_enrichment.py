@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from uuid import UUID
 
 import psycopg
 import pytest
 
-from shape.place import Shaped, file_sink, python
+from shape.place import Shaped, file_sink, python, sqlite_sink
 
 T = "public.t"
 NAMED = """
@@ -160,3 +162,30 @@ def test_a_table_that_is_locked_for_longer_than_the_limit_is_nobodys_fault(datab
     assert [line["metadata"]["enrichment"] for line in lines] == [{"id": 1, "name": "one"}, {"id": 2, "name": "one"}]
     assert "enrichment_timeout" in status["last_error"]
     assert status["dead_letters"] == 0
+
+
+@pytest.mark.parametrize("toast", ["omit", "reselect"])
+def test_columns_of_an_enrichment_that_is_gone_are_null(database: str, tmp_path: Path, toast: str) -> None:
+    """Of a row that came whole, of one that came without its large column, and of one that is refreshed."""
+    more = enrichment("select t.id, n.name from t join names n on n.id = t.ref where t.id = any($1)")
+    related = [{"table": "public.names", "sql": "select id from t where ref = any($1)", "refreshes": T}]
+    schema = f"""create table t (id int primary key, ref int, doc text); alter table t alter doc set storage external;
+        {NAMED} delete from names where id = 2; alter table names add primary key (id)"""
+    copy = sqlite_sink("out", [T], enrichment="more", related=related, toast=toast)
+    with Shaped(database, tmp_path, [copy], [more], schema=schema) as place:
+        place.begin()
+        place.sql(
+            "insert into t select n, 1, repeat('x', case n when 2 then 5000 else 1 end) from generate_series(1, 3) n"
+        )
+        place.drained("out")
+
+        def names() -> list[tuple[int, str | None]]:
+            with closing(sqlite3.connect(place.folder / "out.db")) as connection:
+                return connection.execute("select length(doc), name from t order by id").fetchall()
+
+        assert names() == [(1, "one"), (5000, "one"), (1, "one")]
+        place.sql("update t set ref = null where id < 3")
+        place.drained("out")
+        assert names() == [(1, None), (5000, None), (1, "one")]
+        place.sql("delete from names")
+        place.wait(lambda: names()[2] == (1, None), "the refresh")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinks.messages import batch_of, change, context
+from sinks.messages import batch_of, change, context, shaped
 from spillway.change import Change
 from spillway.chunk import Keying
 from spillway.errors import SpillwayError
@@ -337,3 +337,16 @@ async def test_keys_of_a_file_that_is_broken(make: Make, tmp_path: Path) -> None
     with pytest.raises(SpillwayError, match=r"copy\.db cannot be read") as raised:
         await make().keys(("public", "jobs"), ("a",), None, 2, None)
     assert raised.value.code == "sink_unreachable"
+
+
+async def test_a_whole_row_that_was_shaped_replaces_the_row(make: Make, query: Query) -> None:
+    sink = make()
+    whole, part = change({"id": 1}, pks=("1",)), change({"id": 1}, action="update", pks=("1",), whole=False)
+    for one, row, expected in (
+        (whole, {"id": 1, "address_city": "x", "name": "a"}, ("x", "a")),
+        (part, {"id": 1, "name": "b"}, ("x", "b")),
+        (whole, {"id": 1, "name": None}, (None, None)),
+        (whole, {"id": 1, "address_city": "y"}, ("y", None)),
+    ):
+        assert await sink.send(shaped([(one, row, None)])) == OK
+        assert query("SELECT address_city, name FROM jobs") == [expected]
