@@ -322,8 +322,8 @@ def test_a_publication_that_this_role_cannot_create(
         file.write_text(yaml.safe_dump(whole))
         (found,) = findings(capsys, file)
         assert (found["code"], found["severity"]) == ("publication_create", "error")
-        assert f'GRANT CREATE ON DATABASE "{name}" TO "{role}"' in found["remedy"]
-        assert sql in found["remedy"]
+        assert "lacks CREATE on the database and does not own public.jobs" in found["what"]
+        assert found["remedy"] == f"as owner: {sql}"
         execute(database, f'GRANT CREATE ON DATABASE "{name}" TO "{role}"')
         (found,) = findings(capsys, file)
         assert "does not own public.jobs" in found["what"]
@@ -414,9 +414,11 @@ def test_the_example(database: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         publication["init_sql"],
     )
     monkeypatch.setenv("DATABASE_URL", database)
-    (found,) = findings(capsys, file)
-    assert found["remedy"] == 'ALTER TABLE "public"."order_lines" REPLICA IDENTITY FULL;'
-    execute(database, found["remedy"])
+    changes, lines = findings(capsys, file)
+    assert changes["code"] == "changes_not_told"
+    assert changes["remedy"] == 'ALTER TABLE "public"."orders" REPLICA IDENTITY FULL;'
+    assert lines["remedy"] == 'ALTER TABLE "public"."order_lines" REPLICA IDENTITY FULL;'
+    execute(database, changes["remedy"], lines["remedy"])
     assert findings(capsys, file) == []
     rows = ["-c", str(file), "--from-table", "orders"]
     _, found = answer(capsys, "functions", "test", "public_columns", *rows)
