@@ -356,6 +356,14 @@ def test_field_operations_on_columns_that_are_not_there(write: Write, capsys: py
     ] * 3
 
 
+def test_field_operations_that_write_over_the_key(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = [{"rename": {"company_id": "id"}}, {"set": {"id": 1}}, {"rename": {"title": "name"}}]
+    slim: Json = {"name": "slim", "type": "fields", "fields": fields}
+    found = findings(capsys, write(slim, transform="slim"))
+    assert [(one["code"], one["severity"]) for one in found] == [("key_written_over", "warning")] * 2
+    assert ["rename in function slim" in found[0]["what"], "set in function slim" in found[1]["what"]] == [True] * 2
+
+
 def test_a_filter_on_a_large_value(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     execute(database, "ALTER TABLE jobs ALTER title SET STORAGE EXTERNAL")
     filters = [{"column": "title", "operator": "like", "value": "j%"}]
@@ -374,6 +382,7 @@ def test_a_filter_on_a_large_value(write: Write, database: str, capsys: pytest.C
 def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = findings(capsys, write(filters=[{"column": "titel", "operator": "eq", "value": "x"}]))
     assert found["code"] == "filter_column_missing"
+    assert found["what"].endswith("did you mean title?")
     (found,) = findings(capsys, write(filters=[{"column": "company_id", "operator": "eq", "value": "many"}]))
     assert found["code"] == "filter_does_not_fit"
     (found,) = findings(capsys, write(destination={**SEARCH, "routing_column": "tenant"}))
@@ -382,7 +391,9 @@ def test_filters_and_columns_that_do_not_fit(write: Write, database: str, capsys
     (found,) = findings(capsys, file)
     assert found["code"] == "column_not_in_replica_identity"
     alter = "ALTER TABLE jobs"
-    execute(database, f"{alter} ALTER company_id SET NOT NULL", "CREATE UNIQUE INDEX by_company ON jobs (id, company_id)")
+    execute(
+        database, f"{alter} ALTER company_id SET NOT NULL", "CREATE UNIQUE INDEX by_company ON jobs (id, company_id)"
+    )
     execute(database, f"{alter} REPLICA IDENTITY USING INDEX by_company")  # of an update this tells no old value
     (found,) = findings(capsys, file)
     assert (found["code"], "UPDATE" in found["what"]) == ("column_not_in_replica_identity", True)

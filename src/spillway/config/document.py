@@ -5,6 +5,7 @@ Promises:
 - Types are those of YAML 1.2's core schema: `NO`, `on`, `12:30:45`, `2024-01-01` and `1_000` are text; only `true`,
   `false`, `null`, `~` and plain numbers are anything else. PyYAML's own resolvers follow YAML 1.1 and get all of these
   wrong, so none of them is used. A key is always text, as written.
+- No digit of a number is lost: one that a double does not keep is an error.
 - Anchors, aliases and merge keys (`<<`, one or a list) work. Each alias becomes a value of its own.
 - A key written twice in one mapping is an error with the line of the second. PyYAML keeps the last one silently.
 - Every mapping and list knows its path (`sinks[0].source`), its line and the lines of what is in it.
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
+from math import isfinite
 
 import yaml
 
@@ -218,7 +221,14 @@ def _scalar(node: yaml.ScalarNode, path: str) -> object:
         return text[0] in "tT"
     if kind == "int":
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-    return float(text)
+    number = float(text)
+    try:
+        kept = isfinite(number) and Decimal(repr(number)) == Decimal(text)
+    except InvalidOperation:  # an exponent beyond theirs
+        kept = False
+    if not kept:
+        raise DocumentError(_line(node), path, "has more digits than a number with a fraction keeps: put it in quotes")
+    return number
 
 
 def _short(tag: str) -> str:

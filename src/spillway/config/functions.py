@@ -21,7 +21,7 @@ from spillway.config.code import python_problem, sql_problem
 from spillway.config.destination import NOT_YET, OLD_SPELLINGS, TYPES
 from spillway.config.document import Block, Items
 from spillway.config.section import Reading, Section, nearest
-from spillway.config.values import Name, Whole, Wrong, exact, plain
+from spillway.config.values import Name, Whole, Wrong, plain
 
 FunctionType = Literal["path", "transform", "filter", "routing", "enrichment", "fields"]
 FieldKind = Literal["select", "rename", "drop", "mask", "hash", "flatten", "set"]
@@ -98,10 +98,7 @@ def _operation(item: object, at: str) -> FieldOperation:
         if known == "set":
             if not isinstance(given, dict) or not given:
                 raise Wrong(f"{at}.{kind}", "must be a mapping of columns to their values")
-            try:
-                return FieldOperation(kind=known, values={name: exact(value) for name, value in given.items()})
-            except ValueError as error:
-                raise Wrong(f"{at}.{kind}", str(error)) from None
+            return FieldOperation(kind=known, values=given)
         return FieldOperation(kind=known, columns=_columns(given, f"{at}.{kind}"))
     raise Wrong(f"{at}.{kind}", "unknown operation" + nearest(kind, KINDS))
 

@@ -18,7 +18,7 @@ from spillway.config.code import sql_problem
 from spillway.config.document import Block, Items
 from spillway.config.functions import read_file
 from spillway.config.section import Reading, Section
-from spillway.config.values import Name, Table, Wrong, exact, plain
+from spillway.config.values import Name, Table, Wrong, plain
 
 Operator = Literal["eq", "ne", "gt", "lt", "gte", "lte", "in", "not_in", "is_null", "is_not_null", "like"]
 _SPELLINGS: dict[str, Operator] = {
@@ -57,7 +57,7 @@ def _json_path(value: object) -> object:
 
 
 def _compared(value: object) -> object:
-    value = exact(plain(value))
+    value = plain(value)
     if isinstance(value, list | tuple):
         if not all(isinstance(item, Scalar) for item in value):
             raise ValueError("must be a list of texts, numbers, true or false")

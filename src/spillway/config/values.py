@@ -7,9 +7,6 @@ else is converted: `NO` is not false, 5432 is not text. No error repeats the val
 from __future__ import annotations
 
 import re
-import sys
-from decimal import Decimal
-from math import isfinite
 from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
@@ -77,19 +74,6 @@ def _secret(value: SecretStr) -> SecretStr:
 def _text(value: object) -> object:
     """Text, or a number as it would be written."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def exact(value: object) -> object:
-    """The same, if its numbers are as the file has them. One with a fraction is a double by now: where that has more
-    digits than a double keeps of any text, the text may have said something else, and is refused."""
-    for item in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ():
-        exact(item)
-    if isinstance(value, float) and len(Decimal(repr(value)).as_tuple().digits) > sys.float_info.dig:
-        most = f"a number with a fraction or an exponent keeps {sys.float_info.dig} digits"
-        raise ValueError(f"{most}: put it in quotes")
-    if isinstance(value, float) and not isfinite(value):
-        raise ValueError("holds a number that is too large: put it in quotes")
-    return value
 
 
 def plain(value: object) -> object:

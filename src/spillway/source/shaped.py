@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from spillway.config import Config, Database, Related, Search, Sink, TableName
+from spillway.config import Condition, Config, Database, Related, Search, Sink, TableName
 from spillway.config.code import names_changes
 from spillway.config.section import nearest
 from spillway.config.shape import columns_in
@@ -38,7 +38,8 @@ _NAMED_TABLES = 10  # of a finding about many
 _ROUTING_COLUMN = "routing_column"
 _NOT_OPERATED = "field_column_missing"
 _UNTOLD = "filter_not_told"
-_BESIDE = (_NOT_OPERATED, _UNTOLD)  # findings that say nothing of a related table's SQL
+_KEY_WRITTEN_OVER = "key_written_over"
+_BESIDE = (_NOT_OPERATED, _UNTOLD, _KEY_WRITTEN_OVER)  # findings that say nothing of a related table's SQL
 
 
 class _Enough(Exception):
@@ -65,6 +66,7 @@ async def shaping_findings(
     for sink in shaped:
         tables = {table.name: table for table in published.tables if sink.source.selects(*table.name)}
         found = [*_missing_columns(sink, tables), *_of_operations(config, sink, list(tables.values()))]
+        found += _written_over(config, sink, list(tables.values()))
         found += [f async for f in _of_filters(query, database, sink, tables)]
         found += await _of_related_tables(query, published, sink)
         if server is not None:
@@ -164,6 +166,22 @@ def _of_operations(config: Config, sink: Sink, tables: Sequence[PublishedTable])
         names |= operation.values.keys()
 
 
+def _written_over(config: Config, sink: Sink, tables: Sequence[PublishedTable]) -> Iterator[Finding]:
+    """Columns of a key that a sink of rows shows with another value than the key that it keeps the row under."""
+    if sink.transform is None or not sink.destination.state:
+        return
+    keys = {column: _shown(table.name) for table in tables for column in table.primary_key}
+    for operation in config.function(sink.transform).fields:
+        for column in sorted({*operation.names.values(), *operation.values} & keys.keys()):
+            yield Finding(
+                _KEY_WRITTEN_OVER,
+                f"{operation.kind} in function {sink.transform} writes over {column}, of the primary key of table "
+                f"{keys[column]}: the sink shows another value than that by which the row is known",
+                "give it another name",
+                "warning",
+            )
+
+
 def _unknown_shard(sink: Sink, table: PublishedTable, column: str) -> Iterator[Finding]:
     for leaf in rows_of(table):
         finding = unroutable(*as_streamed(leaf, table.published_columns), column, sink.taken_actions)
@@ -182,10 +200,17 @@ async def _of_filters(
         conditions = [condition for condition in sink.filters if condition.table == name]
         result = compiled(relation, await catalog.describe(query, relation), conditions)
         if isinstance(result, Finding):
-            yield result
+            yield _with_near(result, [column.name for column in relation.columns], conditions)
         else:
             for finding in _untold(sink, table, {condition.column for condition in conditions}):
                 yield finding
+
+
+def _with_near(finding: Finding, columns: Sequence[str], conditions: Sequence[Condition]) -> Finding:
+    missing = [one.column for one in conditions if one.column not in columns]
+    if finding.code != "filter_column_missing" or not missing:
+        return finding
+    return replace(finding, what=finding.what + nearest(missing[0], columns))
 
 
 def _untold(sink: Sink, table: PublishedTable, columns: Collection[str]) -> Iterator[Finding]:
