@@ -233,6 +233,10 @@ cdef class Decoder:
             self._make_room(plan.column_count)
         self._forget(relation.oid)
         self._plans[relation.oid] = plan
+        if info.root is not None and not info.partitioned:
+            for plan in self._plans.values():
+                if plan.partitioned and plan.name == info.root:
+                    plan.partial = info.partial
 
     cdef int _make_room(self, int columns) except -1:
         cdef Value* all_four = <Value*> PyMem_Realloc(self._rows, 4 * (columns + 1) * sizeof(Value))
@@ -572,17 +576,17 @@ cdef class Decoder:
         if unchanged:
             unchanged = self._fill_and_know(plan, has_old)
             key_row = self._known
-        if plan.filter_count and not self._say(plan, action, payload[ROW_START - 1], has_old):
-            return self._pass_over(plan, action, key_row, has_old, payload[ROW_START - 1] == c"O")
+        if plan.filter_count and not self._say(plan, action, plan.mark(payload), has_old):
+            return self._pass_over(plan, action, key_row, has_old, plan.mark(payload) == c"O")
         if not plan.filter_count:
             self._say_yes()
         if action == UPDATED:
-            changes = DIFFERING if has_old and payload[ROW_START - 1] == c"O" else NOTHING
+            changes = DIFFERING if has_old and plan.mark(payload) == c"O" else NOTHING
         if not too_large:
             too_large = self._whole(plan, action, key_row, changes, has_old, unchanged)
         if too_large:
             has_old = self._split_keys(plan, action, payload, size, False)
-            self._key_alone(plan, action, too_large, has_old, has_old and payload[ROW_START - 1] == c"O")
+            self._key_alone(plan, action, too_large, has_old, has_old and plan.mark(payload) == c"O")
         return 0
 
     cdef size_t _whole(
@@ -711,9 +715,9 @@ cdef class Decoder:
             has_old = self._split_keys(plan, action, payload, size, True)
             if has_old:
                 self._fill_and_know(plan, True)
-            wanted = self._say(plan, action, payload[ROW_START - 1], has_old)
+            wanted = self._say(plan, action, plan.mark(payload), has_old)
         has_old = self._split_keys(plan, action, payload, size, False)
-        full = has_old and payload[ROW_START - 1] == c"O"
+        full = has_old and plan.mark(payload) == c"O"
         if wanted:
             return self._key_alone(plan, action, size, has_old, full)
         self._fill_and_know(plan, has_old)

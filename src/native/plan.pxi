@@ -26,6 +26,8 @@ cdef struct Group:
 cdef class Plan:
     cdef readonly tuple name
     cdef readonly tuple own_name
+    cdef bint partitioned
+    cdef bint partial  # an old row that is said to be whole may be a key
     cdef size_t overhead_bytes
     cdef int column_count
     cdef Column* columns
@@ -51,6 +53,8 @@ cdef class Plan:
         self._kept = []
         self.own_name = (relation.schema, relation.table)
         self.name = info.root or self.own_name
+        self.partitioned = info.partitioned
+        self.partial = info.partitioned and info.partial
         self.column_count = len(relation.columns)
         self.columns = <Column*> self._zeroed(self.column_count, sizeof(Column))
         for index, column in enumerate(relation.columns):
@@ -293,6 +297,10 @@ cdef class Plan:
         if count != self.column_count:
             raise ProtocolError(f"a row of {count} columns where {self.own_name} has {self.column_count}")
         return <Py_ssize_t> at + 2
+
+    cdef inline uint8_t mark(self, const uint8_t* payload) noexcept:
+        """What kind of row comes first. By the root's identity it may be called whole where the partition's is a key."""
+        return c"K" if self.partial and payload[ROW_START - 1] == c"O" else payload[ROW_START - 1]
 
     # Rendering.
 

@@ -20,7 +20,11 @@ set of groups of its own in the chunks, in which the tables without such columns
 
 A table that a sink cannot take (its key is not part of the replica identity, a filter does not fit it) is refused for
 that sink when the Relation message comes: `refused` names it and the finding; its changes are not routed to that sink,
-and health says so. When it is mended, what the sink missed becomes a gap on record.
+and health says so. That a gap is on record begins then; when it is mended the gap reaches to that place.
+
+Partitions are judged each by itself, published by themselves or by their root, whose name their rows have in either
+case: the table is refused as long as one of them is. Those that can be taken flow on where the rows of the others do
+not come, because no other sink wants them; where they do come they cannot be told from the rest, and none is taken.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ _MOVED_AWAY = _DELETE + OLD_DELETE  # the delete of the old key, of a change of 
 _GONE = _DELETE + GONE_DELETE  # the delete of a row that has left a filter
 
 Columns = tuple[str, ...]
+Table = tuple[str, str]  # schema, table
 # Judges a set of key columns (None: the primary key) of a table for a sink that needs a key, or can do without.
 Unkeyable = Callable[[Columns | None, bool], Finding | None]
 # Judges a column that says the shard of a row's document, for a sink that takes these actions.
@@ -101,11 +106,20 @@ class Router:
             if subscription.prefix is not None:
                 routes = self._routes.setdefault((SCHEMA, subscription.prefix), [])
                 routes.append(_Route(subscription.delivery, {_INSERT: None}, -1, True))
-        self.refused: dict[tuple[str, str, str], Finding] = {}  # sink, schema, table
-        self._refused_since: dict[tuple[str, str, str], int] = {}  # from which LSN on
+        # By sink and table (the root of a partition), then by the relation's own name; from which LSN on.
+        self._refusals: dict[tuple[str, Table], dict[Table, tuple[Finding, int]]] = {}
+        # By table, then by the relation's own name: the sinks' ways for its rows.
+        self._ways: dict[Table, dict[Table, list[_Route]]] = {}
         if before is not None:
-            self.refused |= before.refused
-            self._refused_since |= before._refused_since
+            wants = {s.delivery.name: s.wants_table for s in subscriptions}
+            for (name, table), refusals in before._refusals.items():
+                if name in wants and wants[name](*table):
+                    self._refusals[name, table] = dict(refusals)
+
+    @property
+    def refused(self) -> dict[tuple[str, str, str], Finding]:
+        """By sink, schema, table: why the sink cannot take it, or one of its partitions."""
+        return {(name, *table): next(iter(some.values()))[0] for (name, table), some in self._refusals.items()}
 
     @property
     def groups(self) -> int:
@@ -138,7 +152,8 @@ class Router:
     def filters(self, relation: Relation, info: TableInfo) -> Sequence[Filter]:
         """The filters on a table that was learned. One that does not fit is left out: `learn` has refused the table for
         its sinks."""
-        schema, table = info.root or (relation.schema, relation.table)
+        own = relation.schema, relation.table
+        schema, table = info.root or own
         found: list[Filter] = []
         for number, conditions in enumerate(self._filters):
             sinks = [
@@ -146,7 +161,7 @@ class Router:
                 for s in self._subscriptions
                 if s.filters == conditions
                 and s.wants_table(schema, table)
-                and (s.delivery.name, schema, table) not in self.refused
+                and own not in self._refusals.get((s.delivery.name, (schema, table)), ())
             ]
             checks = _checks_of(conditions, schema, table, lambda some: compiled(relation, info, some))
             if checks and sinks and not isinstance(checks, Finding):
@@ -167,13 +182,14 @@ class Router:
         """A table's shape is known as of ``lsn``: decide its routes. ``partition``: its own name, if it is one that is
         published by itself; its rows go by the name of its root, its TRUNCATE by this. Returns the actions of which
         some sink wants all rows."""
+        own = partition or (schema, table)
         routes: list[_Route] = []
         emptied: list[_Route] = []
         wanted: set[Action] = set()
+        self._elsewhere(own, (schema, table), lsn)
         for subscription in self._subscriptions:
             if not subscription.wants_table(schema, table):
                 continue
-            name = subscription.delivery.name
             finding = None
             if subscription.grouping:
                 finding = unkeyable(self._columns(subscription, schema, table), subscription.needs_key)
@@ -185,12 +201,9 @@ class Router:
             if isinstance(checks, Finding):
                 finding = finding or checks
             if finding is not None:
-                self._refuse(subscription.delivery, (schema, table), finding, lsn)
+                self._refuse(subscription.delivery, (schema, table), own, finding, lsn)
                 continue
-            mended = self.refused.pop((name, schema, table), None)
-            if mended is not None:
-                since = self._refused_since.pop((name, schema, table))
-                subscription.delivery.gaps.missed(since, lsn, mended.what, (schema, table))
+            self._mended(subscription.delivery, (schema, table), own, lsn)
             number = self._filters.index(subscription.filters) if checks else -1
             if number < 0:
                 wanted |= subscription.actions
@@ -200,7 +213,8 @@ class Router:
             routes.append(_Route(subscription.delivery, kinds, number, not subscription.applies_truncate))
             if subscription.truncates_of_partitions:
                 emptied.append(_Route(subscription.delivery, {_TRUNCATE: None}, -1, False))
-        self._routes[schema, table] = routes
+        self._ways.setdefault((schema, table), {})[own] = routes
+        self._routes[schema, table] = self._together((schema, table))
         if partition is not None:
             self._routes[partition] = emptied
         return frozenset(wanted)
@@ -208,6 +222,7 @@ class Router:
     def renamed(self, was: tuple[str, str], now: tuple[str, str], lsn: int) -> None:
         """A table goes by another name from here on: whoever knows it by the old one alone does not get it any more,
         and is told as of a table that it cannot take."""
+        self._elsewhere(was, was, lsn)
         for subscription in self._subscriptions:
             if subscription.wants_table(*was) and not subscription.wants_table(*now):
                 name, old, new = subscription.delivery.name, ".".join(was), ".".join(now)
@@ -216,13 +231,42 @@ class Router:
                     f"table {old} is called {new} now: its changes pass by",
                     f"rename it back, or name {new} in the sink's source; then: spillway backfill start {name}",
                 )
-                self._refuse(subscription.delivery, was, finding, lsn)
+                self._refuse(subscription.delivery, was, was, finding, lsn)
 
-    def _refuse(self, delivery: Delivery, table: tuple[str, str], finding: Finding, lsn: int) -> None:
+    def _together(self, table: Table) -> list[_Route]:
+        """The ways of a table's rows, whichever partition they are of."""
+        ways = self._ways[table]
+        taken: dict[Delivery, _Route] = {route.delivery: route for routes in ways.values() for route in routes}
+        for delivery in list(taken):
+            without = self._refusals.get((delivery.name, table), {})
+            # Rows that come by the root's own relation are of any partition.
+            if without and (table in ways or any(ways.get(own) for own in without)):
+                del taken[delivery]
+        return list(taken.values())
+
+    def _elsewhere(self, own: Table, table: Table, lsn: int) -> None:
+        """A relation that was of another table, as a partition that was attached or detached, is of this one now."""
+        for other, ways in self._ways.items():
+            if other != table and ways.pop(own, None) is not None:
+                for subscription in self._subscriptions:
+                    self._mended(subscription.delivery, other, own, lsn)
+                self._routes[other] = self._together(other)
+
+    def _mended(self, delivery: Delivery, table: Table, own: Table, lsn: int) -> None:
+        refusals = self._refusals.get((delivery.name, table), {})
+        refusal = refusals.pop(own, None)
+        if not refusals:
+            self._refusals.pop((delivery.name, table), None)
+        if refusal is not None:
+            finding, since = refusal
+            delivery.gaps.missed(since, lsn, finding.what, table)
+
+    def _refuse(self, delivery: Delivery, table: Table, own: Table, finding: Finding, lsn: int) -> None:
         """Its changes pass by from here on. None is confirmed before that is on record: whoever mends it may do so with
         the process stopped."""
-        self.refused[delivery.name, *table] = finding
-        since = self._refused_since.setdefault((delivery.name, *table), lsn)
+        refusals = self._refusals.setdefault((delivery.name, table), {})
+        _, since = refusals.get(own, (finding, lsn))
+        refusals[own] = finding, since
         delivery.gaps.missed(since, lsn, finding.what, table)
 
     def route(self, chunk: Chunk) -> list[tuple[Delivery, Span]]:

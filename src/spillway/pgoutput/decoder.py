@@ -26,7 +26,9 @@ Promises:
   used.
 - A partition published by its root (``publish_via_partition_root``) is logged with its own replica identity while the
   server's frames claim the root's. A root with identity full over a partition without it gives old rows that are null
-  outside of the key and cannot be told from real ones: who asks the catalogue has to find that.
+  outside of the key and cannot be told from real ones. The server sends the partition's own Relation message, too,
+  behind the root's and before the first row of it, and both anew when it is altered: from the one that tells of such a
+  partition (`TableInfo.partial`) the root's old rows count as keys.
 - A partition published under its own name has the identity of its root, but for TRUNCATE: that emptied the partition,
   not the table, and is reported under the partition's own name.
 """
@@ -209,6 +211,10 @@ class Decoder:
                 f"{len(groups)} sets of group columns for {schema}.{table} where {self._groups} are due"
             )
         self._plans[relation.oid] = TablePlan(relation, info, groups, wanted, self._filters(relation, info))
+        if info.root is not None and not info.partitioned:
+            for plan in self._plans.values():
+                if plan.partitioned and plan.name == info.root:
+                    plan.partial = info.partial
 
     # Frames.
 

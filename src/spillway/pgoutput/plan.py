@@ -95,6 +95,8 @@ class TablePlan:
         self.overhead_bytes = sum(2 * len(column.name) + 8 for column in relation.columns)
         self.own_name = (relation.schema, relation.table)
         self.name = self.schema, self.table = info.root or self.own_name
+        self.partitioned = info.partitioned
+        self.partial = info.partitioned and info.partial  # an old row that is said to be whole may be a key
         index_of = {column.name: index for index, column in enumerate(relation.columns)}
         self._pk = [index_of[name] for name in primary_key(relation, info)]
         self._checked = sorted({*self._pk, *(check.column for one in filters for check in one.checks)})

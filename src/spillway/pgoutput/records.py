@@ -32,7 +32,6 @@ Promises:
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from itertools import chain
 from typing import Final
@@ -67,9 +66,8 @@ from spillway.pgoutput.transaction import Transaction
 INSERTED, UPDATED, DELETED, READ, TRUNCATED = range(len(ACTIONS))
 
 # Kinds of tuples inside of a row's message.
-_NEW, _OLD = b"NO"  # the third, K, is an old row of which only the replica identity is there
+_NEW, _OLD, _KEY = b"NOK"  # of the third, an old row, only the replica identity is there
 
-_row_head = struct.Struct(">xIB").unpack_from
 _ROW_START: Final = 6
 
 # A record has one byte for the place within a TRUNCATE. What counts is that the places do not fall.
@@ -151,7 +149,7 @@ class Records:
     def _insert_or_delete(self, plan: TablePlan, action: int, payload: bytes) -> None:
         row, end, unchanged = plan.split(payload, _ROW_START)
         self._check(payload, end)
-        said = self._said_of_row(plan, row, partial=_is_key(action, payload))
+        said = self._said_of_row(plan, row, partial=_is_key(plan, action, payload))
         n = self._number(plan, row)
         if not self._is_wanted(plan, action, said):
             return
@@ -164,7 +162,7 @@ class Records:
             self._add(plan.name, action, body, tail, texts, n, said, flags=0 if unchanged else WHOLE)
 
     def _update(self, plan: TablePlan, payload: bytes) -> None:
-        mark = payload[_ROW_START - 1]
+        mark = _mark(plan, payload)
         old: Row | None = None
         if mark == _NEW:
             row, end, unchanged = plan.split(payload, _ROW_START)
@@ -244,13 +242,13 @@ class Records:
         if plan.filters:
             row, position = plan.split_checked(payload, _ROW_START)
             if action != UPDATED:
-                said = self._said_of_row(plan, row, partial=_is_key(action, payload))
-            elif payload[_ROW_START - 1] == _NEW:
+                said = self._said_of_row(plan, row, partial=_is_key(plan, action, payload))
+            elif _mark(plan, payload) == _NEW:
                 said, of_old = self._said_of_update(plan, row, None, full=False)
             else:
                 old = row
                 row, _ = plan.split_checked(payload, _after_new(payload, position))
-                full = payload[_ROW_START - 1] == _OLD
+                full = _mark(plan, payload) == _OLD
                 said, of_old = self._said_of_update(plan, filled(row, old), old, full=full)
         if action == UPDATED:
             self._large_update_alone(plan, payload, len(payload), said, of_old)
@@ -269,7 +267,7 @@ class Records:
     def _large_update_alone(
         self, plan: TablePlan, payload: memoryview, size_bytes: int, said: bytes, of_old: bytes
     ) -> None:
-        _, mark = _row_head(payload)
+        mark = _mark(plan, payload)
         row, position = plan.split_key(payload, _ROW_START)
         old = None
         if mark != _NEW:
@@ -397,9 +395,15 @@ class Records:
         self._matched += said
 
 
-def _is_key(action: int, payload: bytes | memoryview) -> bool:
+def _mark(plan: TablePlan, payload: bytes | memoryview) -> int:
+    """What kind of row comes first. By the root's identity it may be called whole where the partition's is a key."""
+    mark = payload[_ROW_START - 1]
+    return _KEY if mark == _OLD and plan.partial else mark
+
+
+def _is_key(plan: TablePlan, action: int, payload: bytes | memoryview) -> bool:
     """The row of a delete is a key alone."""
-    return action == DELETED and payload[_ROW_START - 1] != _OLD
+    return action == DELETED and _mark(plan, payload) != _OLD
 
 
 def _primary(plan: TablePlan, row: Row) -> tuple[bytes, Row]:

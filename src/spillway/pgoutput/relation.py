@@ -48,9 +48,14 @@ class TypeInfo:
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """What the catalogue says. ``root``: for a partition published under its own name, the topmost table's."""
+    """What the catalogue says, and `Session.describe`. ``root``: for a partition, the topmost table's.
+
+    ``partial``: of a partitioned table, or of the one that a partition belongs to: some of its partitions are logged
+    with less than their whole old rows. Published by the root an old row is then taken for no more than a key."""
 
     oid: int
     primary_key: tuple[str, ...]  # in column order of the table (attnum), not of the constraint
     types: Mapping[int, TypeInfo]  # every type reachable from the columns, by OID
     root: tuple[str, str] | None = None  # schema, table
+    partitioned: bool = False
+    partial: bool = False

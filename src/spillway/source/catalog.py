@@ -59,7 +59,8 @@ async def describe(query: Connection, relation: Relation) -> TableInfo:
         oid=relation.oid,
         primary_key=_primary_key(relation, columns),
         types=await types(query, [column.type_oid for column in relation.columns]),
-        root=None if root is None else (root["schema"], root["table"]),
+        root=None if root is None or root["table"] is None else (root["schema"], root["table"]),
+        partitioned=root is not None and root["partitioned"],
     )
 
 

@@ -172,11 +172,12 @@ SELECT made.name, CASE WHEN t.typtype = 'e' THEN 'enum' ELSE format_type(t.oid, 
  ORDER BY made.number;
 
 -- name: root
-SELECT n.nspname::text AS schema, r.relname::text AS "table"
+-- Of a partition; null of another table.
+SELECT c.relkind = 'p' AS partitioned, n.nspname::text AS schema, r.relname::text AS "table"
   FROM pg_class c
-  JOIN pg_class r ON r.oid = pg_partition_root(c.oid)
-  JOIN pg_namespace n ON n.oid = r.relnamespace
- WHERE c.oid = %(oid)s AND c.relispartition;
+  LEFT JOIN pg_class r ON c.relispartition AND r.oid = pg_partition_root(c.oid)
+  LEFT JOIN pg_namespace n ON n.oid = r.relnamespace
+ WHERE c.oid = %(oid)s;
 
 -- name: types
 -- Every type that is reachable: what a domain stands for, what an array holds, what a composite is made of. An array
@@ -348,3 +349,15 @@ WITH RECURSIVE based (attname, oid) AS (
     SELECT b.attname, t.typbasetype FROM based b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd'
 )
 SELECT attname::text AS name FROM based WHERE oid IN ('timestamp'::regtype, 'timestamptz'::regtype);
+
+-- name: published_as
+-- Whether a table of another OID is published, by itself or by its partitions, under this name.
+SELECT EXISTS (
+    SELECT
+      FROM pg_publication_tables p
+      JOIN pg_namespace n ON n.nspname = p.schemaname
+      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+      JOIN pg_class r ON r.oid IN (c.oid, pg_partition_root(c.oid))
+      JOIN pg_namespace s ON s.oid = r.relnamespace
+     WHERE p.pubname = %(publication)s AND s.nspname = %(schema)s AND r.relname = %(table)s AND c.oid <> %(oid)s
+) AS found;

@@ -11,7 +11,7 @@ together with the stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psycopg
 
@@ -22,6 +22,7 @@ from spillway.pgoutput.relation import Relation, TableInfo
 from spillway.position import parse_lsn
 from spillway.source import catalog
 from spillway.source.connect import Connection, connect_query, connect_replication, querying
+from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
 from spillway.source.slot import ensure_publication, ensure_slot, slot_state, system
 from spillway.source.stream import Stream
@@ -52,6 +53,8 @@ class Session:
         self._query = query
         self._server_version = server_version
         self._started = False
+        # By the root: its partitions that the stream has named and that are logged without their whole old rows.
+        self._partial: dict[tuple[str, str], set[int]] = {}
 
     async def start(self) -> None:
         """Take the slot. Raises SourceUnavailable while somebody else has it."""
@@ -62,7 +65,24 @@ class Session:
         self._started = True
 
     async def describe(self, relation: Relation) -> TableInfo:
-        return await catalog.describe(self._query, relation)
+        """Of the replica identity of partitions the stream is believed: the catalogue has that of today."""
+        info = await catalog.describe(self._query, relation)
+        partial = self._partial.setdefault(info.root or (relation.schema, relation.table), set())
+        if info.root is not None and not info.partitioned:
+            if relation.replica_identity == "f":
+                partial.discard(relation.oid)
+            else:
+                partial.add(relation.oid)
+        return replace(info, partial=bool(partial))
+
+    async def published_as(self, name: tuple[str, str], oid: int) -> bool:
+        """Whether a table other than this is published under the name."""
+        schema, table = name
+        publication = self._database.publication.name
+        found = await fetch_one(
+            self._query, "published_as", publication=publication, schema=schema, table=table, oid=oid
+        )
+        return found is not None and bool(found["found"])
 
     def unkeyable(
         self, relation: Relation, info: TableInfo, columns: tuple[str, ...] | None, needs_key: bool

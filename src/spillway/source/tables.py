@@ -81,6 +81,21 @@ def _refused_updates(table: PublishedTable) -> Iterator[Finding]:
             )
 
 
+def _partial(published: Published, table: PublishedTable) -> Iterator[Finding]:
+    """The frames of rows that go by their root claim its replica identity, and hold what the partition's is."""
+    if table.kind != "p" or table.replica_identity != "f" or not (published.update or published.delete):
+        return
+    for leaf in table.leaves:
+        if leaf.replica_identity != "f" and leaf.identity_columns:
+            yield Finding(
+                "partition_identity",
+                f"table {_shown(table)} has REPLICA IDENTITY FULL and its partition {_shown(leaf)} has not: old rows "
+                "of the table are known by their keys alone",
+                f"ALTER TABLE {quoted(leaf.schema, leaf.table)} REPLICA IDENTITY FULL;",
+                "warning",
+            )
+
+
 def _without_root(published: Published) -> Iterator[Finding]:
     roots = sorted({".".join(table.root) for table in published.tables if table.root is not None})
     if roots:
@@ -125,6 +140,7 @@ def not_published(published: Published, name: TableName) -> Finding:
 
 def _of_table(published: Published, sink: Sink, table: PublishedTable, role: str) -> Iterator[Finding]:
     yield from _keys(sink, table)
+    yield from _partial(published, table)
     if isinstance(sink.destination, Search) and published.update and "update" in sink.actions:
         yield from _toast(sink, table)
     if sink.destination.state and not table.readable:
