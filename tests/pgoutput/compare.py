@@ -44,6 +44,7 @@ class Setting:
     groups: tuple[tuple[str, ...] | None, ...] = ()
     wanted: frozenset[str] = frozenset(ACTIONS)
     root: tuple[str, str] | None = None
+    partial: bool = False  # and partitioned
     max_message_bytes: int = 1 << 20
     frame_overhead_bytes: int = 100
     renew_frame_bytes: int = 1 << 20
@@ -140,7 +141,7 @@ def _decoder(decoder_class: type[Decoder], setting: Setting, findings: list[Find
 
 
 def _learn(decoder: Decoder, relation: Relation, setting: Setting) -> None:
-    info = TableInfo(relation.oid, setting.primary_key, TYPES, setting.root)
+    info = TableInfo(relation.oid, setting.primary_key, TYPES, setting.root, setting.partial, setting.partial)
     decoder.learn(relation, info, setting.wanted)  # type: ignore[arg-type]
 
 

@@ -73,6 +73,7 @@ def cases(draw: st.DrawFn) -> tuple[list[bytes], Setting]:
         groups=tuple(draw(st.lists(group, max_size=2))),
         wanted=draw(st.just(frozenset(ACTIONS)) | st.frozensets(st.sampled_from(ACTIONS))),
         root=draw(st.none() | st.just(("a.b", "root:"))),
+        partial=draw(st.booleans()),
         max_message_bytes=draw(st.sampled_from([1 << 20, 5000, 900, 300])),
         renew_frame_bytes=draw(st.sampled_from([1 << 20, 100])),
         credit_bytes=draw(st.sampled_from([1 << 30, 3000])),

@@ -219,10 +219,19 @@ class Router:
             self._routes[partition] = emptied
         return frozenset(wanted)
 
-    def renamed(self, was: tuple[str, str], now: tuple[str, str], lsn: int) -> None:
-        """A table goes by another name from here on: whoever knows it by the old one alone does not get it any more,
-        and is told as of a table that it cannot take."""
-        self._elsewhere(was, was, lsn)
+    def left(self, own: Table, lsn: int) -> None:
+        """No relation has this name of its own any more."""
+        self._elsewhere(own, own, lsn)
+
+    def takes(self, schema: str, table: str) -> bool:
+        """Whether a sink wants changes of that name."""
+        return any(subscription.wants_table(schema, table) for subscription in self._subscriptions)
+
+    def renamed(self, was: Table, now: Table, partition: Table | None, lsn: int) -> bool:
+        """A table that was learned goes by another name than before: whoever knows it by the old one alone does not get
+        it any more, and is told as of a table that it cannot take. ``partition``: as `learn` has it. Returns whether
+        there is such a sink."""
+        told = False
         for subscription in self._subscriptions:
             if subscription.wants_table(*was) and not subscription.wants_table(*now):
                 name, old, new = subscription.delivery.name, ".".join(was), ".".join(now)
@@ -231,7 +240,9 @@ class Router:
                     f"table {old} is called {new} now: its changes pass by",
                     f"rename it back, or name {new} in the sink's source; then: spillway backfill start {name}",
                 )
-                self._refuse(subscription.delivery, was, was, finding, lsn)
+                self._refuse(subscription.delivery, was, partition or was, finding, lsn)
+                told = True
+        return told
 
     def _together(self, table: Table) -> list[_Route]:
         """The ways of a table's rows, whichever partition they are of."""
