@@ -36,6 +36,7 @@ from spillway.flow.budget import Budget
 from spillway.flow.capture import Capture
 from spillway.flow.delivery import Delivery
 from spillway.flow.inflow import Process, SinkSpec
+from spillway.flow.names import TableNames
 from spillway.flow.paging import Manners
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import ROW_ACTIONS, Router, Subscription
@@ -391,6 +392,9 @@ class FakeConnection:
     ) -> Finding | None:
         return None
 
+    async def published_as(self, name: tuple[str, str], oid: int) -> bool:
+        return False
+
     async def close(self) -> None:
         pass
 
@@ -662,6 +666,7 @@ class World:
             budget,
             reserve,
             lambda *_: None,
+            TableNames(store, "slot"),
             clock,  # type: ignore[arg-type, return-value]
         )
         moved.append(capture.moved)

@@ -42,3 +42,58 @@ def test_a_table_that_takes_the_place_of_another_is_no_gap(database: str, tmp_pa
         place.read_by_the_stream()
         assert place.status("out")["state"] in ("idle", "caught_up")
         assert place.status("out")["gap"] is None
+
+
+def test_a_table_that_was_renamed_before_the_start_is_a_gap_again(database: str, tmp_path: Path) -> None:
+    schema = "create table t (id int primary key)"
+    with Shaped(database, tmp_path, [file_sink("out", ["public.t"])], schema=schema) as place:
+        place.begin()
+        place.sql("insert into t values (1)")
+        place.came("out", 1)
+        for last, name in ((2, "u"), (3, "u")):
+            place.again()
+            place.sql(*([f"alter table t rename to {name}"] if last == 2 else []), f"insert into u values ({last})")
+            place.wait(lambda: place.status("out")["state"] == "gap", "the gap")
+            assert "is called public.u now" in place.status("out")["reason"]
+        place.again()
+        place.sql("alter table u rename to t", "insert into t values (4)")
+        assert [line["record"]["id"] for line in place.came("out", 2)] == [1, 4]
+        assert place.status("out")["gap"]["reason"].startswith("table public.t is called public.u now")
+
+
+def test_the_root_of_partitions_is_renamed(database: str, tmp_path: Path) -> None:
+    schema = """create table t (id int primary key) partition by range (id);
+        create table low partition of t for values from (0) to (100);
+        create table high partition of t for values from (100) to (200)"""
+    with Shaped(database, tmp_path, [file_sink("out", ["public.t"])], schema=schema) as place:
+        place.begin()
+        place.sql("insert into t values (1), (101)")
+        place.came("out", 2)
+        place.sql("alter table t detach partition high", "insert into high values (102)")  # rows of another table
+        place.sql("insert into t values (2)")
+        place.came("out", 3)
+        assert place.status("out")["gap"] is None
+        place.sql("alter table t rename to jobs")
+        place.again()
+        place.sql("insert into jobs values (3)")
+        place.wait(lambda: place.status("out")["state"] == "gap", "the gap")
+        assert "table public.t is called public.jobs now" in place.status("out")["reason"]
+        place.sql("alter table jobs rename to t")
+        place.again()
+        place.sql("insert into t values (4)")
+        place.wait(lambda: place.lines("out")[-1]["record"]["id"] == 4, "the table under its name")
+        assert place.status("out")["gap"] is not None
+
+
+def test_a_table_that_is_made_anew_is_no_other(database: str, tmp_path: Path) -> None:
+    schema = "create table t (id int primary key)"
+    with Shaped(database, tmp_path, [file_sink("out", ["public.t"])], schema=schema) as place:
+        place.begin()
+        place.sql("insert into t values (1)")
+        place.came("out", 1)
+        place.sql("drop table t", schema, "insert into t values (2)")
+        place.came("out", 2)
+        place.again()
+        place.sql("insert into t values (3)")
+        place.came("out", 3)
+        assert place.status("out")["gap"] is None

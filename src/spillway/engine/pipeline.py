@@ -29,6 +29,7 @@ from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
 from spillway.flow.paging import Manners
+from spillway.flow.names import TableNames
 from spillway.flow.progress import Request
 from spillway.flow.refresh import Refresh
 from spillway.flow.route import Router, Subscription, filters_of_pages
@@ -91,6 +92,7 @@ class Pipeline:
             self._reserve_mark,
             self._timestamps.forget,
             self._clock,
+            TableNames(self._store, self._slot),
             len(config.databases),
         )
         self.backfills = Backfills(

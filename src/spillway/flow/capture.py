@@ -37,6 +37,7 @@ from spillway.errors import Finding, SourceUnavailable, SpillwayError, StoreFail
 from spillway.flow.budget import Budget
 from spillway.flow.carried import Carried
 from spillway.flow.delivery import Delivery
+from spillway.flow.names import TableNames
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Router
 from spillway.flow.watermark import Watermark
@@ -74,6 +75,8 @@ class Connection(Protocol):
         self, relation: Relation, info: TableInfo, columns: tuple[str, ...] | None, needs_key: bool
     ) -> Finding | None: ...
 
+    async def published_as(self, name: tuple[str, str], oid: int) -> bool: ...
+
     async def close(self) -> None: ...
 
 
@@ -98,6 +101,7 @@ class Capture:
         budget: Budget,
         reserve_mark: Callable[[int], Awaitable[None]],
         reshaped: Callable[[str, str], None],
+        names: TableNames,
         clock: Clock,
         slots: int = 1,
     ) -> None:
@@ -109,6 +113,7 @@ class Capture:
         self._pool = budget.capture
         self._reserve_mark = reserve_mark  # returns when a durable mark covers the position (I9)
         self._reshaped = reshaped  # is told of each table, by the name that messages have, whose shape has come
+        self._names = names
         self._clock = clock
         self.watermark = Watermark(0)
         self.received_lsn = 0
@@ -131,7 +136,7 @@ class Capture:
         self._owing: set[asyncio.Task[None]] = set()
         self.carried = Carried(budget.capture, budget.capture.limit_bytes // 8 // slots)
         self._turns: list[Turn] = []
-        self._names: dict[int, tuple[str, str]] = {}  # of tables, by OID, their own names as they were last
+        self._own_names: dict[int, tuple[str, str]] = {}  # of tables, by OID, as they were last
         self.sent_lsn = 0  # the server was told that it is confirmed
         self._renew = False  # the connection, as soon as a transaction has ended
 
@@ -321,9 +326,9 @@ class Capture:
         schema, table = info.root or (relation.schema, relation.table)
         self._reshaped(schema, table)
         own_name = (relation.schema, relation.table)
-        before, self._names[relation.oid] = self._names.get(relation.oid, own_name), own_name
-        if before not in self._names.values():  # nor has another table taken its place
-            self._router.renamed(before, own_name, self.received_lsn)
+        before_own, self._own_names[relation.oid] = self._own_names.get(relation.oid, own_name), own_name
+        if before_own not in self._own_names.values():  # nor has another table taken its place
+            self._router.left(before_own, self.received_lsn)
         wanted = self._router.learn(
             schema,
             table,
@@ -333,6 +338,11 @@ class Capture:
             lambda column, actions: unroutable(relation, info, column, actions),
             None if info.root is None else own_name,
         )
+        before = await self._names.before(relation, info, connection)
+        partition = None if info.root is None else own_name
+        renamed = before is not None and self._router.renamed(before, (schema, table), partition, self.received_lsn)
+        if not renamed and self._router.takes(schema, table):
+            self._names.take(relation, info)
         decoder.learn(relation, info, wanted)
 
     async def _take_credit(self, size: int, largest_frame_bytes: int) -> None:

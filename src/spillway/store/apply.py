@@ -23,7 +23,7 @@ from spillway.errors import SpillwayError
 from spillway.impl import gather
 from spillway.position import Position
 from spillway.store.backfills import write_backfill
-from spillway.store.base import Counters, Gap, Identity, Park, SinkState, Write, Written
+from spillway.store.base import Counters, Gap, Identity, Park, SinkState, TakenTable, Write, Written
 from spillway.store.lanes import Failure, Lanes
 from spillway.store.queue import Put, Queue, Taken
 from spillway.store.refreshes import ask_refreshes, drop_refreshes
@@ -59,6 +59,7 @@ UPSERT_SLOT = """
         mark = CASE WHEN epoch = excluded.epoch THEN max(mark, excluded.mark) ELSE excluded.mark END,
         epoch = excluded.epoch"""
 
+UPSERT_TAKEN = "INSERT OR REPLACE INTO taken (slot, oid, schema, tbl, partition) VALUES (?, ?, ?, ?, ?)"
 DELETE_DEAD = "DELETE FROM dead WHERE sink = ?1 AND id IN (SELECT value FROM json_each(?2))"
 SELECT_DEAD = """
     SELECT json_group_array(id) FROM dead WHERE id IN (SELECT value FROM json_each(?2)) AND sink = ?1"""
@@ -128,12 +129,16 @@ class Transaction:
         before = self._db.execute("SELECT epoch FROM slot WHERE name = ?", (identity.slot,)).fetchone()
         if before is not None and before[0] != identity.epoch:
             self._db.execute("UPDATE sink SET lsn = NULL, idx = NULL, sub = NULL WHERE slot = ?", (identity.slot,))
+            self._db.execute("DELETE FROM taken WHERE slot = ?", (identity.slot,))
             for name, sink in self._committed.items():
                 if sink.slot == identity.slot:
                     self._sink(name).position = None
         self._db.execute(
             UPSERT_SLOT, (identity.slot, identity.system_id, identity.timeline, identity.epoch, identity.mark)
         )
+
+    def write_taken_table(self, slot: str, oid: int, table: TakenTable) -> None:
+        self._db.execute(UPSERT_TAKEN, (slot, oid, table.schema, table.table, table.partition))
 
     # -- a write, in the order of its fields ------------------------------------------------------------------------
     def write(self, write: Write, puts: Sequence[Put]) -> Written:

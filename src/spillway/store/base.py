@@ -90,6 +90,19 @@ class Identity:
     mark: int
 
 
+@dataclass(frozen=True, slots=True)
+class TakenTable:
+    """The name by which changes of a table go; ``partition``: it is one, and that is the name of its root."""
+
+    schema: str
+    table: str
+    partition: bool = False
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.schema, self.table
+
+
 @dataclass(slots=True)
 class Counters:
     """Of one sink, exact at every commit. Waiting: everything durable and unresolved, in the queue or in lanes."""
@@ -255,7 +268,12 @@ class Store(Protocol):
     def write_identity(self, identity: Identity) -> Future[None]:
         """Durable when the future resolves. ``mark`` never goes back within an epoch. With another epoch the positions
         of the slot's sinks are forgotten in the same commit: nothing is skipped because of another history (I9). To be
-        called before ``open_sink`` then."""
+        called before ``open_sink`` then. What tables were called is forgotten with them."""
+
+    def taken_tables(self, slot: str) -> dict[int, TakenTable]:
+        """By OID: what a sink of the slot takes, or took, and the name that it had."""
+
+    def write_taken_table(self, slot: str, oid: int, table: TakenTable) -> Future[None]: ...
 
     def open_sink(self, sink: str, slot: str) -> SinkState:
         """Raises SpillwayError ``sink_moved`` if its state belongs to another slot."""

@@ -24,7 +24,7 @@ from typing import IO
 from spillway.errors import SpillwayError
 
 APPLICATION_ID = 0x53504C57  # "SPLW"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PAGE_BYTES = 16384
 CACHE_KIB = 8192
 RESERVE_BYTES = 32 << 20

@@ -25,7 +25,7 @@ from spillway.chunk import FLAGS, MOST_PLACES, PLACE_BITS, Message, Span
 from spillway.clock import Clock
 from spillway.errors import StoreFailed
 from spillway.store.backfills import SELECT_BACKFILLS, SELECT_RUNNING
-from spillway.store.base import DueRefresh, Identity, LaneHead, P, T
+from spillway.store.base import DueRefresh, Identity, LaneHead, P, T, TakenTable
 from spillway.store.file import free_bytes, open_reader
 from spillway.store.queue import find_spans, read_span, with_key
 from spillway.store.refreshes import SELECT_DUE_TABLES, SELECT_REFRESHES, table_text
@@ -81,6 +81,7 @@ class _Head(NamedTuple):
 
 SELECT_SINK_ID = "SELECT id FROM sink WHERE name = ?"
 SELECT_IDENTITY = "SELECT system_id, timeline, name, epoch, mark FROM slot WHERE name = ?"
+SELECT_TAKEN = "SELECT oid, schema, tbl, partition FROM taken WHERE slot = ?"
 SELECT_PARKED = """
     SELECT json_group_array(p.key) FROM json_each(?2) k CROSS JOIN parked p ON p.sink = ?1 AND p.key = k.value"""
 SELECT_PAGE = f"""
@@ -191,6 +192,10 @@ class Reads:
     def identity(self, slot: str) -> Identity | None:
         found = self._first(SELECT_IDENTITY, (slot,))
         return None if found is None else Identity(*cast("tuple[str, int, str, int, int]", found))
+
+    def taken_tables(self, slot: str) -> dict[int, TakenTable]:
+        rows = cast("list[tuple[int, str, str, int]]", self._rows(SELECT_TAKEN, (slot,)))
+        return {oid: TakenTable(schema, table, bool(partition)) for oid, schema, table, partition in rows}
 
     # -- the stream -------------------------------------------------------------------------------------------------
     def parked(self, sink: str, keys: Sequence[str]) -> set[str]:

@@ -10,6 +10,14 @@ CREATE TABLE slot (
     mark INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+-- The tables that the stream has named and a sink takes, under the name by which it took them last; ``partition``: that
+-- is the name of its root.
+CREATE TABLE taken (
+    slot TEXT NOT NULL, oid INTEGER NOT NULL,
+    schema TEXT NOT NULL, tbl TEXT NOT NULL, partition INTEGER NOT NULL,
+    PRIMARY KEY (slot, oid)
+) WITHOUT ROWID;
+
 -- One row per sink: all that a start reads. ``run`` rises at every opening of the file, see table parked.
 CREATE TABLE sink (
     id INTEGER PRIMARY KEY,

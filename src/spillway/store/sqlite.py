@@ -39,7 +39,7 @@ from typing import Generic, TypeVar, cast
 from spillway.chunk import PLACE_BITS
 from spillway.clock import Clock, SystemClock
 from spillway.errors import SpillwayError, StoreFailed
-from spillway.store.base import Identity, Select, SinkState, Write, Written
+from spillway.store.base import Identity, Select, SinkState, TakenTable, Write, Written
 from spillway.store.commands import Commands
 from spillway.store.compact import Compaction
 from spillway.store.file import Reserve, lock, open_writer
@@ -135,6 +135,9 @@ class SqliteStore(PeopleReads):
     def write_identity(self, identity: Identity) -> Future[None]:
         _check_lsn(identity.mark)
         return self._submit(lambda transaction: transaction.write_identity(identity))
+
+    def write_taken_table(self, slot: str, oid: int, table: TakenTable) -> Future[None]:
+        return self._submit(lambda transaction: transaction.write_taken_table(slot, oid, table))
 
     def write(self, write: Write) -> Future[Written]:
         if write.position is not None:
