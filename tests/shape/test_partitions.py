@@ -28,6 +28,10 @@ def test_a_partition_that_is_refused_is_not_mended_by_another(database: str, tmp
         assert [line["record"]["id"] for line in place.came("out", 1)] == [1]
         assert place.status("out")["state"] == "gap"
         assert "public.t2" in place.status("out")["reason"]
+        place.post("out/resume")  # acknowledged, and still refused
+        place.sql("insert into t values (103, 1, 0)")
+        place.read_by_the_stream()
+        assert place.status("out")["state"] == "gap"
         place.sql("alter table t2 replica identity full", "insert into t values (102, 1, 0)")
         assert [line["record"]["id"] for line in place.came("out", 2)] == [1, 102]
         assert place.status("out")["gap"]["last_lsn"] is not None
