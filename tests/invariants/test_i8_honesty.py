@@ -264,7 +264,7 @@ async def test_a_refused_table_is_a_gap_that_grows(world: World) -> None:
     async with world.running() as engine:
         watch = Watch(engine)
         finding = Finding("no_primary_key", "table public.x has no primary key", "ALTER TABLE x ...")
-        engine.capture._router.refused["s", "public", "x"] = finding
+        engine.capture._router._refusals["s", ("public", "x")] = {("public", "x"): (finding, 0)}
         assert watch.look() == "gap"
         assert watch.health.reason == "table public.x has no primary key"
         assert watch.health.remedy == "ALTER TABLE x ..."
