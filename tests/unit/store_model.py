@@ -138,6 +138,8 @@ class Model:
         self._look(now)
         self._bury([(row(bury.message), bury) for bury in write.bury], now)
         self._revive(write)
+        for row in write.unbury:
+            self.dead.pop(row, None)
         self._look(now)
         if write.drop_table_below is not None:
             schema, table, below = write.drop_table_below

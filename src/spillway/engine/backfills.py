@@ -3,6 +3,10 @@
 `Backfills.run` owns a task per backfill that has not ended; a restart finds them in the store and goes on at their
 cursors. There is at most one active or paused backfill per sink and table.
 
+**Retries.** A dead letter of a sink that keeps rows is not sent again as it was: a later change may have been applied
+since. A backfill reads the rows of such letters by their keys, and deletes what is gone; it takes the place of its
+letters in one commit. Retries go beside whatever else is read of the table, those of a sink one after the other.
+
 **Initial backfills.** A sink with ``initial_backfill`` gets the existing rows of its tables once: which tables have had
 theirs is a document of its own in the store, written right behind the beginning; a crash in between finds the backfill
 and takes it for what it is. Tables that enter the publication later get theirs when they are noticed
@@ -46,6 +50,7 @@ from spillway.flow.route import Router, Subscription
 from spillway.source import catalog
 from spillway.source.catalog import PublishedTable
 from spillway.source.connect import querying
+from spillway.source.page import Cursor
 from spillway.source.refusal import quoted
 from spillway.source.tables import refusal
 from spillway.store.base import BackfillDocument, Gap, Store
@@ -91,6 +96,7 @@ class Backfills:
         self._initial: dict[str, set[str]] = {}  # by sink: tables that have had theirs
         self._backfills: dict[str, Backfill] = {}  # by id: those that have not ended
         self._owed = Owed()
+        self._retries: dict[str, asyncio.Lock] = {}  # by sink
         self._starting: set[tuple[str, Table]] = set()  # sink and table, while the beginning is being written
         self._told: set[tuple[str, Table, str]] = set()  # what initial backfills were refused for
         self._tasks: asyncio.TaskGroup | None = None
@@ -142,7 +148,11 @@ class Backfills:
 
     async def _run(self, backfill: Backfill) -> None:
         state = backfill.state
-        await backfill.run()
+        if state.request.origin == "retry":
+            async with self._retries.setdefault(state.sink, asyncio.Lock()):
+                await backfill.run()
+        else:
+            await backfill.run()
         self._backfills.pop(state.id, None)
         _log.info("backfill ended", sink=state.sink, table=state.request.text, state=state.state, rows=state.rows)
         if state.is_owed:
@@ -253,8 +263,33 @@ class Backfills:
             self._check(sink, table, published)
         return [await self._begin(sink, request) for request in requests]
 
+    def retrying(self, sink: str) -> int:
+        """Rows whose retry has not ended."""
+        requests = [b.state.request for b in self._backfills.values() if b.state.sink == sink]
+        return sum(len(request.keys or ()) for request in requests if request.origin == "retry")
+
+    async def retry(self, sink: str, table: Table, keys: Iterable[Cursor], letters: Sequence[int]) -> None:
+        """These rows of the table come, or their deletes, in place of these dead letters. Durable when this returns.
+        Raises SpillwayError if they cannot be read into the sink."""
+        published = await self._published()
+        self._check_table(sink, table, published)
+        deletes = "delete" in self._sinks[sink][0].taken_actions
+        await self._begin(sink, Request(*table, "retry", keys=tuple(keys), sweep=deletes), letters)
+
     def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
         """Whether a backfill may begin. Raises SpillwayError."""
+        self._check_table(sink, table, published)
+        active = self._active_of(sink, table)
+        name = ".".join(table)
+        if active is not None or (sink, table) in self._starting:
+            raise SpillwayError(
+                "backfill_active",
+                f"a backfill of {name} into {sink} is {'active' if active is None else active.state.state} already",
+                f"wait for it, or: spillway backfill cancel {sink} {name}",
+            )
+
+    def _check_table(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
+        """Whether its rows can be read into the sink."""
         configured, name = self._sinks[sink][0], ".".join(table)
         if not configured.selects(*table):
             raise SpillwayError(
@@ -272,35 +307,34 @@ class Backfills:
             refused = refusal(configured, [relation for relation in published if relation.name == table])
         if refused is not None:
             raise SpillwayError.of(refused)
-        active = self._active_of(sink, table)
-        if active is not None or (sink, table) in self._starting:
-            raise SpillwayError(
-                "backfill_active",
-                f"a backfill of {name} into {sink} is {'active' if active is None else active.state.state} already",
-                f"wait for it, or: spillway backfill cancel {sink} {name}",
-            )
 
-    async def _begin(self, sink: str, request: Request) -> BackfillState:
-        """Nothing is awaited between `_check` and this."""
+    async def _begin(self, sink: str, request: Request, letters: Sequence[int] = ()) -> BackfillState:
+        """Nothing is awaited between `_check` and this. ``letters``: dead letters whose place it takes."""
         now = self._clock.wall()
         state = BackfillState(str(uuid.uuid4()), sink, request, created=now, changed=now)
         if request.gap is not None:
             state.started_lsn = request.gap[0]  # nothing that the sink has from before is above
+        delivery = self._sinks[sink][1].delivery
+        document = BackfillDocument(state.id, state.as_json(), ended=False)
+        if request.origin == "retry":
+            await delivery.retried_by(document, letters)
+            self._own(state)
+            return state
         starting = (sink, request.name)
         self._starting.add(starting)
         try:
-            delivery = self._sinks[sink][1].delivery
-            await delivery.note(BackfillDocument(state.id, state.as_json(), ended=False))
+            await delivery.note(document)
             self._own(state)
         finally:
             self._starting.discard(starting)
         return state
 
     def _active_of(self, sink: str, table: Table) -> Backfill | None:
-        """The one that has not ended."""
+        """The one that has not ended; retries do not count."""
         for backfill in self._backfills.values():
             state = backfill.state
-            if state.sink == sink and state.request.name == table and not state.has_ended:
+            others = state.request.origin == "retry" or state.has_ended
+            if state.sink == sink and state.request.name == table and not others:
                 return backfill
         return None
 
@@ -377,7 +411,8 @@ class Backfills:
     async def change(
         self, sink: str, id_or_table: str, verb: Literal["pause", "resume", "cancel"]
     ) -> dict[str, object]:
-        for backfill in self._backfills.values():
+        # A table's name means a retry only where nothing else is read of it.
+        for backfill in sorted(self._backfills.values(), key=lambda one: one.state.request.origin == "retry"):
             state = backfill.state
             if state.sink == sink and state.is_called(id_or_table):
                 await backfill.change(_STATES[verb])

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
 import structlog
 
 from spillway import impl
+from spillway.chunk import Message
 from spillway.clock import SystemClock
 from spillway.config import Config, Sink
 from spillway.config.orders import BackfillOrder, ReindexOrder
@@ -358,14 +359,16 @@ class Engine:
     async def retry_dead(self, sink: str, select: Select) -> int:
         """Events are sent again marked ``replayed``; of a state the row is read anew, and deleted if it is gone."""
         pipeline, delivery = self._of(sink)
-        total, after = 0, 0
         async with self._budget.lent(2 * _page_bytes(delivery)):
-            while letters := await asyncio.wrap_future(
-                self._store.ask(self._store.read_dead, sink, select, after, PAGE_MESSAGES)
-            ):
-                after = letters[-1].row
-                total += await pipeline.revive(delivery, letters)
-        return total
+            return await pipeline.revive(delivery, self._letters(sink, select))
+
+    async def _letters(self, sink: str, select: Select) -> AsyncIterator[Sequence[Message]]:
+        after = 0
+        while letters := await asyncio.wrap_future(
+            self._store.ask(self._store.read_dead, sink, select, after, PAGE_MESSAGES)
+        ):
+            yield letters
+            after = letters[-1].row
 
     async def export_dead(self, sink: str, select: Select) -> AsyncIterator[bytes]:
         pipeline, delivery = self._of(sink)

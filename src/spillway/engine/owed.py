@@ -1,5 +1,5 @@
-"""What was promised to a sink and did not come: initial backfills, refills of a gap and backfills for related tables
-that have failed.
+"""What was promised to a sink and did not come: initial backfills, refills of a gap, backfills for related tables and
+retries of dead letters that have failed.
 
 The sink's health says so (`Owed.findings`), over restarts, for their documents stay among those that have not ended,
 until the table's rows have come with another, or somebody cancels it.
@@ -7,12 +7,20 @@ until the table's rows have come with another, or somebody cancels it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from spillway.config import Sink
 from spillway.errors import Finding
 from spillway.flow.gap import gap_token
 from spillway.flow.progress import BackfillState
 from spillway.store.base import Gap
 
+_WHAT: Final[Mapping[str, str]] = {
+    "initial": "initial backfill",
+    "related": "backfill for its related tables",
+    "retry": "retry of dead letters",
+}
 NAMED = 10  # so many failed backfills are named in the sink's health
 
 
@@ -51,7 +59,7 @@ class Owed:
                     continue  # acknowledged, or another by now
                 what, remedy = "refill", f"then: spillway backfill start {sink.name} --gap"
             else:
-                what = "initial backfill" if request.origin == "initial" else "backfill for its related tables"
+                what = _WHAT.get(request.origin, "backfill")
                 remedy = f"then: spillway backfill start {sink.name} {table}"
             remedy += f"; or do without: spillway backfill cancel {sink.name} {table}"
             found.append(Finding("backfill_failed", f"the {what} of {table} failed: {state.error}", remedy))

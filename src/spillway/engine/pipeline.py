@@ -8,14 +8,15 @@ what is confirmed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import structlog
 
 from spillway import sinks
-from spillway.chunk import Message, Span, chunk_of
+from spillway.change import key_values
+from spillway.chunk import FLAGS, MOVED, Message
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
 from spillway.engine.related import Companion, forget
@@ -28,8 +29,8 @@ from spillway.flow.health import BEHIND_SECONDS, Health
 from spillway.flow.identity import MARK_RESERVE_BYTES, judge
 from spillway.flow.inflow import Process, SinkSpec
 from spillway.flow.limits import Limits
-from spillway.flow.paging import Manners
 from spillway.flow.names import TableNames
+from spillway.flow.paging import Manners
 from spillway.flow.progress import Request
 from spillway.flow.refresh import Refresh
 from spillway.flow.route import Router, Subscription, filters_of_pages
@@ -39,15 +40,17 @@ from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
 from spillway.source.origin import Expected
-from spillway.source.page import PageReader
-from spillway.source.reread import Rereader
+from spillway.source.page import Cursor, PageReader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
 from spillway.source.timestamps import TimestampColumns
+from spillway.source.unpublished import unpublished
 from spillway.store.base import Identity
 
 LAG_SECONDS = 1.0
+PUBLISHED_SECONDS = 30.0
 RENEW_PART = 32  # of what pages may have: sixteen readers that keep twice that in libpq's buffers have as much again
+MOST_RETRIED = 10_000  # dead letters of a sink that keeps rows, whose retry has not ended
 REPLAYED = b',"replayed":true'  # ends the body of an event that was a dead letter
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
 UNREACHABLE_SECONDS = 10.0  # of a source: a restart of the server passes in less
@@ -67,6 +70,7 @@ class Pipeline:
         self.identity = self._store.identity(self._slot)
         self.lag_bytes: int | None = None
         self.confirmed_lsn: int | None = None
+        self._published_lsn = 0  # received, when all tables that sinks take were published
         self.sinks = [s for s in config.sinks if s.database == database.name and s.status != "disabled"]
         self.deliveries: list[Delivery] = []
         self.suffixes: dict[str, bytes] = {}
@@ -82,6 +86,7 @@ class Pipeline:
         for shadow, told_as in shadows(self.sinks, self._store):
             self.enlist(shadow, told_as)
         self.router = Router(self._subscriptions)
+        self._names = TableNames(self._store, self._slot)
         self.capture = Capture(
             database.name,
             self._connect,
@@ -91,8 +96,8 @@ class Pipeline:
             process.budget,
             self._reserve_mark,
             self._timestamps.forget,
+            self._names,
             self._clock,
-            TableNames(self._store, self._slot),
             len(config.databases),
         )
         self.backfills = Backfills(
@@ -170,14 +175,6 @@ class Pipeline:
             self._warn,
             filters_of_pages(filters),
             1 if filters else 0,
-        )
-
-    def _new_rereader(self, query: Connection, filters: Sequence[Condition]) -> Rereader:
-        most = self._max_message_bytes
-        of_pages = filters_of_pages(filters)
-        return Rereader(
-            query,
-            lambda: Decoder(self._meta, lambda *_: (), 0, most, 0, most, self._warn, of_pages, 1 if filters else 0),
         )
 
     def _add(self, sink: Sink, told_as: Sink | None = None) -> Delivery:
@@ -345,32 +342,65 @@ class Pipeline:
         while True:
             try:
                 async with querying(self.database.conninfo(), self._slot) as query:
+                    looked_at = float("-inf")  # for tables that are not published any more
                     while True:
                         self.lag_bytes, self.confirmed_lsn = await lag(query, self._slot)
+                        now = self._clock.monotonic()
+                        if self.capture.connected and now - looked_at > PUBLISHED_SECONDS:
+                            looked_at = now
+                            await self._look_for_unpublished(query)
                         await self._clock.sleep(LAG_SECONDS)
             except SpillwayError:  # capture meets and reports the same
                 self.lag_bytes = None
                 await self._clock.sleep(LAG_SECONDS)
+
+    async def _look_for_unpublished(self, query: Connection) -> None:
+        """Whether each table that a sink takes still comes; the stream says nothing of it."""
+        taken = {oid: table.name for oid, table in self._names.taken.items() if self.router.takes(*table.name)}
+        lsn = self.capture.received_lsn
+        found = await unpublished(query, self.database.publication.name, taken)
+        self.router.unpublished(found, self._published_lsn or lsn, lsn)
+        if not found:
+            self._published_lsn = lsn
 
     async def forget_related(self) -> None:
         """What the store has of related tables that were named in an earlier run."""
         for sink, delivery in list(zip(self.sinks, self.deliveries, strict=True)):
             await forget(self._store, self._slot, delivery, sink.related)
 
-    async def revive(self, delivery: Delivery, letters: Sequence[Message]) -> int:
-        """Send dead letters again: events as they were, marked ``replayed``; of a state the row as it is now."""
+    async def revive(self, delivery: Delivery, pages: AsyncIterator[Sequence[Message]]) -> int:
+        """Send dead letters again: events as they were, marked ``replayed``; of a sink that keeps rows these are read
+        as they are now (`Backfills.retry`). Returns how many letters; of rows not all, if there are too many."""
         if delivery.is_state:
-            async with querying(self.database.conninfo(), self._slot) as query:
-                filters = next((want.filters for want in self._wants if want.delivery is delivery), ())
-                reread = self._new_rereader(query, filters)
-                rows = [await reread.read(m.change.schema, m.change.table, m.change.pks) for m in letters]
-            # Not the letter's keying: the sink may have kept no rows when it was buried.
-            fresh = [Message(Span(chunk_of([row]), delivery.row_keying), 0) for row in rows]
-        else:
-            fresh = [m.with_body(m.change.body.removesuffix(REPLAYED) + REPLAYED) for m in letters]
-        revived = [(m.row, again) for m, again in zip(letters, fresh, strict=True)]
-        await delivery.revive(revived)
-        return len(revived)
+            return await self._retry_rows(delivery.name, pages)
+        total = 0
+        async for letters in pages:
+            revived = [(m.row, m.with_body(m.change.body.removesuffix(REPLAYED) + REPLAYED)) for m in letters]
+            await delivery.revive(revived)
+            total += len(revived)
+        return total
+
+    async def _retry_rows(self, sink: str, pages: AsyncIterator[Sequence[Message]]) -> int:
+        room = MOST_RETRIED - self.backfills.retrying(sink)
+        if room <= 0:
+            raise SpillwayError(
+                "retries_active",
+                f"{MOST_RETRIED} dead letters of {sink} are being retried already",
+                f"wait for them: spillway backfill list {sink}",
+            )
+        by_table: dict[Table, tuple[dict[Cursor, None], list[int]]] = {}
+        async for letters in pages:
+            for letter in letters[:room]:
+                table = (letter.change.schema, letter.change.table)
+                keys, rows = by_table.setdefault(table, ({}, []))
+                keys.update(dict.fromkeys(key_values(*table, key) for key in _row_keys(letter)))
+                rows.append(letter.row)
+            room -= len(letters)
+            if room <= 0:
+                break
+        for table, (wanted, buried) in by_table.items():
+            await self.backfills.retry(sink, table, wanted, buried)
+        return sum(len(buried) for _, buried in by_table.values())
 
     async def tick(self) -> None:
         for delivery in list(self.deliveries):
@@ -415,6 +445,13 @@ class Pipeline:
     def delivery(self, sink: str) -> Delivery | None:
         """Of a sink, or of its companion."""
         return next((d for d in self.flowing if d.name == sink), None)
+
+
+def _row_keys(letter: Message) -> list[str]:
+    """Of its row; of one that has got another key the one of before, too."""
+    chunk, index = letter.span.chunk, letter.span.indices[letter.place]
+    keys = chunk.key_texts(index)[: 2 if chunk.byte(index, FLAGS) & MOVED else 1]
+    return [key.decode() for key in keys if key]
 
 
 def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:

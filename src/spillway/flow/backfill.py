@@ -117,7 +117,8 @@ class Backfill(Sweeping):
         finally:
             self.waiting = ""
             self._carried.unwatch(table)
-            self._delivery.expect_no_more(table)
+            if self._whole:
+                self._delivery.expect_no_more(table)
 
     @property
     def _whole(self) -> bool:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Keying, Message, Span
+from spillway.chunk import CHANGE_OVERHEAD_BYTES, FLAGS, PENDING, TOO_LARGE, Message, Span
 from spillway.clock import Clock
 from spillway.flow.budget import Budget
 from spillway.flow.compacting import Passes
@@ -148,11 +148,6 @@ class Inflow:
     def readable(self) -> Readable | None:
         """The sink as one that can say what it holds; None: it cannot."""
         return self._sink if isinstance(self._sink, Readable) and not self.spec.routed else None
-
-    @property
-    def row_keying(self) -> int:
-        """Of a sink that keeps rows: what it is ordered by."""
-        return Keying.STATE if self._sink.semantics == "state" else Keying.EVENTS
 
     @property
     def open_lsn(self) -> int | None:
@@ -284,6 +279,10 @@ class Inflow:
         await (
             self._write_unwritten(backfill=document) if covering else self._commit(Write(self.name, backfill=document))
         )
+
+    async def retried_by(self, document: BackfillDocument, letters: Sequence[int]) -> None:
+        """The rows of these dead letters come with the backfill, and they are no more. Durable when this returns."""
+        await self._commit(Write(self.name, backfill=document, unbury=letters))
 
     async def ask(self, asked: AskedRefreshes) -> None:
         """Documents of these rows are to be made anew. Durable when this returns."""

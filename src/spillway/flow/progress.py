@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from spillway.source.page import Cursor, Range, Selection
 
 State = Literal["active", "paused", "completed", "failed", "cancelled"]
-Origin = Literal["command", "initial", "gap", "reindex", "replay", "related"]
+Origin = Literal["command", "initial", "gap", "reindex", "replay", "related", "retry"]
 
 ENDED: frozenset[State] = frozenset(("completed", "failed", "cancelled"))
 
@@ -37,7 +37,7 @@ class Request:
     most_key: Cursor | None = None
     parallel: int = 1
     max_rows_per_second: int | None = None
-    sweep: bool = False  # afterwards, delete what the sink has and the source has not
+    sweep: bool = False  # afterwards, delete what the sink has (or of ``keys`` all) and the source has not
     gap: tuple[int, float] | None = None  # which gap is refilled (`spillway.flow.gap.gap_token`)
 
     @property
@@ -109,7 +109,7 @@ class BackfillState:
     @property
     def is_owed(self) -> bool:
         """It has failed, and its rows are still promised: somebody has to see to that."""
-        return self.state == "failed" and self.request.origin in ("initial", "gap", "related")
+        return self.state == "failed" and self.request.origin in ("initial", "gap", "related", "retry")
 
 
 def of_json(document: bytes) -> BackfillState:

@@ -6,6 +6,8 @@ as a page of rows is (`spillway.flow.paging`). What the backfill has just writte
 knows versions. A row from before that the sink has not taken yet is not among its keys; taken after all, it must not
 stay: so what is older than the backfill is tried first, and the keys of what has failed are swept as if the sink had
 them. How far it is is kept with the backfill, and a restart goes on from there.
+
+A backfill of some keys, if it is to sweep, deletes those of them that the source has not.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class Sweeping(Paging):
 
     async def _sweep(self) -> bool:
         """See the module. False: it is not active any more."""
+        if self.state.request.keys is not None:
+            return await self._sweep_keys(self.state.request.keys)
         sink, state = self._delivery.readable, self.state
         if sink is None:
             return True
@@ -94,6 +98,23 @@ class Sweeping(Paging):
         finally:
             await reader.close()
         return False
+
+    async def _sweep_keys(self, keys: Sequence[Cursor]) -> bool:
+        """The keys are named: nobody needs to ask the sink for them."""
+        reader = await self._open_reader(self.state.id)
+        try:
+            at = int(self.state.sweep_after or 0)
+            while at < len(keys):
+                if not await self._room():
+                    return False
+                some = keys[at : at + self._most_keys]
+                if await self._delete_absent(reader, some):
+                    at += len(some)
+                    self.state.sweep_after = str(at)
+                    await self._save()
+        finally:
+            await reader.close()
+        return True
 
     async def _sweep_held(self, reader: PageReader) -> bool:
         """What is older than this backfill and waits for the sink. Of what has failed the delete goes behind it."""

@@ -46,11 +46,11 @@ from spillway.position import parse_lsn
 from spillway.source import catalog, keyspace
 from spillway.source.connect import Connection
 from spillway.source.copying import CopyOut
+from spillway.source.frames import Frames, begin_frame, commit_frame, row_frame
 from spillway.source.keyspace import Cursor
 from spillway.source.origin import Expected
 from spillway.source.queries import fetch
 from spillway.source.refusal import quoted
-from spillway.source.reread import Frames, begin_frame, commit_frame, row_frame
 from spillway.source.shape import Selection
 from spillway.source.snapshot import Snapshot, parsed
 from spillway.source.view import (

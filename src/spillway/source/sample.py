@@ -1,6 +1,6 @@
 """Some rows of a table as the stream would send their inserts, for whoever tries what is made of them.
 
-The rows are the last by primary key. As in `spillway.source.reread` they go through the decoder as Insert frames of
+The rows are the last by primary key. As in `spillway.source.page` they go through the decoder as Insert frames of
 PostgreSQL's own text values, so that they are byte for byte what the stream would have carried: the columns that the
 publication shows, where it shows the table.
 """
@@ -23,9 +23,9 @@ from spillway.pgoutput.relation import Relation
 from spillway.position import parse_lsn
 from spillway.source import catalog
 from spillway.source.connect import Connection
+from spillway.source.frames import Frames, begin_frame, row_frame
 from spillway.source.queries import fetch_one
 from spillway.source.refusal import query_refusal
-from spillway.source.reread import Frames, begin_frame, row_frame
 from spillway.source.shape import Shape
 
 _2000 = 946_684_800_000_000  # in microseconds since 1970; frames count from there

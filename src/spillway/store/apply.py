@@ -164,6 +164,8 @@ class Transaction:
             self._bury(sink, write.bury, now)
         if write.revive:
             self._revive(sink, write.revive, now)
+        if write.unbury:
+            sink.counters.dead_letters -= self._db.execute(DELETE_DEAD, (sink.id, as_json(write.unbury))).rowcount
         if write.drop_table_below is not None:
             schema, table, below = write.drop_table_below
             self._drop_table(sink, (schema, table), below, now)

@@ -172,6 +172,7 @@ class Write:
     # dead letter (its row) -> the last of its lanes, as this message, with a row of its own; due at once when nothing
     # of its keys is before it
     revive: Sequence[tuple[int, Message]] = ()
+    unbury: Sequence[int] = ()  # dead letters (their rows) that are no more
     drop_table_below: tuple[str, str, Position] | None = None  # TRUNCATE: schema, table, position: what waits below it
     paused: bool | None = None
     gap: Gap | None = None
