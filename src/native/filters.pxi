@@ -156,19 +156,24 @@ cdef bint parse_moment(Value value, int64_t* microseconds) noexcept nogil:
     return True
 
 
+# The values of a list are in order (spillway.pgoutput.conditions): it may be one of 100,000 tenants.
+
 cdef bint number_holds(Check* check, int64_t number) noexcept nogil:
-    cdef int i
+    cdef int low = 0, high = check.count, middle
     if check.operator != OP_IN and check.operator != OP_NOT_IN:
         return ordered(check.operator, (number > check.integers[0]) - (number < check.integers[0]))
-    for i in range(check.count):
-        if number == check.integers[i]:
-            return check.operator == OP_IN
-    return check.operator == OP_NOT_IN
+    while low < high:
+        middle = low + (high - low) // 2
+        if check.integers[middle] < number:
+            low = middle + 1
+        else:
+            high = middle
+    return (low < check.count and check.integers[low] == number) == (check.operator == OP_IN)
 
 
 cdef bint text_holds(Check* check, Value value) noexcept nogil:
     cdef Slice text
-    cdef int i
+    cdef int low = 0, high = check.count, middle
     text.data, text.size = value.data, value.size
     if check.trimmed:
         while text.size and text.data[text.size - 1] == c" ":
@@ -177,10 +182,13 @@ cdef bint text_holds(Check* check, Value value) noexcept nogil:
         return text.size >= check.texts[0].size and memcmp(text.data, check.texts[0].data, check.texts[0].size) == 0
     if check.operator != OP_IN and check.operator != OP_NOT_IN:
         return ordered(check.operator, text_sign(text, check.texts[0]))
-    for i in range(check.count):
-        if text.size == check.texts[i].size and memcmp(text.data, check.texts[i].data, text.size) == 0:
-            return check.operator == OP_IN
-    return check.operator == OP_NOT_IN
+    while low < high:
+        middle = low + (high - low) // 2
+        if text_sign(check.texts[middle], text) < 0:
+            low = middle + 1
+        else:
+            high = middle
+    return (low < check.count and text_sign(check.texts[low], text) == 0) == (check.operator == OP_IN)
 
 
 cdef bint path_holds(Check* check, Value value) except -1:

@@ -186,7 +186,7 @@ def _compared(
     if kind == "python" or (kind == "moment" and not all(abs(value) < 1 << 63 for value in values)):  # type: ignore[arg-type]
         return Check(place, False, holds)
     told: CheckOperator = condition.operator  # type: ignore[assignment]
-    return Check(place, False, holds, kind, told, tuple(values), trimmed)  # type: ignore[arg-type]
+    return Check(place, False, holds, kind, told, tuple(sorted(values)), trimmed)  # type: ignore[arg-type]
 
 
 def _comparison(
