@@ -97,3 +97,24 @@ def test_a_table_that_is_made_anew_is_no_other(database: str, tmp_path: Path) ->
         place.sql("insert into t values (3)")
         place.came("out", 3)
         assert place.status("out")["gap"] is None
+
+
+def test_a_table_whose_name_is_given_to_one_that_is_not_published(database: str, tmp_path: Path) -> None:
+    """The stream says nothing of it: the one that is published is not the sink's, the sink's is not published."""
+    schema = "create table t (id int primary key); create table next (id int primary key)"
+    sinks = [file_sink("out", ["public.t"]), {**file_sink("all", ["public.t"]), "source": {}}]
+    with Shaped(database, tmp_path, sinks, schema=schema) as place:
+        place.sql("drop publication spillway", "create publication spillway for table t")
+        place.begin()
+        place.sql("insert into t values (1)")
+        place.came("out", 1)
+        place.sql("begin; alter table t rename to past; alter table next rename to t; commit")
+        place.sql("insert into t values (2)")
+        place.again()
+        place.wait(lambda: place.status("out")["state"] == "gap", "the gap")
+        assert "nothing is published as public.t" in place.status("out")["reason"]
+        assert place.status("all")["gap"] is None  # whatever is published: that is not
+        place.sql("alter publication spillway add table t", "insert into t values (3)")
+        place.came("out", 2)
+        place.again()
+        place.wait(lambda: place.status("out")["gap"] is not None, "the gap on record")

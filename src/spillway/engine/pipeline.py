@@ -355,11 +355,16 @@ class Pipeline:
                 await self._clock.sleep(LAG_SECONDS)
 
     async def _look_for_unpublished(self, query: Connection) -> None:
-        """Whether each table that a sink takes still comes; the stream says nothing of it."""
-        taken = {oid: table.name for oid, table in self._names.taken.items() if self.router.takes(*table.name)}
+        """Whether each table that a sink names still comes; the stream says nothing of it. Who takes whatever is
+        published misses nothing that is not."""
+        named: dict[str, set[Table]] = {sink.name: set(sink.source.include_tables or ()) for sink in self.sinks}
+        named |= {c.delivery.name: set(c.source.include_tables or ()) for c in self.companions.values()}
+        all_named = set().union(*named.values())
+        taken = {oid: table.name for oid, table in self._names.taken.items() if table.name in all_named}
         lsn = self.capture.received_lsn
         found = await unpublished(query, self.database.publication.name, taken)
-        self.router.unpublished(found, self._published_lsn or lsn, lsn)
+        by_sink = {name: {t: f for t, f in found.items() if t in tables} for name, tables in named.items()}
+        self.router.unpublished(by_sink, self._published_lsn or lsn, lsn)
         if not found:
             self._published_lsn = lsn
 

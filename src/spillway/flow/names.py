@@ -15,6 +15,7 @@ first time some milliseconds before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from spillway.pgoutput import Relation, TableInfo
@@ -39,6 +40,10 @@ class TableNames:
         if before is None or before.name == now.name or (before.partition and not now.partition):
             return None
         return None if await source.published_as(before.name, relation.oid) else before.name
+
+    @property
+    def taken(self) -> Mapping[int, TakenTable]:
+        return self._taken
 
     def take(self, relation: Relation, info: TableInfo) -> None:
         """A sink takes it as it is called now."""

@@ -227,6 +227,21 @@ class Router:
         """Whether a sink wants changes of that name."""
         return any(subscription.wants_table(schema, table) for subscription in self._subscriptions)
 
+    def unpublished(self, found: Mapping[str, Mapping[Table, Finding]], since: int, lsn: int) -> None:
+        """By sink, of the tables that it names: nothing comes of these, as of some place behind ``since``, and up to
+        ``lsn``. All others do come."""
+        for subscription in self._subscriptions:
+            delivery = subscription.delivery
+            missing = found.get(delivery.name, {})
+            for table, finding in missing.items():
+                known = table in self._refusals.get((delivery.name, table), {})
+                self._refuse(delivery, table, table, finding, lsn if known else since)
+            for name, table in list(self._refusals):
+                finding_of, _ = self._refusals[name, table].get(table, (None, 0))
+                gone = finding_of is not None and finding_of.code == "table_not_published"
+                if gone and name == delivery.name and table not in missing:
+                    self._mended(delivery, table, table, lsn)
+
     def renamed(self, was: Table, now: Table, partition: Table | None, lsn: int) -> bool:
         """A table that was learned goes by another name than before: whoever knows it by the old one alone does not get
         it any more, and is told as of a table that it cannot take. ``partition``: as `learn` has it. Returns whether

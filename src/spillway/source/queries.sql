@@ -361,3 +361,23 @@ SELECT EXISTS (
       JOIN pg_namespace s ON s.oid = r.relnamespace
      WHERE p.pubname = %(publication)s AND s.nspname = %(schema)s AND r.relname = %(table)s AND c.oid <> %(oid)s
 ) AS found;
+
+-- name: unpublished
+-- Of tables as they were taken: the names under which nothing is published any more, though the table is still there,
+-- or another of its name; and what it is called now (of a partition: its root).
+SELECT DISTINCT ON (w.schema, w.name)
+       w.schema, w.name AS "table", n.nspname::text AS now_schema, r.relname::text AS now_table
+  FROM unnest(%(oids)s::oid[], %(schemas)s::text[], %(tables)s::text[]) AS w (oid, schema, name)
+  LEFT JOIN pg_class c ON c.oid = w.oid
+  LEFT JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
+  LEFT JOIN pg_namespace n ON n.oid = r.relnamespace
+ WHERE (r.oid IS NOT NULL OR to_regclass(format('%%I.%%I', w.schema, w.name)) IS NOT NULL)
+   AND (w.schema, w.name) NOT IN (
+       SELECT s.nspname, t.relname
+         FROM pg_publication_tables p
+         JOIN pg_namespace pn ON pn.nspname = p.schemaname
+         JOIN pg_class pc ON pc.relnamespace = pn.oid AND pc.relname = p.tablename
+         JOIN pg_class t ON t.oid IN (pc.oid, pg_partition_root(pc.oid))
+         JOIN pg_namespace s ON s.oid = t.relnamespace
+        WHERE p.pubname = %(publication)s)
+ ORDER BY w.schema, w.name, w.oid DESC;
