@@ -34,6 +34,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import orjson
 import psycopg
 from psycopg import generators, waiting
 from psycopg.abc import PQGen
@@ -114,6 +115,18 @@ class ByKeys(ABC):
         async with self._sessions.one(fresh=True) as session:
             try:
                 return (await self._prepare(session, table)).columns
+            except psycopg.Error as error:
+                raise self._refusal(error) from error
+
+    async def plan(self, table: tuple[str, str]) -> object:
+        """Of the question's own SQL, for no keys; not run. Raises as `columns`, after which it is called."""
+        async with self._sessions.one(fresh=True) as session:
+            connection = session.connection
+            try:
+                question = await self._question(connection, table)
+                explain = f"EXPLAIN (FORMAT JSON) {question.sql}".encode()
+                connection.pgconn.send_query_params(explain, question.literals([]), param_types=question.types)
+                return orjson.loads((await _result(connection)).get_value(0, 0) or b"[{}]")[0].get("Plan")
             except psycopg.Error as error:
                 raise self._refusal(error) from error
 

@@ -27,6 +27,7 @@ from spillway.source.enrich import Enricher
 from spillway.source.grants import missing_grants
 from spillway.source.origin import Expected, system_id
 from spillway.source.parents import SETTINGS, Parents
+from spillway.source.planned import few_rows
 from spillway.source.refusal import quoted
 from spillway.source.sample import relation_of
 from spillway.source.sessions import Sessions
@@ -250,6 +251,14 @@ async def _of_enrichment(
     try:
         for table in sink.source.include_tables or ():
             await enricher.columns(table)
+            why = few_rows(await enricher.plan(table))
+            if why:
+                yield Finding(
+                    "enrichment_few_rows",
+                    f"enrichment {sink.enrichment} {why}, and it is asked once for the rows of a batch",
+                    "GROUP BY the key, or: FROM unnest($1) AS k(id) CROSS JOIN LATERAL (SELECT ... WHERE ... = k.id"
+                    " LIMIT 1); see docs/functions.md#data-of-other-tables",
+                )
     except SpillwayError as error:
         yield await _finding(query, error, code, role)
     finally:
