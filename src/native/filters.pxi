@@ -215,7 +215,7 @@ cdef bint path_holds(Check* check, Value value) except -1:
 cdef bint check_holds(Check* check, Value value, bint null_is_unknown) except -1:
     cdef int64_t number
     if value.data == UNCHANGED:
-        return True
+        return not (check.kind == CHECK_NULL and check.of_null)  # what is stored apart is no null
     if value.data == NULL:
         return null_is_unknown or check.of_null
     if check.kind == CHECK_NULL:

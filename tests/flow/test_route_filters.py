@@ -282,6 +282,32 @@ def test_unchanged_toast_counts_as_holding(twin: type[Decoder]) -> None:
 
 
 @pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize(("operator", "passes"), [("is_null", False), ("is_not_null", True)])
+def test_unchanged_toast_is_not_null(twin: type[Decoder], operator: str, passes: bool) -> None:
+    sink = Sink("s")
+    pipe = Pipe(twin, [subscription(sink, "events", (If("name", operator, None),))])
+    pipe.send(frames.begin(), frames.update(b"7", b"1", frames.UNCHANGED), frames.commit())
+    assert [action for action, _, _ in sink.seen] == ["update"] * passes
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("semantics", ["state", "atomic"])
+def test_who_takes_no_deletes_keeps_the_rows_that_leave_its_filter(twin: type[Decoder], semantics: str) -> None:
+    sink = Sink("archive")
+    wants = subscription(sink, semantics, (If("tenant", "eq", 2),), frozenset({"insert", "update"}))
+    Pipe(twin, [wants]).send(
+        frames.begin(),
+        frames.insert(b"7", b"2", b"x"),
+        frames.update(b"7", b"2", b"y"),
+        frames.update(b"7", b"3", b"z"),
+        frames.update(b"9", b"3", b"z", key=[b"7", None, None]),
+        frames.delete(key=[b"9", None, None]),
+        frames.commit(),
+    )
+    assert [action for action, _, _ in sink.seen] == ["insert", "update"]
+
+
+@pytest.mark.parametrize("twin", TWINS)
 def test_rows_that_are_too_large_are_filtered_as_far_as_is_known(twin: type[Decoder]) -> None:
     sink = Sink("s")
     pipe = Pipe(twin, [subscription(sink, "state", (If("tenant", "eq", 1), If("name", "ne", "y")))], "f")

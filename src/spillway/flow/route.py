@@ -165,7 +165,7 @@ class Router:
             ]
             checks = _checks_of(conditions, schema, table, lambda some: compiled(relation, info, some))
             if checks and sinks and not isinstance(checks, Finding):
-                leaves = any(s.needs_key and "update" in s.actions for s in sinks)
+                leaves = any(map(_deletes_who_left, sinks))
                 found.append(Filter(number, checks, frozenset().union(*(s.actions for s in sinks)), leaves))
         return found
 
@@ -340,15 +340,21 @@ def _kinds(subscription: Subscription, *, filtered: bool) -> dict[int, tuple[int
     if filtered and _takes_any_delete(subscription):
         kinds[_DELETE] = None
     if "update" in subscription.actions:
+        leaves = filtered and _deletes_who_left(subscription)
         if subscription.splits_key_change:
-            kinds[_MOVED_AWAY] = (YES, LEFT) if filtered else None
-        elif filtered and subscription.needs_key:  # it moves a row itself, but what has left is to be deleted
+            kinds[_MOVED_AWAY] = ((YES, LEFT) if leaves else (YES,)) if filtered else None
+        elif leaves:  # it moves a row itself, but what has left is to be deleted
             kinds[_MOVED_AWAY] = (LEFT,)
-        if filtered and subscription.needs_key:
+        if leaves:
             kinds[_GONE] = (LEFT,)
     if subscription.applies_truncate:
         kinds[_TRUNCATE] = None
     return kinds
+
+
+def _deletes_who_left(subscription: Subscription) -> bool:
+    """Whether a row that leaves its filter is deleted. Not from an archive, which takes no deletes."""
+    return subscription.needs_key and {"update", "delete"} <= subscription.actions
 
 
 def _takes_any_delete(subscription: Subscription) -> bool:

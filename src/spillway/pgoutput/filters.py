@@ -7,8 +7,8 @@ A check of a value that is null does not hold, unless it asks for null, as in SQ
 counts as holding, so that nothing is left out which may have been meant: a delete must go through. Not known are
 
 - in a delete, what is not part of the replica identity;
-- in an update, an unchanged TOAST column that the old row does not tell; and of the old row what was not sent. Of that
-  the primary key is taken as unchanged, as everywhere (spillway.pgoutput.decoder);
+- in an update, an unchanged TOAST column that the old row does not tell, except that it is not null; and of the old row
+  what was not sent. Of that the primary key is taken as unchanged, as everywhere (spillway.pgoutput.decoder);
 - in a row above ``max_message_bytes``, a value above `CHECKED_BYTES`;
 - text that is not of its column's type, which no server sends.
 
@@ -77,7 +77,11 @@ def admits(checks: Sequence[Check], row: Row, *, partial: bool = False) -> bool:
     """Whether all checks hold. ``partial``: what is null is not known."""
     for check in checks:
         value = row[check.column]
-        if value is UNCHANGED or (partial and value is None):
+        if value is UNCHANGED:
+            if check.kind == "null" and check.of_null:  # what is stored apart is no null
+                return False
+            continue
+        if partial and value is None:
             continue
         if value is None:
             if not check.of_null:
