@@ -212,6 +212,7 @@ def test_rows_that_there_is_no_room_for(write: Write, capsys: pytest.CaptureFixt
     [
         ("SELECT id FROM job WHERE id = ANY($1)", "enrichment_failed", 'relation "job" does not exist'),
         ("SELECT title FROM jobs WHERE id = ANY($1)", "enrichment_key", "does not select id"),
+        ("SELECT id FROM jobs WHERE id = ANY($1) LIMIT 1", "enrichment_few_rows", "has a LIMIT for all keys"),
         ("SELECT id FROM jobs WHERE id = ANY($1) AND company_id = ANY($2)", "enrichment_parameters", "uses $2"),
         ("SELECT id FROM jobs WHERE title = ANY($1)", "enrichment_failed", "operator does not exist"),
     ],

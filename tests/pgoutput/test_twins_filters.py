@@ -158,3 +158,24 @@ def test_the_same_moments(moments: list[bytes], bound: str, operator: str) -> No
     sent = [bytes(frames.xlog(payload)) for payload in (relation, frames.begin(), *rows, frames.commit())]
     setting = Setting(filters=(Given((condition,)), Given((same,))))
     assert_same([outcome(twin, GuardedConnection(sent), setting) for twin in TWINS])
+
+
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40),
+    st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=3), min_size=1, max_size=40),
+    st.sampled_from(["in", "not_in"]),
+    st.data(),
+)
+@SLOW
+def test_the_same_of_long_lists(numbers: list[int], texts: list[str], operator: str, data: st.DataObject) -> None:
+    """They are searched by bisection."""
+    filters = tuple(
+        Given((If(column, operator, tuple(values)),))  # type: ignore[arg-type]
+        for column, values in (("id", numbers), ("name", texts))
+    )
+    near = st.sampled_from(numbers).flatmap(lambda n: st.sampled_from([n, max(n - 1, -(2**63)), min(n + 1, 2**63 - 1)]))
+    sought = data.draw(st.lists(st.tuples(near, st.sampled_from([*texts, texts[0] + "a", ""])), max_size=8))
+    relation = frames.relation([("id", 20), ("name", 25)])
+    rows = [frames.insert(str(number).encode(), text.encode()) for number, text in sought]
+    sent = [bytes(frames.xlog(payload)) for payload in (relation, frames.begin(), *rows, frames.commit())]
+    assert_same([outcome(twin, GuardedConnection(sent), Setting(filters=filters)) for twin in TWINS])
