@@ -59,3 +59,14 @@ def test_what_passes_by_while_a_filter_does_not_fit_is_on_record(database: str, 
         place.run("kept", gap=True)
         assert place.status("kept")["gap"] is None
         assert {key[1] for key in place.sqlite_rows("kept", T)} == {"2", "3", "4"}
+
+
+def test_a_row_that_enters_by_an_update_without_its_large_column(database: str, tmp_path: Path) -> None:
+    schema = "create table t (id int primary key, tenant int, doc text); alter table t alter doc set storage external"
+    sinks = [sqlite_sink("kept", [T], filters=[{"column": "tenant", "operator": "eq", "value": 1}])]
+    with Shaped(database, tmp_path, sinks, schema=schema) as place:
+        place.begin()
+        place.sql("insert into t values (1, 2, repeat('x', 5000)), (2, 1, repeat('y', 5000))")
+        place.sql("update t set tenant = 1")
+        place.drained("kept")
+        assert place.sqlite_rows("kept", T) == place.source_rows(T)

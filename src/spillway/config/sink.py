@@ -130,7 +130,13 @@ class Sink(Section):
     max_retry_count: Annotated[Whole, Field(ge=0)] | None = None
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     backlog: Backlog = Field(default_factory=Backlog)
-    toast: Toast = Field(default_factory=lambda data: data["destination"].default_toast)
+    filters: tuple[Condition, ...] = ()
+    # Of a row that enters its filters a sink that keeps rows hears by an update, which may lack its TOAST columns.
+    toast: Toast = Field(
+        default_factory=lambda data: (
+            "reselect" if data["destination"].state and data.get("filters") else data["destination"].default_toast
+        )
+    )
     on_truncate: OnTruncate = Field(default_factory=lambda data: data["destination"].default_on_truncate)
     filter: FunctionName = None
     routing: FunctionName = None
@@ -138,7 +144,6 @@ class Sink(Section):
     enrichment: FunctionName = None
     enrichment_timeout_ms: Annotated[Whole, Field(ge=1, le=3_600_000)] = 15_000  # of one query
     enrichment_from: Literal["primary", "replica"] = "primary"
-    filters: tuple[Condition, ...] = ()
     format: Format = "sequin"
     timestamp_format: Literal["iso8601", "unix_microsecond"] = "iso8601"
     tx: Flag = False
