@@ -71,6 +71,26 @@ def test_what_the_publication_does_not_show(database: str, tmp_path: Path, opens
         assert dict(index.documents()) == {"1": {"id": 1, "kind": "5"}}
 
 
+def test_a_retry_that_is_cut_short_goes_on(database: str, tmp_path: Path, opensearch: OpenSearch) -> None:
+    """The letters are gone, so their rows must come, whatever else is read of the table."""
+    table = "create table t (id int primary key, kind text)"
+    publication = "create publication spillway for all tables"
+    with rejecting(database, tmp_path, opensearch, table, publication) as (site, index):
+        site.sql("insert into t select n, 'w' from generate_series(1, 3) n")
+        buried(site, 3)
+        site.post("kept/pause")
+        site.start("kept")
+        site.sql("update t set kind = '5' where id < 3", "delete from t where id = 3")
+        assert [site.post("kept/dead-letters/retry", key=f"{T}:{n}")["count"] for n in (1, 2, 3)] == [1, 1, 1]
+        site.again()
+        buried(site, 0)
+        site.post("kept/resume")
+        site.ended("kept", [item["id"] for item in site.product.backfills("kept")])
+        site.drained("kept")
+        assert dict(index.documents()) == {str(n): {"id": n, "kind": "5"} for n in (1, 2)}
+        assert site.status("kept")["state"] in ("idle", "caught_up")
+
+
 def test_a_row_that_cannot_be_seen_yet_does_not_come_from_before(tmp_path: Path, opensearch: OpenSearch) -> None:
     table = "create table t (id int primary key, kind text)"
     with Postgres("18") as primary, Standby(primary, settings={"recovery_min_apply_delay": "3s"}):
