@@ -15,9 +15,10 @@ from store_support import BODY, SINK, StillClock, fast_folder, key, opened
 
 from spillway.change import ACTIONS
 from spillway.chunk import MOVED, TOO_LARGE, WHOLE, ChunkBuilder, Keying, Message, Span
+from spillway.flow.compacting import Passes
 from spillway.position import Position
 from spillway.store import compact as the_compaction
-from spillway.store.base import Park, Write
+from spillway.store.base import Counters, Park, Write
 from spillway.store.compact import Compaction
 from spillway.store.sqlite import SqliteStore
 
@@ -209,3 +210,41 @@ def test_after_a_restart_it_goes_on(tmp_path: Path) -> None:
         again = Backlog(store, Keying.STATE, said, messages)
         assert again.rows() == expected(said, partial=False)
         assert again.compact() == 0
+
+
+def test_what_comes_between_the_steps_is_left_to_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass in parts goes over the same spans in each, however much comes meanwhile, and counts the keys in them."""
+    monkeypatch.setattr(the_compaction, "SPANS_AT_ONCE", 1)
+    with fast_folder() as folder, opened(folder / "state.db") as store:
+        backlog = Backlog(store, Keying.STATE)
+        backlog.put([Said((one,)) for one in KEYS * 4])
+        backlog.put([Said((one,)) for one in KEYS])
+        work = Compaction(1000, False, parts=4)
+        removed = store.compact(SINK, work, frozenset()).result()
+        steps = 1
+        while not work.done:
+            backlog.put([Said((one,)) for one in KEYS])
+            removed += store.compact(SINK, work, frozenset()).result()
+            steps += 1
+        assert removed == 4 * len(KEYS)
+        assert work.keys == len(KEYS)
+        assert steps <= 4 * (2 + 1 + 1)
+        assert backlog.compact() == (steps - 1) * len(KEYS)
+
+
+def test_the_last_pass_says_how_many_keys_there_are() -> None:
+    """Not what waits at a start: 900,000 messages may be 10,000 keys, and to look for them in parts takes long."""
+    waiting = Counters(messages=900_000, bytes=900_000)
+    passes = Passes(0.0, waiting)
+    assert passes.keys == 0
+    passes.put()
+    assert passes.due(0.0, waiting, 0.0, newcomers=True, full=True)
+    passes.begin(0.0, waiting)
+    passes.step(1_400_000)  # much had come before the first step
+    left = Counters(messages=150_000, bytes=150_000)
+    passes.ended(1.0, left, keys=10_000, spared=False)
+    assert passes.keys == 10_000
+    passes.put()
+    grown = Counters(messages=119_999, bytes=119_999)
+    assert not passes.due(8.0, grown, 8.0, newcomers=True, full=False)  # 10,000, twice, and 100,000
+    assert passes.due(8.0, Counters(messages=120_000, bytes=120_000), 8.0, newcomers=True, full=False)

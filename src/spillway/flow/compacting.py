@@ -26,7 +26,8 @@ class Passes:
         self.running = False
         self.steps = 0  # counts before and after each step
         self.removed = 0  # messages, in this run
-        self.left_messages = counters.messages  # of what the last pass looked at
+        self.keys = 0  # that the last pass has found
+        self._left_messages = counters.messages  # of what the last pass looked at
         self._left_bytes = counters.bytes
         self._unseen = False  # something was put since the last pass began
         # When there is to be a pass though nothing was put: what was put in another run, or left being in flight.
@@ -51,10 +52,10 @@ class Passes:
             return False
         if not newcomers:
             return counters.messages > 0 and now >= self._look_again_at
-        many = counters.messages >= 2 * self.left_messages + LEAST_MESSAGES
+        many = counters.messages >= 2 * self._left_messages + LEAST_MESSAGES
         many = many or counters.bytes >= 2 * self._left_bytes + LEAST_BYTES
         quiet = now - last_intake_at >= BETWEEN_SECONDS
-        if not many and not quiet and counters.messages < self.left_messages * GROWTH:
+        if not many and not quiet and counters.messages < self._left_messages * GROWTH:
             return full
         rest = self._took_seconds * (REST if many or quiet else LONG_REST)
         return full or now - self._ended_at >= max(rest, 0.0 if many else BETWEEN_SECONDS)
@@ -68,11 +69,13 @@ class Passes:
         self.steps += 1
         self.removed += removed
 
-    def ended(self, now: float, counters: Counters, *, spared: bool) -> None:
+    def ended(self, now: float, counters: Counters, *, keys: int, spared: bool) -> None:
         """Or was broken off. ``spared``: something was passed over, being in flight."""
-        left = min(self._began_with - (self.removed - self._removed_before), counters.messages)
-        # Of what came meanwhile nothing is known. The bytes of what is left are taken for average ones.
-        self.left_messages, self._left_bytes = left, counters.bytes * left // max(1, counters.messages)
+        self.keys = keys
+        # Of what came meanwhile nothing is known, nor how much of it came before the first step; of each key one is
+        # left. The bytes of what is left are taken for average ones.
+        left = min(max(keys, self._began_with - (self.removed - self._removed_before)), counters.messages)
+        self._left_messages, self._left_bytes = left, counters.bytes * left // max(1, counters.messages)
         self._ended_at, self._took_seconds = now, now - self._began_at
         rest = max(BETWEEN_SECONDS, self._took_seconds * REST)
         self._look_again_at = now + rest if spared else float("inf")

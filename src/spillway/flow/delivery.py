@@ -267,7 +267,7 @@ class Delivery(Settling):
         the newer image must not go out before it is in memory (`_removing`, `_try_newest`)."""
         size_bytes = min(PASS_BYTES, self._budget.common.limit_bytes // 3)
         most_keys = max(1, size_bytes // KEY_BYTES)
-        work = Compaction(most_keys, self.spec.partial_images, parts_for(self.passes.left_messages, most_keys))
+        work = Compaction(most_keys, self.spec.partial_images, parts_for(self.passes.keys, most_keys))
         try:
             async with self._budget.lent(size_bytes):
                 while not work.done and not self._stopping:
@@ -280,7 +280,7 @@ class Delivery(Settling):
             self.reads_resolved += work.reads
             await self.refresh()
         finally:
-            self.passes.ended(self._clock.monotonic(), self.counters, spared=work.spared)
+            self.passes.ended(self._clock.monotonic(), self.counters, keys=work.keys, spared=work.spared)
             self._judge_limits()
             self._wake.set()
 

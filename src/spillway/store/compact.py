@@ -7,10 +7,10 @@ lanes: what a later image in the queue supersedes is removed, and of a lane all 
 newest image stays where it is, so nothing overtakes anything.
 
 **In steps.** A step looks at about `STEP_MESSAGES` messages, or `CHUNK` lanes, in one transaction. Between steps the
-flow goes on: what was put meanwhile is newer than all that is still to be looked at, and what was resolved meanwhile
-was so after all that is earlier of its key; so what is remembered stays true. Each span is looked at once in a pass,
-so that no row supersedes itself: what a step had found that was rolled back (the disk was full) is left to the next
-pass. Rows in ``spare`` are in flight: they supersede, and are not removed.
+flow goes on: what was put meanwhile is newer than all that the pass looks at, and is left to the next one; what was
+resolved meanwhile was so after all that is earlier of its key; so what is remembered stays true. Each span is looked at
+once in a pass, so that no row supersedes itself: what a step had found that was rolled back (the disk was full) is left
+to the next pass, too. Rows in ``spare`` are in flight: they supersede, and are not removed.
 
 **Never past a barrier.** A TRUNCATE and an event that moves a row from one key to another stand for more than one row:
 what is newer than they are supersedes nothing that is older. In lanes that have such an event, or a dead letter that
@@ -110,6 +110,7 @@ class Compaction:
     partial_images: bool
     parts: int = 1  # a power of two
     part: int = 0
+    end: int = LAST  # spans from here on were put after the first step
     below: int = LAST  # spans below this are still to be looked at; 0: all have been
     lane: str | None = None  # behind this key lanes are still to be looked at; None: not there yet
     to_compare: list[tuple[bytes, int]] | None = None  # of ``newest`` what was not held against the lanes yet
@@ -118,6 +119,7 @@ class Compaction:
     spared: bool = False  # something was not removed only because it is in flight
     newest: dict[bytes, int] = field(default_factory=dict)  # by key: the row of its newest image
     text_bytes: int = 0  # of the keys in it
+    keys: int = 0  # that were found in the parts before this one
 
     @property
     def is_crowded(self) -> bool:
@@ -126,9 +128,11 @@ class Compaction:
 
     def begin_again(self) -> None:
         self.parts *= 2
+        self.keys = 0
         self._from_the_end(0)
 
     def next_part(self) -> None:
+        self.keys += len(self.newest)
         if self.part + 1 < self.parts:
             self._from_the_end(self.part + 1)
         else:
@@ -144,7 +148,7 @@ class Compaction:
 
     def _from_the_end(self, part: int) -> None:
         self.part = part
-        self.below, self.lane, self.to_compare = LAST, None, None
+        self.below, self.lane, self.to_compare = self.end, None, None
         self.forget()
 
 
@@ -165,6 +169,8 @@ class Compacting(Transaction):
     def _compact_spans(self, name: str, work: Compaction, spare: dict[int, int]) -> int:
         sink = self._committed[name].id
         found = span_rows(self._db.execute(SELECT_BEFORE, (sink, work.below, SPANS_AT_ONCE)))
+        if work.end == LAST and found:
+            work.end = found[0].id + 1
         looked_at = 0
         taken: list[Taken] = []
         for row in found:
