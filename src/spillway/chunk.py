@@ -509,6 +509,18 @@ class Message:
         return self.span.position(self.place)
 
     @property
+    def body(self) -> bytes:
+        """As `Change.body`, without the rest of it."""
+        return self.span.chunk.body(self.span.indices[self.place])
+
+    @property
+    def record(self) -> bytes:
+        """The row alone, as `Change.record`."""
+        chunk, index = self.span.chunk, self.span.indices[self.place]
+        start = (chunk.word(index - 1, ENDS) & LOW if index else 0) + RECORD_START
+        return chunk.data[start : start + (chunk.word(index, INDEX) >> 32)]
+
+    @property
     def body_bytes(self) -> int:
         return self.span.bytes_between(self.place, self.place + 1)
 

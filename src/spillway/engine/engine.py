@@ -329,7 +329,7 @@ class Engine:
         pipeline, delivery = self._of(sink)
         async with self._budget.lent(_page_bytes(delivery)):
             messages = await asyncio.wrap_future(self._store.ask(self._store.show, sink, key, limit))
-            return [m.change.body + pipeline.suffixes[sink] for m in messages]
+            return [m.body + pipeline.suffixes[sink] for m in messages]
 
     async def retry(self, sink: str, select: Select) -> int:
         return await self._of(sink)[1].retry(select)
@@ -346,7 +346,7 @@ class Engine:
         pipeline, delivery = self._of(sink)
         async with self._budget.lent(_page_bytes(delivery)):
             messages = await asyncio.wrap_future(self._store.ask(self._store.show_dead, sink, key, limit))
-            return [m.change.body + pipeline.suffixes[sink] for m in messages]
+            return [m.body + pipeline.suffixes[sink] for m in messages]
 
     async def discard_dead(self, sink: str, select: Select) -> int:
         delivery = self._of(sink)[1]
@@ -381,7 +381,7 @@ class Engine:
             if not letters:
                 return
             after = letters[-1].row
-            yield letters.pop().change.body + pipeline.suffixes[sink] + b"\n"
+            yield letters.pop().body + pipeline.suffixes[sink] + b"\n"
 
 
 PAGE_MESSAGES = 100

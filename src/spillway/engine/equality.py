@@ -288,7 +288,7 @@ class Equality:
 
         async def compare(shaped: Batch) -> Answer:
             """What would be sent of some of the rows; its credit is held as long as this takes."""
-            images = {message.change.pks: message.change.body for message in shaped}
+            images = {message.change.pks: message.body for message in shaped}
             differing.update(await self._compared({key: images[key] for key in images if key in rows}, newest))
             return OK
 

@@ -431,7 +431,7 @@ class Inflow:
         ]
 
     def _large(self, message: Message) -> Park:
-        size = message.change.too_large_bytes or len(message.change.body)
+        size = message.change.too_large_bytes or message.body_bytes
         self._metrics.rejected(self.name, "too_large", 1)
         return Park(message, "too_large", f"the row has {size} bytes, above max_message_bytes", 0.0)
 

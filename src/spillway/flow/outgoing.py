@@ -163,9 +163,9 @@ class Making:
         more = b"" if self._steps.metadata is None else self._steps.metadata(message)
         suffix = self._steps.suffix
         if row is None:
-            return message.change.body + more + suffix
+            return message.body + more + suffix
         after = suffix[len(_NO_ENRICHMENT) :]
-        return b"".join([message.change.body, more, b',"enrichment":', *object_parts(row), after])
+        return b"".join([message.body, more, b',"enrichment":', *object_parts(row), after])
 
     def _body(self, part: Part, place: int, output: Output) -> bytes:
         message, steps = part.messages[place], self._steps
@@ -185,7 +185,7 @@ class Making:
 
 def _record(message: Message, output: Output) -> bytes:
     if output.body is None:
-        return message.change.record
+        return message.record
     return output.body[RECORD_START : end_of_value(output.body, RECORD_START)]
 
 

@@ -166,7 +166,7 @@ class RowStep(ABC):
         xids = {chunk.word(index, LARGE) >> 32 for chunk, index in words}
         # A commit begins there; where it ends is above.
         lsn = 1 + max((chunk.word(index, LSN) for chunk, index in words), default=-1)
-        columns = frozenset(orjson.loads(name) for name, _ in members(messages[-1].change.record))
+        columns = frozenset(orjson.loads(name) for name, _ in members(messages[-1].record))
         return Seen(frozenset(xids - {0}), lsn, columns)
 
 
