@@ -150,8 +150,26 @@ def test_messages_of_standard_input_keep_their_digits(monkeypatch: pytest.Monkey
     text = '{"action":"read","record":{"n":1.10,"big":123456789012345678901234567890}}'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert from_file(Path("-")) == [
-        b'{"changes":null,"metadata":{},"action":"read","record":{"n":1.10,"big":123456789012345678901234567890}}'
+        b'{"record":{"n":1.10,"big":123456789012345678901234567890},"changes":null,"action":"read","metadata":{}}'
     ]
+
+
+@pytest.mark.parametrize("lacks", [(), ("changes", "metadata")])
+def test_keys_of_a_message_may_be_in_any_order(
+    config: Path, capsys: pytest.CaptureFixture[str], lacks: tuple[str, ...]
+) -> None:
+    row = {"email": "a@b.c", "inserted_at": "2026-01-02", "name": "x"}
+    whole = {**MESSAGE, "record": row, "changes": {"email": "b@b.c"}}
+    reordered = {key: whole[key] for key in reversed(whole) if key not in lacks}
+    file = config.with_name("messages.json")
+    file.write_text(json.dumps(reordered))
+    slim = {"email": "***", "name": "x"}
+    changed = None if lacks else {"email": "***"}
+    for name, expected in (("slim", {"record": slim, "changes": changed}), ("row", "x")):
+        sink = ["--sink", "lines"] if name == "slim" else []
+        ((one,),) = outs(tried(config, capsys, name, *sink, "--message", str(file)))
+        body = one["body"]
+        assert body == expected if name == "row" else body.items() >= expected.items()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

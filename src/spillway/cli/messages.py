@@ -15,6 +15,7 @@ from spillway.cli import UsageError
 
 MAX_FILE_BYTES = 64 << 20
 WIDTH = 100
+_IN_ORDER = ("record", "changes", "action", "metadata")  # as a sink's messages have them: some functions go by place
 _FORMS = "a message as Sequin has it, a list of them, or one a line"
 
 
@@ -76,7 +77,7 @@ def _message(value: object, where: str) -> bytes:
         raise UsageError(f"{where}: its action must be one of {', '.join(ACTIONS)}")
     if not isinstance(value.get("metadata", {}), dict) or not isinstance(value.get("changes"), dict | None):
         raise UsageError(f"{where}: changes and metadata must be objects, changes may be null")
-    return compact({"changes": None, "metadata": {}, **value}).encode()
+    return compact(dict.fromkeys(_IN_ORDER) | {"metadata": {}} | value).encode()
 
 
 _LIKE_MANY: dict[str, object] = {
