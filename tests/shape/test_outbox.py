@@ -35,3 +35,12 @@ def test_a_row_without_its_payload_waits_alone(database: str, tmp_path: Path) ->
         assert parked["key"].endswith("a")
         assert "payload" in parked["detail"]
         place.wait(lambda: place.lines("out") == [1], "the other event")
+
+
+def test_a_payload_that_no_parser_takes_is_sent_as_it_is(database: str, tmp_path: Path) -> None:
+    sink = file_sink("out", ["public.outbox"], outbox={"table": "public.outbox", "payload": "payload", "key": "owner"})
+    with Shaped(database, tmp_path, [sink], schema=SCHEMA.replace("jsonb", "json")) as place:
+        place.begin()
+        place.sql("""insert into outbox (kind, owner, payload) values ('k', 'a', '"\\ud800"'), ('k', 'b', '1')""")
+        assert place.came("out", 2) == ["\ud800", 1]
+        assert place.status("out")["parked_keys"] == 0

@@ -104,10 +104,38 @@ def test_an_emitted_message() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [b'{"a":"\\ud800"}', b"[" * 2000 + b"]" * 2000, b"1e400", b"12345678901234567890123.10"]
+    "value", [b'{"a":"\\ud800"}', b'"\\ud800"', b"[" * 2000 + b"]" * 2000, b"1e400", b"12345678901234567890123.10"]
 )
 def test_no_digit_and_no_character_of_a_payload_changes(value: bytes) -> None:
     """json may hold what no parser takes."""
     message = b'{"record":{"id":1,"payload":' + value + b'},"changes":null,"action":"insert","metadata":{}}'
     (outcome,) = asyncio.run(of_table()([message], [False]))
     assert outcome == (Output(value),)
+
+
+def test_half_a_surrogate_pair_costs_its_message_alone() -> None:
+    def message(kind: bytes) -> bytes:
+        return b'{"record":{"payload":1,"kind":' + kind + b'},"changes":null,"action":"insert","metadata":{}}'
+
+    functions = of_table(endpoint_path="/{kind}")
+    failed, made = asyncio.run(functions([message(b'"\\ud800"'), message(b'"x"')], [False, False]))
+    assert isinstance(failed, Failure)
+    assert failed.detail == "column kind holds half a surrogate pair, which is no text"
+    assert made == (Output(b"1", {"endpoint_path": "/x"}),)
+
+
+def test_a_name_that_is_no_text_is_none_that_anybody_names() -> None:
+    functions = OutboxFunctions("data", {}, {}, emitted=True)
+    message = (
+        b'{"record":{"prefix":"p","content":{"\\ud800":0,"data":1}},"changes":null,"action":"insert","metadata":{}}'
+    )
+    assert asyncio.run(functions([message], [False])) == [(Output(b"1"),)]
+
+
+def test_whatever_a_message_is_the_others_go_on() -> None:
+    functions = OutboxFunctions(None, {}, {}, emitted=True)
+    no_content = b'{"record":{"prefix":"p"},"changes":null,"action":"insert","metadata":{}}'
+    failed, made = asyncio.run(functions([no_content, no_content.replace(b'"p"', b'"p","content":2')], [False] * 2))
+    assert isinstance(failed, Failure)
+    assert failed.reason == "outbox_failed"
+    assert made == (Output(b"2"),)

@@ -8,7 +8,8 @@ Of a table only inserts are events: an application may delete what it wrote, and
 message the columns are those of its content, if that is a JSON object; the payload is the whole content unless named.
 
 A payload of type json or jsonb is sent as it is; a text is sent as JSON if it is that, else as a JSON string. A column
-that is named and is not there, or null, fails the message; that by which messages are ordered, too.
+that is named and is not there, or null, fails the message; that by which messages are ordered, too; and so does half a
+surrogate pair in a column that a message is routed by. Whatever a row holds, it costs that message alone.
 
 What a row holds is data, and may be anybody's: in ``endpoint_path`` every character of a value but the unreserved ones
 of RFC 3986 is percent-encoded, so that a value is one part of a path or query and never its structure. The dot segments
@@ -24,6 +25,7 @@ from urllib.parse import quote
 import orjson
 
 from spillway.change import RECORD_START
+from spillway.functions import jsontext
 from spillway.functions.base import Failure, Outcome, Output
 from spillway.impl import end_of_value, members
 
@@ -54,7 +56,13 @@ class OutboxFunctions:
         deletes: Sequence[bool],  # noqa: ARG002 - of a state; there is none
         answer_bytes: int = 0,  # noqa: ARG002 - no payload is larger than its message
     ) -> Sequence[Outcome]:
-        return [self._event(message) for message in messages]
+        outcomes: list[Outcome] = []
+        for message in messages:
+            try:
+                outcomes.append(self._event(message))
+            except Exception as error:  # noqa: BLE001 - data of one message: it alone fails
+                outcomes.append(Failure("outbox_failed", f"{type(error).__name__}: {error}"))
+        return outcomes
 
     async def open(self) -> None:
         """There is nothing to open."""
@@ -90,6 +98,8 @@ class OutboxFunctions:
                 route["headers"] = {key: _filled(text, columns) for key, text in self._headers.items()}
         except KeyError as error:
             return Failure("outbox_failed", f"column {error.args[0]} {missing}")
+        except _NoTextError as error:
+            return Failure("outbox_failed", f"column {error.args[0]} holds half a surrogate pair, which is no text")
         return (Output(_body(payload), route or None),)
 
 
@@ -97,18 +107,22 @@ _NULL = b"null"
 _EVENTS = (b',"changes":null,"action":"insert"', b',"changes":null,"action":"read"')
 
 
-def _columns(record: bytes) -> dict[str, bytes]:
-    """Values as they stand: json may hold what no parser takes, or more digits than one keeps."""
-    return {orjson.loads(name): value for name, value in members(record)}
+class _NoTextError(Exception):
+    """A column's value is a JSON string, and yet no text."""
+
+
+def _columns(record: bytes) -> dict[object, bytes]:
+    """Values as they stand: json may hold what no parser takes, or more digits than one keeps; its names as well."""
+    return {jsontext.loads(name): value for name, value in members(record)}
 
 
 def _body(payload: bytes) -> bytes:
     if not payload.startswith(b'"'):
         return payload
-    text = orjson.loads(payload).encode()
     try:
+        text = orjson.loads(payload).encode()
         orjson.loads(text)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError:  # plain text, or half a surrogate pair
         return payload
     return b" ".join(text.splitlines())  # one line: between its tokens a newline is a space
 
@@ -117,11 +131,16 @@ def _encoded(value: str) -> str:
     return quote(value, safe="")
 
 
-def _filled(text: str, columns: Mapping[str, bytes], written: Callable[[str], str] = str) -> str:
+def _filled(text: str, columns: Mapping[object, bytes], written: Callable[[str], str] = str) -> str:
     def value(match: re.Match[str]) -> str:
         found = columns.get(match[1], _NULL)
         if found == _NULL:
             raise KeyError(match[1])
-        return written(str(orjson.loads(found)) if found.startswith(b'"') else found.decode())
+        if not found.startswith(b'"'):
+            return written(found.decode())
+        try:
+            return written(orjson.loads(found))
+        except orjson.JSONDecodeError as error:
+            raise _NoTextError(match[1]) from error
 
     return _COLUMN.sub(value, text)
