@@ -124,7 +124,7 @@ class ByKeys(ABC):
             connection = session.connection
             try:
                 question = await self._question(connection, table)
-                explain = f"EXPLAIN (FORMAT JSON) {question.sql}".encode()
+                explain = f"EXPLAIN (FORMAT JSON, VERBOSE) {question.sql}".encode()
                 connection.pgconn.send_query_params(explain, question.literals([]), param_types=question.types)
                 return orjson.loads((await _result(connection)).get_value(0, 0) or b"[{}]")[0].get("Plan")
             except psycopg.Error as error:
