@@ -7,7 +7,7 @@ import signal
 from contextlib import ExitStack
 from pathlib import Path
 
-from backfill.site import Site, file_sink, sqlite_sink
+from backfill.site import Site, file_sink, sink, sqlite_sink
 from oracle.rules import judge_rows
 from oracle.workload import SCHEMA, Load
 from shape.place import Shaped, python
@@ -114,3 +114,34 @@ def test_a_table_waits_with_the_filters_and_functions_that_were_written_for_it(d
         assert [line["record"]["id"] for line in place.lines("kept") if line["action"] == "insert"] == [1, 3]
         assert place.lines("shaped")[1:] == [{"id": 2, "by": "the second"}, {"id": 3, "by": "the second"}]
         assert place.lines("fresh") == []
+
+
+def test_new_sinks_wait_while_the_memory_is_another(database: str, tmp_path: Path) -> None:
+    """How large their messages may be follows from it."""
+    old, new = file_sink("old", ["public.t"]), file_sink("new", ["public.t"])
+    with Shaped(database, tmp_path, [old], schema="create table t (id int primary key)") as place:
+        place.begin()
+        place._sections["memory"] = {"limit_mb": 256}
+        said = reload(place, old, new)
+        place.wait(lambda: "which is new, for memory" in place.product.log.read_text(), "what waits")
+        assert '"joined": []' in said
+        place.again()
+        place.sql("insert into t values (1)")
+        place.came("new", 1)
+
+
+def test_a_sink_that_no_memory_is_set_apart_for_waits_and_the_next_ones_join(database: str, tmp_path: Path) -> None:
+    """A search index reads rows anew, which nobody did when the process started."""
+    old, new = file_sink("old", ["public.t"]), file_sink("new", ["public.t"])
+    index = sink("index", ["public.t"], {"type": "opensearch", "endpoint_url": "http://127.0.0.1:1", "index_name": "i"})
+    with Shaped(database, tmp_path, [old], schema="create table t (id int primary key)") as place:
+        place.begin()
+        assert '"joined": ["new"]' in reload(place, old, index, new)
+        waits = "sink index, which is new: no sink of the file had functions"
+        place.wait(lambda: waits in place.product.log.read_text(), "what waits")
+        place.sql("insert into t values (1)")
+        place.came("new", 1)
+        place.again()
+        place.wait(lambda: place.status("index")["backlog_messages"] == 0, "the index to be there")
+        place.sql("insert into t values (2)")
+        place.wait(lambda: place.status("index")["backlog_messages"] == 1, "what it has no server for")

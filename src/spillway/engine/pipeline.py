@@ -184,8 +184,8 @@ class Pipeline:
         suffix = message_suffix(named.id, named.name, named.annotations)
         epoch = self.identity.epoch if self.identity is not None else 1
         built = sinks.build(config, sink, SinkContext(sink.name, suffix, config.base_dir, epoch, 0))
-        state = self._store.open_sink(sink.name, self._slot)
         shaping = new_shaping(config, self.database, sink, built, suffix, self._system_id, process, self._timestamps)
+        state = self._store.open_sink(sink.name, self._slot)
         delivery = Delivery(_spec(sink, built), built, state, process, self._moved, shaping)
         delivery.paused = sink.status == "paused" if state.paused is None else state.paused
         self.deliveries.append(delivery)

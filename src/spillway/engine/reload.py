@@ -6,7 +6,9 @@ and so may ``initial_backfill`` and ``backfill``. Whatever else differs waits fo
 
 **No mixture of two files runs.** Filters, functions, keys of order and the endpoint of a sink were written for its
 tables; only the file as a whole was validated. So where any of these differs, ``source`` waits as well, with the
-backfills that belong to it; and a new sink waits whose functions or endpoint are not what the process started with.
+backfills that belong to it; and a new sink waits whose functions or endpoint are not what the process started with, or
+while ``memory`` is not, which says how large its messages may be. So does one that cannot be built beside the others;
+those that stand behind it in the file are looked at all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from spillway.config import Config, Sink, Webhook
 from spillway.config.sink import FUNCTION_KEYS
+from spillway.errors import SpillwayError
 
 if TYPE_CHECKING:
     from spillway.engine.engine import Engine
@@ -34,7 +37,6 @@ class Reloaded:
 
 
 async def reload(engine: Engine, config: Config) -> Reloaded:
-    """Raises SpillwayError for a new sink that cannot be built; those before it have joined."""
     done = Reloaded()
     pipelines = {pipeline.database.name: pipeline for pipeline in engine.pipelines}
     for name in ("memory", "state", "server", "databases", "http_endpoints", "functions", "function_limits"):
@@ -48,11 +50,8 @@ async def reload(engine: Engine, config: Config) -> Reloaded:
         others = _others(engine.config, config, sink)
         if known is not None:
             await _change(pipeline, known, sink, others, done)
-        elif others:
-            done.waits.append(f"sink {sink.name}, which is new, for {', '.join(others)}")
         else:
-            await engine.enlist(pipeline, sink, told_as=sink)
-            done.joined.append(sink.name)
+            await _join(engine, pipeline, sink, ["memory", *others] if "memory" in done.waits else others, done)
     named = {sink.name for sink in config.sinks if sink.status != "disabled"}
     named |= {f"{reindex['sink']}@{reindex['into']}" for reindex in await engine.reindexes()}
     gone = [s.name for p in engine.pipelines for s in p.sinks if s.name not in named]
@@ -70,6 +69,18 @@ def _others(before: Config, now: Config, sink: Sink) -> list[str]:
         if now.http_endpoint(endpoint) not in before.http_endpoints:
             found.append(f"http_endpoint {endpoint}")
     return found
+
+
+async def _join(engine: Engine, pipeline: Pipeline, sink: Sink, others: list[str], done: Reloaded) -> None:
+    if others:
+        done.waits.append(f"sink {sink.name}, which is new, for {', '.join(others)}")
+        return
+    try:
+        await engine.enlist(pipeline, sink, told_as=sink)
+    except SpillwayError as error:
+        done.waits.append(f"sink {sink.name}, which is new: {error}")
+    else:
+        done.joined.append(sink.name)
 
 
 async def _change(pipeline: Pipeline, known: Sink, sink: Sink, others: list[str], done: Reloaded) -> None:

@@ -333,7 +333,8 @@ class Budget:
         if not self._shaped:
             raise SpillwayError(
                 "no_shaping_memory",
-                "no sink had functions or an enrichment when the process started, so no memory is set apart for them",
+                "no sink of the file had functions, an enrichment or rows that are read anew (as search indexes have)"
+                " when the process started, so no memory is set apart for that",
                 "restart spillway",
             )
         guaranteed_bytes = self._shaping_guaranteed_bytes if len(self._shaping_shares) < self._shaped else 0
