@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from pydantic import ValidationError
 
-from spillway.flow.progress import ENDED, BackfillState, Part, Request, of_json
+from spillway.flow.progress import ENDED, BackfillState, Named, Part, Request, of_json
 from spillway.source.page import Range
 
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
@@ -22,6 +22,7 @@ requests = st.builds(
     sort_column=st.none() | texts,
     start=st.none() | texts,
     keys=st.none() | st.lists(st.lists(texts, min_size=1, max_size=2).map(tuple), max_size=3).map(tuple),
+    named=st.none() | st.builds(Named, st.integers(0, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40)),
     parallel=st.integers(1, 64),
     max_rows_per_second=st.none() | st.integers(1, 1 << 40),
     sweep=st.booleans(),
@@ -47,6 +48,10 @@ states = st.builds(
     started_lsn=st.integers(0, (1 << 63) - 1),
     rows=st.integers(0, 1 << 62),
     sweep_after=st.none() | texts,
+    block=st.integers(0, 1 << 20),
+    placed=st.lists(st.integers(0, 500), max_size=3),
+    unreadable=st.integers(0, 1 << 20),
+    unreadable_named=st.lists(texts, max_size=3),
     ended=st.none() | st.floats(0, 4e9),
     error=st.none() | texts,
 )

@@ -4,8 +4,9 @@
 cursors. There is at most one active or paused backfill per sink and table.
 
 **Retries.** A dead letter of a sink that keeps rows is not sent again as it was: a later change may have been applied
-since. A backfill reads the rows of such letters by their keys, and deletes what is gone; it takes the place of its
-letters in one commit. Retries go beside whatever else is read of the table, those of a sink one after the other.
+since. A backfill reads the rows of such letters by their keys (`spillway.flow.named`), and deletes what is gone; it
+takes the place of its letters in one commit. Retries go beside whatever else is read of the table, those of a sink one
+after the other.
 
 **Initial backfills.** A sink with ``initial_backfill`` gets the existing rows of its tables once: which tables have had
 theirs is a document of its own in the store, written right behind the beginning; a crash in between finds the backfill
@@ -28,6 +29,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -44,6 +46,7 @@ from spillway.flow.backfill import Backfill
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
 from spillway.flow.gap import gap_token
+from spillway.flow.named import MOST_BYTES, NamedKeys, drop_block, is_block, key_bytes, without_backfill
 from spillway.flow.paging import Manners, OpenReader
 from spillway.flow.progress import BackfillState, Request, of_json
 from spillway.flow.route import Router, Subscription
@@ -98,6 +101,7 @@ class Backfills:
         self._owed = Owed()
         self._retries: dict[str, asyncio.Lock] = {}  # by sink
         self._starting: set[tuple[str, Table]] = set()  # sink and table, while the beginning is being written
+        self._left_behind: list[tuple[str, str]] = []  # sink and document: blocks of keys without a backfill
         self._told: set[tuple[str, Table, str]] = set()  # what initial backfills were refused for
         self._tasks: asyncio.TaskGroup | None = None
         self._look = asyncio.Event()
@@ -106,15 +110,18 @@ class Backfills:
         """Known from now on, with what the store has of its backfills."""
         self._sinks[sink.name] = (sink, subscription)
         self._initial[sink.name] = set()
-        for number, document in self._store.backfills(sink.name, ended=False):
+        documents = self._store.backfills(sink.name, ended=False)
+        for number, document in documents:
             if number == INITIAL:
                 self._initial[sink.name] = set(orjson.loads(document))
-            elif number != REINDEX:
+            elif number != REINDEX and not is_block(number):
                 state = of_json(document)
                 if state.is_owed:
                     self._owed.add(state)
                 else:
                     self._own(state)
+        lost = without_backfill([number for number, _ in documents], self._backfills)
+        self._left_behind += [(sink.name, number) for number in lost]
         self._look.set()
 
     def change_sink(self, sink: Sink, subscription: Subscription) -> None:
@@ -136,6 +143,10 @@ class Backfills:
                 await self._note_refilled(sink)
             while True:
                 self._look.clear()
+                while self._left_behind:
+                    sink, number = self._left_behind.pop()
+                    if sink in self._sinks:
+                        await drop_block(self._sinks[sink][1].delivery, number)
                 known = await self._start_initial()
                 with contextlib.suppress(TimeoutError):
                     async with self._clock.timeout(LOOK_SECONDS if known else FIRST_LOOK_SECONDS):
@@ -154,6 +165,9 @@ class Backfills:
         else:
             await backfill.run()
         self._backfills.pop(state.id, None)
+        named = state.request.named
+        if named is not None and state.sink in self._sinks:  # it may have left meanwhile
+            await self._keys_of(state).drop(range(state.block, named.blocks))
         _log.info("backfill ended", sink=state.sink, table=state.request.text, state=state.state, rows=state.rows)
         if state.is_owed:
             self._owed.add(state)
@@ -175,11 +189,15 @@ class Backfills:
             Manners(sink.backfill.run_ahead, sink.backfill.timeout_ms / 1000),
             self._epoch,
             self._clock,
+            self._keys_of(state),
         )
         self._backfills[state.id] = backfill
         if self._tasks is not None:
             self._tasks.create_task(self._run(backfill))
         return backfill
+
+    def _keys_of(self, state: BackfillState) -> NamedKeys:
+        return NamedKeys(self._store, self._sinks[state.sink][1].delivery, state.id)
 
     # -- what has failed --------------------------------------------------------------------------------------------
     def owed(self, sink: str) -> list[Finding]:
@@ -201,7 +219,7 @@ class Backfills:
         if not waiting:
             return True
         try:
-            published = await self._published()
+            published = await self.published()
         except SpillwayError as error:
             _log.info("tables of the publication are not known", database=self._database.name, error=str(error))
             return False
@@ -232,7 +250,7 @@ class Backfills:
         document = BackfillDocument(INITIAL, orjson.dumps(sorted(self._initial[sink])), ended=False)
         await self._sinks[sink][1].delivery.note(document)
 
-    async def _published(self) -> list[PublishedTable]:
+    async def published(self) -> list[PublishedTable]:
         """From PostgreSQL 16 on this waits for whoever holds a published table in ACCESS EXCLUSIVE mode, a while."""
         database = self._database
         async with querying(
@@ -244,7 +262,7 @@ class Backfills:
     async def tables(self, sink: str) -> list[Table]:
         """The published tables that the sink takes."""
         selects = self._sinks[sink][0].selects
-        return [table for table in _names(await self._published()) if selects(*table)]
+        return [table for table in _names(await self.published()) if selects(*table)]
 
     async def start(self, sink: str, request: Request) -> BackfillState:
         return (await self.start_all(sink, [request]))[0]
@@ -255,8 +273,14 @@ class Backfills:
         tables = [request.name for request in requests]
         for table in tables:
             self._check(sink, table, ())
+        if sum(key_bytes(key) for request in requests for key in request.keys or ()) > self.key_bytes_left(sink):
+            raise SpillwayError(
+                "too_many_keys",
+                f"backfills of {sink} by keys may have {MOST_BYTES} bytes of keys under way",
+                f"name fewer, or wait for those that are: spillway backfill list {sink}",
+            )
         try:
-            published = await self._published()
+            published = await self.published()
         except SourceUnavailable:  # or a table is locked; then it is the stream that refuses, when it comes to that
             published = []
         for table in tables:
@@ -266,19 +290,22 @@ class Backfills:
     def retrying(self, sink: str) -> int:
         """Rows whose retry has not ended."""
         requests = [b.state.request for b in self._backfills.values() if b.state.sink == sink]
-        return sum(len(request.keys or ()) for request in requests if request.origin == "retry")
+        return sum(r.named.rows for r in requests if r.named is not None and r.origin == "retry")
+
+    def key_bytes_left(self, sink: str) -> int:
+        """What may come under way of the keys of named rows."""
+        named = [b.state.request.named for b in self._backfills.values() if b.state.sink == sink]
+        return MOST_BYTES - sum(one.size_bytes for one in named if one is not None)
 
     async def retry(self, sink: str, table: Table, keys: Iterable[Cursor], letters: Sequence[int]) -> None:
         """These rows of the table come, or their deletes, in place of these dead letters. Durable when this returns.
-        Raises SpillwayError if they cannot be read into the sink."""
-        published = await self._published()
-        self._check_table(sink, table, published)
+        `check_table` has been asked."""
         deletes = "delete" in self._sinks[sink][0].taken_actions
         await self._begin(sink, Request(*table, "retry", keys=tuple(keys), sweep=deletes), letters)
 
     def _check(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
         """Whether a backfill may begin. Raises SpillwayError."""
-        self._check_table(sink, table, published)
+        self.check_table(sink, table, published)
         active = self._active_of(sink, table)
         name = ".".join(table)
         if active is not None or (sink, table) in self._starting:
@@ -288,8 +315,8 @@ class Backfills:
                 f"wait for it, or: spillway backfill cancel {sink} {name}",
             )
 
-    def _check_table(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
-        """Whether its rows can be read into the sink."""
+    def check_table(self, sink: str, table: Table, published: Sequence[PublishedTable]) -> None:
+        """Raises SpillwayError if its rows cannot be read into the sink."""
         configured, name = self._sinks[sink][0], ".".join(table)
         if not configured.selects(*table):
             raise SpillwayError(
@@ -315,19 +342,27 @@ class Backfills:
         if request.gap is not None:
             state.started_lsn = request.gap[0]  # nothing that the sink has from before is above
         delivery = self._sinks[sink][1].delivery
-        document = BackfillDocument(state.id, state.as_json(), ended=False)
         if request.origin == "retry":
-            await delivery.retried_by(document, letters)
+            await self._name(state)
+            await delivery.retried_by(BackfillDocument(state.id, state.as_json(), ended=False), letters)
             self._own(state)
             return state
         starting = (sink, request.name)
         self._starting.add(starting)
         try:
-            await delivery.note(document)
+            await self._name(state)
+            await delivery.note(BackfillDocument(state.id, state.as_json(), ended=False))
             self._own(state)
         finally:
             self._starting.discard(starting)
         return state
+
+    async def _name(self, state: BackfillState) -> None:
+        """Keep the keys that were asked for, if any were."""
+        request = state.request
+        if request.keys is not None:
+            named = await self._keys_of(state).keep(request.keys)
+            state.request, state.estimate_rows = replace(request, keys=None, named=named), named.rows
 
     def _active_of(self, sink: str, table: Table) -> Backfill | None:
         """The one that has not ended; retries do not count."""
@@ -344,7 +379,7 @@ class Backfills:
         configured, subscription = self._sinks[sink]
         delivery = subscription.delivery
         _ended_gap(sink, delivery.gap)
-        published = await self._published()
+        published = await self.published()
         gap = _ended_gap(sink, delivery.gap)
         taken = [table for table in _names(published) if configured.selects(*table)]
         shared = _shares(configured, [*self._configured, *(known for known, _ in self._sinks.values())])
@@ -385,7 +420,8 @@ class Backfills:
     async def _kept(self, sink: str) -> list[BackfillState]:
         """All that the store knows of."""
         found = await asyncio.wrap_future(self._store.ask(self._store.backfills, sink, ended=True))
-        return [of_json(document) for number, document in found if number not in (INITIAL, REINDEX, COLUMNS)]
+        others = (INITIAL, REINDEX, COLUMNS)
+        return [of_json(document) for number, document in found if number not in others and not is_block(number)]
 
     async def _note_refilled(self, sink: str) -> None:
         """A crash may have come between the end of a refill and the gap's."""

@@ -76,6 +76,6 @@ def _makes_up_for(done: BackfillState, owed: BackfillState) -> bool:
         return False
     if promised.origin == "gap" and brought.gap != promised.gap:
         return False
-    limits = (brought.where, brought.keys, brought.least_key, brought.most_key, brought.committed_since)
+    limits = (brought.where, brought.named, brought.least_key, brought.most_key, brought.committed_since)
     whole = brought.start is None or (brought.sort_column, brought.start) == (promised.sort_column, promised.start)
     return whole and limits == (None,) * len(limits)

@@ -15,11 +15,11 @@ from functools import partial
 import structlog
 
 from spillway import sinks
-from spillway.change import key_values
-from spillway.chunk import FLAGS, MOVED, Message
+from spillway.chunk import Message
 from spillway.config import Config, Database, Sink
 from spillway.engine.backfills import Backfills, Table
 from spillway.engine.related import Companion, forget
+from spillway.engine.retries import retry_rows
 from spillway.engine.shadow import shadows
 from spillway.engine.shaping import is_routed, meta_of, new_shaping, routing_column
 from spillway.errors import Finding, SourceUnavailable, SpillwayError
@@ -40,7 +40,7 @@ from spillway.sinks.base import Sink as BuiltSink
 from spillway.sinks.base import SinkContext, message_suffix
 from spillway.source.connect import Connection, querying
 from spillway.source.origin import Expected
-from spillway.source.page import Cursor, PageReader
+from spillway.source.page import PageReader
 from spillway.source.session import Session, open_session
 from spillway.source.slot import lag
 from spillway.source.timestamps import TimestampColumns
@@ -50,7 +50,6 @@ from spillway.store.base import Identity
 LAG_SECONDS = 1.0
 PUBLISHED_SECONDS = 30.0
 RENEW_PART = 32  # of what pages may have: sixteen readers that keep twice that in libpq's buffers have as much again
-MOST_RETRIED = 10_000  # dead letters of a sink that keeps rows, whose retry has not ended
 REPLAYED = b',"replayed":true'  # ends the body of an event that was a dead letter
 STALLED_SECONDS = 60.0  # reading that does not go on for so long is not ready
 UNREACHABLE_SECONDS = 10.0  # of a source: a restart of the server passes in less
@@ -377,35 +376,13 @@ class Pipeline:
         """Send dead letters again: events as they were, marked ``replayed``; of a sink that keeps rows these are read
         as they are now (`Backfills.retry`). Returns how many letters; of rows not all, if there are too many."""
         if delivery.is_state:
-            return await self._retry_rows(delivery.name, pages)
+            return await retry_rows(self.backfills, delivery.name, pages)
         total = 0
         async for letters in pages:
             revived = [(m.row, m.with_body(m.change.body.removesuffix(REPLAYED) + REPLAYED)) for m in letters]
             await delivery.revive(revived)
             total += len(revived)
         return total
-
-    async def _retry_rows(self, sink: str, pages: AsyncIterator[Sequence[Message]]) -> int:
-        room = MOST_RETRIED - self.backfills.retrying(sink)
-        if room <= 0:
-            raise SpillwayError(
-                "retries_active",
-                f"{MOST_RETRIED} dead letters of {sink} are being retried already",
-                f"wait for them: spillway backfill list {sink}",
-            )
-        by_table: dict[Table, tuple[dict[Cursor, None], list[int]]] = {}
-        async for letters in pages:
-            for letter in letters[:room]:
-                table = (letter.change.schema, letter.change.table)
-                keys, rows = by_table.setdefault(table, ({}, []))
-                keys.update(dict.fromkeys(key_values(*table, key) for key in _row_keys(letter)))
-                rows.append(letter.row)
-            room -= len(letters)
-            if room <= 0:
-                break
-        for table, (wanted, buried) in by_table.items():
-            await self.backfills.retry(sink, table, wanted, buried)
-        return sum(len(buried) for _, buried in by_table.values())
 
     async def tick(self) -> None:
         for delivery in list(self.deliveries):
@@ -450,13 +427,6 @@ class Pipeline:
     def delivery(self, sink: str) -> Delivery | None:
         """Of a sink, or of its companion."""
         return next((d for d in self.flowing if d.name == sink), None)
-
-
-def _row_keys(letter: Message) -> list[str]:
-    """Of its row; of one that has got another key the one of before, too."""
-    chunk, index = letter.span.chunk, letter.span.indices[letter.place]
-    keys = chunk.key_texts(index)[: 2 if chunk.byte(index, FLAGS) & MOVED else 1]
-    return [key.decode() for key in keys if key]
 
 
 def _spec(sink: Sink, built: BuiltSink) -> SinkSpec:

@@ -9,6 +9,12 @@ by key.
 
 What is read is said by `spillway.flow.parts`; when all of it is, the sweep comes, if one was asked for
 (`spillway.flow.sweep`).
+
+Rows that are named by their keys (`spillway.flow.named`) have no parts. Of each block of keys one relation of the table
+after the other is asked for what was not found yet. What is in none of them is deleted, if there is to be a sweep; what
+turns out to be there then has come to another relation meanwhile, and is looked for again. One that can never be read,
+since it is too large or its key is none of the table's, does not keep the others from coming: it is passed over and
+named, and the backfill ends as failed.
 """
 
 from __future__ import annotations
@@ -21,14 +27,17 @@ from typing import Literal
 
 import structlog
 
+from spillway.change import key_values
+from spillway.chunk import Chunk
 from spillway.clock import Clock
 from spillway.errors import SourceUnavailable, SpillwayError, StoreFailed, first_of
 from spillway.flow.attempt import UNCHANGED_TOAST
 from spillway.flow.budget import Spare
 from spillway.flow.capture import Capture
+from spillway.flow.named import MOST_BYTES, NamedKeys
 from spillway.flow.paging import RETRY_CAP_SECONDS, ROOM_SECONDS, Manners, OpenReader, Placing
 from spillway.flow.parts import Parts
-from spillway.flow.progress import BackfillState, Part
+from spillway.flow.progress import BackfillState, Named, Part
 from spillway.flow.retry import backoff_seconds
 from spillway.flow.route import Subscription
 from spillway.flow.sweep import MOST_KEYS, Sweeping
@@ -37,6 +46,8 @@ from spillway.store.base import Select
 
 RATE_SECONDS = 10.0
 HELP_SECONDS = 2.0
+LOOKS = 5  # at the relations of a table, for rows that go from one to another meanwhile
+OF_KEYS = ("order_changed", "page")  # codes of what is said where keys are none of the table's
 
 _log = structlog.get_logger()
 
@@ -53,9 +64,11 @@ class Backfill(Sweeping):
         manners: Manners,
         epoch: Callable[[], int],
         clock: Clock,
+        named: NamedKeys | None = None,
     ) -> None:
         super().__init__(state, subscription, keying, capture, spare, open_reader, manners, epoch, clock)
         self._parts = Parts(state, subscription.needs_key, self._save)
+        self._named = named
         self._help_at = 0.0
         self._recent: deque[tuple[float, int]] = deque()  # when how many rows had been read
 
@@ -124,7 +137,7 @@ class Backfill(Sweeping):
     def _whole(self) -> bool:
         """All rows of the table are wanted."""
         request = self.state.request
-        least = (request.where, request.start, request.committed_since, request.keys, request.least_key)
+        least = (request.where, request.start, request.committed_since, request.named, request.least_key)
         return least == (None,) * len(least) and request.most_key is None
 
     async def _read_again(self, keys: Sequence[Cursor]) -> bool:
@@ -138,6 +151,9 @@ class Backfill(Sweeping):
 
     async def _work(self) -> None:
         """Until there is nothing left to do, or it is not active any more."""
+        if self.state.request.named is not None:
+            await self._bring_named(self.state.request.named)
+            return
         reader = await self._open_reader(self.state.id)
         try:
             if self.state.parts is None:
@@ -165,8 +181,81 @@ class Backfill(Sweeping):
                 self.waiting = "waits for updates of rows that the sink did not have"
                 await self._sleep(ROOM_SECONDS)
             if not any(part.again for part in self.state.parts or ()):
-                await self._end("completed")
+                await self._all_done()
 
+    async def _all_done(self) -> None:
+        state = self.state
+        if not state.unreadable:
+            await self._end("completed")
+            return
+        more = state.unreadable - len(state.unreadable_named)
+        said = "; ".join([*state.unreadable_named, *([f"and {more} more"] if more else [])])
+        _log.warning("rows cannot be read", sink=state.sink, table=state.request.text, rows=state.unreadable)
+        await self._end("failed", f"{state.unreadable} rows cannot be read, all others came: {said} [unreadable_rows]")
+
+    # -- rows that are named by their keys --------------------------------------------------------------------------
+    async def _bring_named(self, named: Named) -> None:
+        """All of them, or until it is not active any more."""
+        state, keys = self.state, self._named
+        assert keys is not None, "named rows, and nobody knows their keys"
+        reader = await self._open_reader(state.id)
+        try:
+            while state.block < named.blocks and await self._room():
+                credit = await self._credit(2 * MOST_BYTES)  # what reading a block may hold for a moment
+                if not credit:
+                    return
+                try:
+                    block = await keys.block(state.block)
+                finally:
+                    self._spare.give(credit)
+                self._numbers = {key: number for number, key in enumerate(block)}
+                if not await self._bring_block(reader):
+                    return
+                state.block, state.placed, self._numbers = state.block + 1, [], {}
+                await self._save()
+                await keys.drop([state.block - 1])
+        finally:
+            await reader.close()
+        if self.active:
+            await self._all_done()
+
+    async def _bring_block(self, reader: PageReader) -> bool:
+        """False: not all of it."""
+        name, sweep = self.state.request.name, self.state.request.sweep
+        for _ in range(LOOKS):
+            relations = await reader.relations(*name)
+            for relation in relations:
+                part = Part(*relation, done=True, again=self._left())
+                try:
+                    await self._read_part(reader, part)
+                except SpillwayError as error:
+                    await self._parts.check_gone(reader, relation, error)
+                    part.again = []
+                if part.again:
+                    return False
+            absent: list[Cursor] | None = None if sweep else []
+            while (left := self._left()) and absent is None:
+                if not await self._room():
+                    return False
+                absent = await self._delete_absent(reader, left)
+            self.state.placed += [self._numbers[key] for key in absent or ()]
+            if not self._left() or (not sweep and await reader.relations(*name) == relations):
+                return True
+        moving = SpillwayError("moving", "goes from one partition to another whenever it is looked for")
+        for key in self._left():
+            self._pass_over(key, moving)
+        return True
+
+    def _left(self) -> list[Cursor]:
+        """Of the block."""
+        placed = set(self.state.placed)
+        return [key for key, number in self._numbers.items() if number not in placed]
+
+    def _came(self, page: Page, again: Sequence[Cursor]) -> None:
+        found = _keys_of(page.chunk).difference(again)
+        self.state.placed += [self._numbers[key] for key in found if key in self._numbers]
+
+    # -- parts ------------------------------------------------------------------------------------------------------
     async def _lay_out(self, reader: PageReader) -> bool:
         """Whether there were relations that are not known yet."""
         found = await self._parts.lay_out(reader, self._capture.received_lsn)
@@ -220,6 +309,7 @@ class Backfill(Sweeping):
             except (LockTimeout, PageTimeout) as error:
                 if isinstance(error, PageTimeout):
                     self._size.timed_out()
+                    most_keys = max(1, len(by_key) // 2) if by_key else most_keys
                 failures += 1
                 self.waiting = str(error)
                 await self._sleep(backoff_seconds(failures, 0.05, RETRY_CAP_SECONDS))
@@ -230,14 +320,25 @@ class Backfill(Sweeping):
                     continue
                 needed_bytes = error.needed_bytes
                 if needed_bytes > self._spare.most_bytes:
+                    if not by_key:
+                        raise
+                    self._pass_over(part.again.pop(0), error)
+                    needed_bytes = 0
+                continue
+            except SpillwayError as error:
+                if not self._numbers or error.code not in OF_KEYS:
                     raise
+                if len(by_key) > 1:
+                    most_keys = len(by_key) // 2
+                else:
+                    self._pass_over(part.again.pop(0), error)
                 continue
             finally:
                 self._spare.give(credit - used)
                 if not used:
                     self._carried.close(view)
             failures = needed_bytes = 0
-            most_keys = self._most_keys
+            most_keys = min(self._most_keys, 2 * most_keys)
             try:
                 try:
                     advance = partial(self._advance, part, page, by_key)
@@ -287,6 +388,7 @@ class Backfill(Sweeping):
         state.pages += 1
         if by_key:
             part.again = [*part.again[len(by_key) :], *placing.again]
+            self._came(page, placing.again)
         else:
             part.again += placing.again
             part.cursor = page.cursor
@@ -298,3 +400,7 @@ class Backfill(Sweeping):
         self._recent.append((now, state.rows))
         while self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()
+
+
+def _keys_of(chunk: Chunk) -> set[Cursor]:
+    return {key_values(*chunk.table(place), chunk.key_texts(place)[0].decode()) for place in range(chunk.count)}

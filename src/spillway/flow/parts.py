@@ -42,7 +42,7 @@ class Parts:
             try:
                 found, rows = await self._parts_of(reader, Part(*relation))
             except SpillwayError as error:
-                await self._check_gone(reader, relation, error)
+                await self.check_gone(reader, relation, error)
                 continue
             parts += found
             estimate += rows
@@ -57,9 +57,6 @@ class Parts:
     async def _parts_of(self, reader: PageReader, whole: Part) -> tuple[list[Part], int]:
         """And about how many rows they have."""
         request = self._state.request
-        if request.keys is not None:
-            whole.again, whole.done = list(request.keys), True
-            return [whole], len(request.keys)
         selection = whole.selection(request)
         if request.least_key is not None or request.most_key is not None:
             ranges = [await reader.bounded(selection)]
@@ -77,7 +74,7 @@ class Parts:
         instead: list[Part] = []
         if error.code == "order_changed":
             request = state.request
-            bounded = (request.keys, request.least_key, request.most_key) != (None, None, None)
+            bounded = (request.least_key, request.most_key) != (None, None)
             if bounded or relation in self._begun_anew:
                 raise error
             if self._needs_key and not await reader.key_columns(Selection(*relation)):
@@ -85,7 +82,7 @@ class Parts:
             self._begun_anew.add(relation)
             instead.append(Part(*relation))
         else:
-            await self._check_gone(reader, relation, error)
+            await self.check_gone(reader, relation, error)
         state.parts = [known for known in state.parts or () if (known.schema, known.table) != relation] + instead
         _log.info(
             "backfill goes on",
@@ -97,7 +94,7 @@ class Parts:
         await self._save()
         return instead
 
-    async def _check_gone(self, reader: PageReader, relation: tuple[str, str], error: SpillwayError) -> None:
+    async def check_gone(self, reader: PageReader, relation: tuple[str, str], error: SpillwayError) -> None:
         """Raises unless the relation has gone and the table has others: the error, or `SourceUnavailable` if it is
         there again."""
         if error.code not in GONE:

@@ -3,7 +3,8 @@
 It is a document in the store (`spillway.store.base.BackfillDocument`), replaced whenever a page has become durable or
 its state changes. A *part* is what one reader works off: a range of one relation. Its ``cursor`` says where the next
 page begins; everything before it is resolved or durable for the sink, but for the keys in ``again``, which have to be
-read once more.
+read once more. A backfill of rows that are named by their keys has no parts but blocks of keys, which are not in here
+(`spillway.flow.named`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ ENDED: frozenset[State] = frozenset(("completed", "failed", "cancelled"))
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """Rows that are named by their keys, which `spillway.flow.named` keeps."""
+
+    rows: int
+    blocks: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What was asked for: rows of one table for one sink."""
 
@@ -32,12 +42,13 @@ class Request:
     sort_column: str | None = None
     start: str | None = None
     committed_since: str | None = None
-    keys: tuple[Cursor, ...] | None = None  # these rows alone: primary keys, in column order
+    keys: tuple[Cursor, ...] | None = None  # these rows alone: primary keys, in column order; of what is kept `named`
+    named: Named | None = None
     least_key: Cursor | None = None  # bounds of the primary key, included; in column order
     most_key: Cursor | None = None
     parallel: int = 1
     max_rows_per_second: int | None = None
-    sweep: bool = False  # afterwards, delete what the sink has (or of ``keys`` all) and the source has not
+    sweep: bool = False  # afterwards, delete what the sink has (or all that is `named`) and the source has not
     gap: tuple[int, float] | None = None  # which gap is refilled (`spillway.flow.gap.gap_token`)
 
     @property
@@ -91,6 +102,10 @@ class BackfillState:
     pages: int = 0
     swept: int = 0  # deletes sent for what the source has not
     sweep_after: str | None = None  # where the sweep goes on in the sink
+    block: int = 0  # of the keys, that is being read
+    placed: list[int] = field(default_factory=list)  # which of its keys are done, by their numbers in it
+    unreadable: int = 0  # rows that were passed over, since they can never be read
+    unreadable_named: list[str] = field(default_factory=list)  # the first of them, and why
     created: float = 0.0  # wall seconds
     changed: float = 0.0
     ended: float | None = None

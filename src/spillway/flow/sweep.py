@@ -7,7 +7,8 @@ knows versions. A row from before that the sink has not taken yet is not among i
 stay: so what is older than the backfill is tried first, and the keys of what has failed are swept as if the sink had
 them. How far it is is kept with the backfill, and a restart goes on from there.
 
-A backfill of some keys, if it is to sweep, deletes those of them that the source has not.
+A backfill of rows that are named by their keys needs not ask the sink: it deletes those of them that the source has
+not (`spillway.flow.backfill`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from spillway.source.page import Cursor, LockTimeout, NeedsCredit, Page, PageRea
 from spillway.store.base import BackfillDocument
 
 MOST_KEYS = 500  # that are looked up in one page
+NAMED = 5  # so many rows that cannot be read are named, each with so much of its key
+NAME_LENGTH = 200
 
 
 class Sweeping(Paging):
@@ -49,6 +52,7 @@ class Sweeping(Paging):
         super().__init__(state.id, subscription, keying, capture, spare, open_reader, manners, clock, readers)
         self.state = state
         self._epoch = epoch
+        self._numbers: dict[Cursor, int] = {}  # of rows that are named by their keys: the block that is being read
 
     @property
     def active(self) -> bool:
@@ -68,8 +72,6 @@ class Sweeping(Paging):
 
     async def _sweep(self) -> bool:
         """See the module. False: it is not active any more."""
-        if self.state.request.keys is not None:
-            return await self._sweep_keys(self.state.request.keys)
         sink, state = self._delivery.readable, self.state
         if sink is None:
             return True
@@ -89,7 +91,7 @@ class Sweeping(Paging):
                     self.waiting = f"the sink cannot be read: {error}"
                     await self._sleep(ROOM_SECONDS)
                     continue
-                if keys and not await self._delete_absent(reader, keys):
+                if keys and await self._delete_absent(reader, keys) is None:
                     continue
                 state.sweep_after = after
                 await self._save()
@@ -98,23 +100,6 @@ class Sweeping(Paging):
         finally:
             await reader.close()
         return False
-
-    async def _sweep_keys(self, keys: Sequence[Cursor]) -> bool:
-        """The keys are named: nobody needs to ask the sink for them."""
-        reader = await self._open_reader(self.state.id)
-        try:
-            at = int(self.state.sweep_after or 0)
-            while at < len(keys):
-                if not await self._room():
-                    return False
-                some = keys[at : at + self._most_keys]
-                if await self._delete_absent(reader, some):
-                    at += len(some)
-                    self.state.sweep_after = str(at)
-                    await self._save()
-        finally:
-            await reader.close()
-        return True
 
     async def _sweep_held(self, reader: PageReader) -> bool:
         """What is older than this backfill and waits for the sink. Of what has failed the delete goes behind it."""
@@ -130,44 +115,62 @@ class Sweeping(Paging):
             held = [key for key in await self._delivery.held_keys(after, self._most_keys) if key.startswith(prefix)]
             if not held:
                 return True
-            if await self._delete_absent(reader, [key_values(*table, key) for key in held]):
+            if await self._delete_absent(reader, [key_values(*table, key) for key in held]) is not None:
                 after = held[-1]
         return False
 
-    async def _delete_absent(self, reader: PageReader, keys: Sequence[Cursor]) -> bool:
+    async def _delete_absent(self, reader: PageReader, keys: Sequence[Cursor]) -> list[Cursor] | None:
         """Deletes of those that the source has not, or whose rows the sink's filters leave out, placed as a page is.
-        False: to be done again."""
+        Returns which these are, but for those of which the sink has something newer that is not whole; None: to be done
+        again."""
         try:
             return await self._delete_absent_of(reader, keys, 0)
         except NeedsCredit as error:
             if len(keys) > 1:
                 half = len(keys) // 2
-                return await self._delete_absent(reader, keys[:half]) and await self._delete_absent(reader, keys[half:])
+                first = await self._delete_absent(reader, keys[:half])
+                rest = None if first is None else await self._delete_absent(reader, keys[half:])
+                return None if first is None or rest is None else first + rest
             if error.needed_bytes > self._spare.most_bytes:
-                raise
+                self._pass_over(keys[0], error)
+                return []
             return await self._delete_absent_of(reader, keys, error.needed_bytes)
 
-    async def _delete_absent_of(self, reader: PageReader, keys: Sequence[Cursor], needed_bytes: int) -> bool:
+    def _pass_over(self, key: Cursor, error: SpillwayError) -> None:
+        """The row with this key cannot be read, however often it is tried: the others go on, and it ends as failed."""
+        state = self.state
+        state.unreadable += 1
+        why = error.what
+        if isinstance(error, NeedsCredit):
+            why = f"{why}, more than the {self._spare.most_bytes} that there can be; raise memory.limit_mb"
+        if len(state.unreadable_named) < NAMED:
+            state.unreadable_named.append(f"{':'.join(key)[:NAME_LENGTH]}: {why}")
+        if key in self._numbers:
+            state.placed.append(self._numbers[key])
+
+    async def _delete_absent_of(
+        self, reader: PageReader, keys: Sequence[Cursor], needed_bytes: int
+    ) -> list[Cursor] | None:
         began = await self._quiet(reader)
         if not began:
-            return False
+            return None
         credit = await self._credit(needed_bytes)
         if not credit:
-            return False
+            return None
         view = self._carried.open()
         try:
             page = await self._absent(reader, keys, credit)
             self._carried.saw(view, page.snapshot.sees)
             placing = await self._place(reader, page, began)
             if placing is None:
-                return False
+                return None
             await self._settled(placing)
             self.state.swept += page.chunk.count - placing.dropped - len(placing.again)
-            return True
+            return [key for key in page.missing if key not in placing.again]
         except (LockTimeout, PageTimeout) as error:
             self.waiting = str(error)
             await self._sleep(ROOM_SECONDS)
-            return False
+            return None
         finally:
             self._carried.close(view)
             self._spare.give(credit)
