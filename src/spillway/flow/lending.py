@@ -12,6 +12,11 @@ least; so a sink asks for the rows of one batch while it sends another. Else it 
 Nobody waits for another sink's server (I6): a sink waits for credit only while its own batches hold it, which end by
 their deadline, or for its first message alone. While others hold what it lacks, it takes a smaller part. A row that is
 larger than the shaping pool waits for what it lacks of the delivery pool, alone, and not for long (`NoRoomError`).
+
+Batches of one sink are granted in the order in which they ask: else small ones that overlap would keep a large one
+waiting for ever, since what it waits for is given back by one and taken by the next (I7). Who waits so, and who stands
+behind, holds nothing of the shaping pool, and waits for that alone; so what they hold of the pools before it keeps
+nobody from ending. A large row that waits for the delivery pool is overtaken.
 """
 
 from __future__ import annotations
@@ -150,6 +155,7 @@ class Lending:
         self._whole = whole
         self._lending = 0  # batches that hold credit
         self._given = asyncio.Event()
+        self._next = asyncio.Lock()  # who waits
 
     @contextlib.asynccontextmanager
     async def lent(
@@ -182,20 +188,22 @@ class Lending:
         return sizes[max(1, bisect_right(sizes, most_bytes, key=lambda size: self.needed(body_bytes, size))) - 1]
 
     async def _taken(self, sums: _Sums) -> _Plan:
-        while True:
-            plan = self._plan(sums, self.share.most_bytes)
+        async with self._next:
+            while True:
+                plan = self._plan(sums, self.share.most_bytes)
+                if self.share.try_take(plan.cost_bytes):
+                    return plan
+                if not self._lending:
+                    break
+                self._given.clear()
+                await self._given.wait()
+            plan = self._plan(sums, self.share.available_bytes())
             if self.share.try_take(plan.cost_bytes):
                 return plan
-            if not self._lending:
-                break
-            self._given.clear()
-            await self._given.wait()
-        plan = self._plan(sums, self.share.available_bytes())
-        if self.share.try_take(plan.cost_bytes):
-            return plan
-        if plan.cost_bytes <= self.share.own.most_bytes:
-            await self.share.take(plan.cost_bytes)
-            return plan
+            if plan.cost_bytes <= self.share.own.most_bytes:
+                await self.share.take(plan.cost_bytes)
+                return plan
+        # Not as the next: what it lacks of the delivery pool may be held by those who would stand behind it.
         try:
             async with self._clock.timeout(ALONE_SECONDS):
                 await self.share.take_alone(plan.cost_bytes)
