@@ -76,6 +76,21 @@ def test_no_function(tmp_path: Path, none: str) -> None:
     assert (plain.filter, plain.routing, plain.transform, plain.enrichment) == (None, None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("extra", "toast"),
+    [
+        ("", "omit"),
+        ("enrichment: joined", "omit"),
+        ("filters: [{column: a, operator: eq, value: 1}]", "reselect"),
+        ("filter: wanted", "reselect"),
+        ("transform: slim", "reselect"),
+        ("transform: slim\n  toast: omit", "omit"),
+    ],
+)
+def test_a_copy_has_whole_rows_of_what_is_chosen_or_made(tmp_path: Path, extra: str, toast: str) -> None:
+    assert sink(tmp_path, extra, "{type: sqlite, path: x}").toast == toast
+
+
 def test_the_legacy_transform_is_a_format(tmp_path: Path) -> None:
     assert sink(tmp_path, "legacy_transform: record_only\n  transform: none").format == "record"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
@@ -150,6 +152,25 @@ def test_path_and_fields_need_no_code(database: str, tmp_path: Path) -> None:
         assert {**record, "secret": None} == {
             "id": number, "kind": "plain", "number": number * 10, "secret": None, "from": "t",
         }  # fmt: skip
+
+
+def test_a_column_that_a_function_leaves_out_is_null_also_without_another_large_one(
+    database: str, tmp_path: Path
+) -> None:
+    functions: list[Json] = [{"name": "flat", "type": "fields", "fields": [{"flatten": ["address"]}]}]
+    schema = """
+        create table t (id int primary key, address jsonb, bio text);
+        alter table t alter bio set storage external"""
+    with Shaped(database, tmp_path, [sqlite_sink("copy", [T], transform="flat")], functions, schema=schema) as place:
+        place.begin()
+        place.sql("""insert into t values (1, '{"city": "x", "zip": "1"}', repeat('b', 5000))""")
+        place.drained("copy")
+        place.sql("""update t set address = '{"city": "y"}'""")
+        place.drained("copy")
+        with closing(sqlite3.connect(place.folder / "copy.db")) as copy:
+            assert copy.execute("select address_city, address_zip, length(bio) from t").fetchall() == [
+                ("y", None, 5000)
+            ]
 
 
 # -- routing ----------------------------------------------------------------------------------------------------------

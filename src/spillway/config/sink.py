@@ -10,6 +10,7 @@ when the file is whole, in `references`) and without code (`spillway.config.shap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -131,16 +132,11 @@ class Sink(Section):
     on_reject: Literal["block", "dead_letter", "latest_wins"] = "block"
     backlog: Backlog = Field(default_factory=Backlog)
     filters: tuple[Condition, ...] = ()
-    # Of a row that enters its filters a sink that keeps rows hears by an update, which may lack its TOAST columns.
-    toast: Toast = Field(
-        default_factory=lambda data: (
-            "reselect" if data["destination"].state and data.get("filters") else data["destination"].default_toast
-        )
-    )
     on_truncate: OnTruncate = Field(default_factory=lambda data: data["destination"].default_on_truncate)
     filter: FunctionName = None
     routing: FunctionName = None
     transform: FunctionName = None
+    toast: Toast = Field(default_factory=lambda data: _default_toast(data["destination"], data))
     enrichment: FunctionName = None
     enrichment_timeout_ms: Annotated[Whole, Field(ge=1, le=3_600_000)] = 15_000  # of one query
     enrichment_from: Literal["primary", "replica"] = "primary"
@@ -361,6 +357,14 @@ class Sink(Section):
     def taken_actions(self) -> tuple[Action, ...]:
         """Of an outbox only inserts are events."""
         return self.actions if self.outbox is None else ("insert",)
+
+
+def _default_toast(destination: Destination, data: Mapping[str, object]) -> Toast:
+    """A sink that keeps rows needs whole ones where something chooses among its rows, since what it hears first of a
+    row may be an update; and where a function makes them, since of what such an update lacks nobody could tell whether
+    the function has left it out."""
+    needs_whole = any(data.get(key) for key in ("filters", "filter", "transform"))
+    return "reselect" if destination.state and needs_whole else destination.default_toast
 
 
 def _of_this_sink(table: TableName, key: str, info: ValidationInfo) -> None:
