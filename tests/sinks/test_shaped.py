@@ -7,6 +7,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sinks.conformance import send
 from sinks.messages import change, context, shaped
 from spillway.chunk import Batch
@@ -68,3 +70,24 @@ async def test_a_table_keeps_them_as_rows(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "copy.db")
     assert connection.execute("SELECT id, made FROM jobs ORDER BY 1").fetchall() == [(None, "y"), (5, None)]
     connection.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_columns_that_somebody_else_has_added_are_left_alone(tmp_path: Path, restarted: bool) -> None:
+    sink = SqliteSink(context(tmp_path), path="copy.db")
+    assert await send(sink, made({"id": 0, "a": 1, "b": 1})) == [OK]
+    connection = sqlite3.connect(tmp_path / "copy.db", isolation_level=None)
+    connection.execute("ALTER TABLE jobs ADD COLUMN checked TEXT DEFAULT 'no'")
+    connection.execute("UPDATE jobs SET checked = 'mine'")
+    if restarted:
+        await sink.close()
+        sink = SqliteSink(context(tmp_path), path="copy.db")
+    again = change({}, pks=("0",), action="update", lsn=LSN + 64)
+    new = change({}, pks=("1",), lsn=LSN + 64)
+    assert await send(sink, shaped([(again, {"id": 0, "a": 2}, None), (new, {"id": 1, "c": 3}, None)])) == [OK, OK]
+    assert connection.execute("SELECT id, a, b, c, checked FROM jobs ORDER BY id").fetchall() == [
+        (0, 2, None, None, "mine"),
+        (1, None, None, 3, "no"),
+    ]
+    connection.close()
+    await sink.close()

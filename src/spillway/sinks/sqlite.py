@@ -28,7 +28,8 @@ row. Truncate empties the table. All of it can be repeated.
 
 **Shaped messages.** What functions have made of a message is its row, and must be a JSON object; a second one of the
 same message has no key of its own and is rejected (``document_id_missing``). A column that a whole row was given before
-and that it lacks now (a function has left it out, an object was flattened that had more keys) is null.
+and that it lacks now (a function has left it out, an object was flattened that had more keys) is null. Columns with a
+declared type are not this sink's, but somebody else's, and keep what they hold.
 
 **Failures.** A constraint, a trigger's ``RAISE(ABORT)`` or a value that SQLite cannot take rejects the batch; a locked,
 full, read-only or broken file is the sink's failure. After one the file is opened anew.
@@ -95,7 +96,7 @@ class SqliteSink:
         self._thread = OwnThread(context.name)
         self._connection: sqlite3.Connection | None = None
         self._stat: os.stat_result | None = None
-        self._columns: dict[str, set[str]] = {}  # of each table, as of `_schema_version`
+        self._columns: dict[str, dict[str, bool]] = {}  # of each table, as of `_schema_version`: whether it has a type
         self._schema_version = -1
         self.awaited: set[tuple[str, str]] = set()
         self._sources: dict[str, tuple[str, str]] = {}  # which source table a table is kept equal to
@@ -237,7 +238,7 @@ class SqliteSink:
                 f"{change.key} is not in the table, and the update carries no TOAST columns: backfill the row first",
             )
         if number is not None and change.whole:
-            values = dict.fromkeys(sorted(columns - values.keys() - {KEY_COLUMN})) | values
+            values = dict.fromkeys(sorted(name for name, typed in columns.items() if not typed)) | values
         _upsert(connection, table, change.key, values)
         return True
 
@@ -253,7 +254,7 @@ class SqliteSink:
     def _table_name(self, source: tuple[str, str]) -> str:
         return self._table or table_prefix(*source).removesuffix(":").removeprefix("public.")
 
-    def _columns_of(self, connection: sqlite3.Connection, table: str) -> set[str]:
+    def _columns_of(self, connection: sqlite3.Connection, table: str) -> dict[str, bool]:
         """The table's columns; none: there is no such table."""
         columns = self._columns.get(table)
         if columns is not None:
@@ -263,24 +264,24 @@ class SqliteSink:
         ).fetchone()
         if found is not None and found[0] != table:
             raise _Rejected("table_taken", f"SQLite takes {table} and {found[0]} for the same name")
-        columns = {row[1] for row in connection.execute(f"PRAGMA table_info({_quoted(table)})")}
+        columns = {row[1]: bool(row[2]) for row in connection.execute(f"PRAGMA table_info({_quoted(table)})")}
         if columns and KEY_COLUMN not in columns:
             raise _Rejected("table_taken", f"the table {table} was not made by this sink: it has no {KEY_COLUMN}")
         self._columns[table] = columns
         return columns
 
     def _add_columns(
-        self, connection: sqlite3.Connection, table: str, columns: set[str], values: dict[str, Value]
+        self, connection: sqlite3.Connection, table: str, columns: dict[str, bool], values: dict[str, Value]
     ) -> None:
         if KEY_COLUMN in values:
             raise _Rejected("reserved_column", f"the source table has a column {KEY_COLUMN}, which this sink needs")
         if not columns:
             names = "".join(f", {_quoted(name)}" for name in values)
             connection.execute(f"CREATE TABLE {_quoted(table)} ({KEY_COLUMN} TEXT NOT NULL PRIMARY KEY{names})")
-            columns.update(values, (KEY_COLUMN,))
-        for name in values.keys() - columns:
+            columns.update({KEY_COLUMN: True} | dict.fromkeys(values, False))
+        for name in values.keys() - columns.keys():
             connection.execute(f"ALTER TABLE {_quoted(table)} ADD COLUMN {_quoted(name)}")
-            columns.add(name)
+            columns[name] = False
 
 
 def _row(message: Message) -> _Row:
