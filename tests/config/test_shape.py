@@ -396,6 +396,15 @@ def test_a_transaction_that_would_not_be_told_is_refused(tmp_path: Path, form: s
     assert error.startswith(f"tx: does not go together with format: {form}")
 
 
+@pytest.mark.parametrize("form", ["debezium", "record"])
+def test_an_enrichment_that_nothing_would_show_is_refused(tmp_path: Path, form: str) -> None:
+    for destination in (HOOK, SEARCH):
+        (error,) = errors(tmp_path, f"format: {form}\n  enrichment: joined", destination)
+        assert error.startswith(f"format: {form} has no place for the enrichment")
+    for extra in (f"format: {form}\n  filter: wanted", f"format: {form}\n  routing: where", "format: cloudevents"):
+        assert sink(tmp_path, f"{extra}\n  enrichment: joined", HOOK).enrichment == "joined"
+
+
 @pytest.mark.parametrize(
     "extra", ["transform: shape", "filter: wanted", "timestamp_format: unix_microsecond", "tx: true"]
 )

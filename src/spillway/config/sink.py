@@ -245,6 +245,12 @@ class Sink(Section):
             raise ValueError("does not go together with transform, which makes the whole message")
         if value != "sequin" and isinstance(info.data.get("destination"), Sqlite):
             raise ValueError("has no meaning for sqlite, which keeps rows")
+        looks_at_it = any(info.data.get(key) is not None for key in ("filter", "routing"))
+        if value in ("record", "debezium") and info.data.get("enrichment") is not None and not looks_at_it:
+            raise ValueError(
+                f"{value} has no place for the enrichment, and no filter or routing function looks at it; cloudevents "
+                "and sequin have it"
+            )
         return value
 
     @field_validator("tx")
