@@ -108,6 +108,19 @@ def test_watermark_against_a_model(steps: list[tuple[str, int]]) -> None:
         confirmed = got
 
 
+def test_nothing_beyond_a_gap_that_is_not_durable_is_confirmed() -> None:
+    """What it is about opens nothing, and would be merged into what was before it."""
+    watermark = Watermark(50)
+    watermark.commit(100, 110, routed=True)
+    watermark.commit(120, 130, routed=False)
+    watermark.keepalive(140)
+    assert watermark.advance(None, gap_lsn=110) <= 110
+    assert watermark.advance(None) == 140
+    watermark.commit(150, 160, routed=True)
+    watermark.commit(160, 170, routed=True)
+    assert watermark.advance(None, gap_lsn=160) == 160, "what is before it is"
+
+
 async def test_pool_grants_in_order_and_a_large_request_is_not_overtaken() -> None:
     pool = Pool("test", 100)
     await pool.take(60)

@@ -467,7 +467,8 @@ class Capture:
     def _confirmable(self) -> int:
         """The LSN that may be confirmed now (I1), once a durable mark covers it (I9)."""
         lsns = [lsn for d in self._deliveries if (lsn := d.open_lsn) is not None]
-        return self.watermark.advance(min(lsns) if lsns else None)
+        gaps = [lsn for d in self._deliveries if (lsn := d.gaps.lsn) is not None]
+        return self.watermark.advance(min(lsns, default=None), min(gaps, default=None))
 
     async def _covered(self) -> int:
         """The same, as far as a mark covers it. The mark is not waited for longer than a feedback may be late."""

@@ -4,6 +4,8 @@
 when no sink holds an open message (neither resolved nor durable) at or below it; what is sent is its ``end_lsn``: with
 ``commit_lsn`` the server would send that transaction again. With nothing open anywhere, the position of a keepalive
 that was taken in stream order, outside of a transaction, may be confirmed as well, so that an idle slot moves on.
+Where a gap is not on disk yet (`spillway.flow.gap.Gaps.lsn`) nothing *beyond* that place may be confirmed, open or not:
+what it is about opens nothing.
 
 The idea is Jeffail/checkpoint's; the memory is one pair per transaction that has an open message: commits without one
 are merged into their predecessor.
@@ -36,11 +38,18 @@ class Watermark:
         if wal_end > last:
             self._add(self.last_commit_lsn, wal_end, merge=True)
 
-    def advance(self, first_open_lsn: int | None) -> int:
-        """The LSN that may be confirmed, given the commit LSN of the oldest open message of all sinks."""
+    def advance(self, first_open_lsn: int | None, gap_lsn: int | None = None) -> int:
+        """The LSN that may be confirmed, given the commit LSN of the oldest open message of all sinks, and the place
+        from which on the first gap that is not durable needs everything."""
         commits = self._commits
-        while commits and (first_open_lsn is None or commits[0][0] < first_open_lsn):
-            self.confirmed_lsn = max(self.confirmed_lsn, commits.popleft()[1])
+        while commits:
+            commit_lsn, end_lsn = commits[0]
+            if first_open_lsn is not None and commit_lsn >= first_open_lsn:
+                break
+            if gap_lsn is not None and end_lsn > gap_lsn:
+                break
+            commits.popleft()
+            self.confirmed_lsn = max(self.confirmed_lsn, end_lsn)
         return self.confirmed_lsn
 
     def _add(self, commit_lsn: int, end_lsn: int, *, merge: bool) -> None:
